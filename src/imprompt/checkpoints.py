@@ -1,0 +1,257 @@
+"""Public adapter files: read, recognise, write, convert.
+
+Inside, an adapter file is always the flat layout of `.safetensors` releases: `image_proj.…` and
+`ip_adapter.<n>.to_{k,v}_ip.weight`. Nested pickles, other prefixes and the original scripts' training states are
+brought to it on reading.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import HEAD_CHANNELS, LinearProjector, MLPProjector, Projector, Resampler
+from imprompt.errors import CheckpointError
+from imprompt.files import atomic_path
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FORMATS = (".safetensors", *PICKLES)
+_PREFIXES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}  # others' → ours
+_TRAINED_INSIDE = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
+_METADATA_KEY = "imprompt"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an adapter file is, read off its keys and shapes."""
+
+    kind: str  # global, resampler, full-face; faceid, faceid-plus are recognised only
+    tokens: int  # image tokens per reference; 0 where every patch becomes one
+    features: int  # width of the encoder's output
+    cross: int  # width of the text states
+    layers: Mapping[int, int]  # public index n → hidden width
+    parameters: int
+    dtype: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # what imprompt wrote about the file
+
+    @property
+    def grid(self) -> bool:
+        """Whether the encoder's grid of patches is read; otherwise its pooled embedding."""
+        return self.kind in ("resampler", "full-face", "faceid-plus")
+
+    @property
+    def base(self) -> str:
+        """The family of base models that it fits."""
+        known = {(768, 16): "SD 1.5", (1024, 16): "SD 2.1", (2048, 70): "SDXL"}
+        return self.metadata.get("base") or known.get((self.cross, len(self.layers)), "unknown")
+
+    @property
+    def encoder(self) -> str:
+        """The image encoder that it needs."""
+        output = "penultimate grid" if self.grid else "pooled embedding"
+        known = {(False, 1024): "CLIP ViT-H/14", (False, 1280): "CLIP ViT-bigG/14", (True, 1280): "CLIP ViT-H/14"}
+        known |= {(True, 1664): "CLIP ViT-bigG/14"}
+        if self.kind == "faceid":
+            return "face recognition embedding (512, normalised)"
+        name = self.metadata.get("encoder") or known.get((self.grid, self.features), "an encoder")
+        return f"{name}, {output} ({self.features})"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an adapter file in the public flat layout, and what imprompt wrote about it.
+
+    Raises CheckpointError for anything that is not an intact adapter file. Pickles run no code (`weights_only`).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no adapter file at {path}; give a .safetensors or .bin file")
+    if path.suffix not in FORMATS:
+        raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(FORMATS)}, received {path.suffix or 'no suffix'}")
+    tensors, metadata = _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
+    return _public(tensors, path.name), metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} is damaged or not a safetensors file; download or copy it again") from error
+    try:
+        metadata = json.loads(header.get(_METADATA_KEY, "{}"))
+    except ValueError:
+        metadata = {}
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path.name} holds more than tensors and was not opened, because loading it could run code; "
+            "ask its author for a .safetensors file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path.name} is damaged or not a PyTorch file; download or copy it again") from error
+    flat: dict[str, Tensor] = {}
+
+    def collect(node: Any, prefix: str) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                collect(value, f"{prefix}.{key}" if prefix else str(key))
+        elif isinstance(node, Tensor):
+            flat[prefix] = node
+
+    collect(content, "")
+    metadata = content.get(_METADATA_KEY) if isinstance(content, Mapping) else None
+    return flat, dict(metadata) if isinstance(metadata, Mapping) else {}
+
+
+def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Bring any known layout to the public one."""
+    tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        for other, ours in _PREFIXES.items():
+            key = ours + key.removeprefix(other) if key.startswith(other) else key
+        if key.startswith(("image_proj.", "ip_adapter.")):
+            found[key] = value
+    if not any(key.startswith("ip_adapter.") for key in found):  # safetensors dropped the shared copies
+        inside = {match.groups(): value for key, value in tensors.items() if (match := _TRAINED_INSIDE.fullmatch(key))}
+        order = sorted({layer for layer, _ in inside}, key=_public_order)
+        for (layer, weight), value in inside.items():
+            found[f"ip_adapter.{2 * order.index(layer) + 1}.{weight}"] = value
+    if not any(k.startswith("ip_adapter.") for k in found) or not any(k.startswith("image_proj.") for k in found):
+        raise CheckpointError(
+            f"{name} is not an IP-Adapter: expected tensors under image_proj. and ip_adapter., "
+            f"received {', '.join(sorted(tensors)[:3]) or 'none'} …; a whole model goes to --base"
+        )
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _public_order(layer: str) -> tuple[int, list[Any]]:
+    """Down, up, mid; numbers as numbers."""
+    return ("down_blocks", "up_blocks", "mid_block").index(layer.split(".")[0]), _natural(layer)
+
+
+def _natural(text: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+# -------------------------------------------------------------------------------------------------------- recognising
+
+
+def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Spec:
+    """What these tensors (in the public layout) are. Raises CheckpointError where they are of no known kind."""
+    layers = {}
+    for key, value in tensors.items():
+        if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key):
+            layers[int(match[1])] = value.shape[0]
+            cross = value.shape[1]
+    if not layers:
+        raise CheckpointError("the file has no ip_adapter.<n>.to_k_ip.weight: it holds no adapter, or was saved incompletely")
+
+    def shape(name: str) -> torch.Size | None:
+        tensor = tensors.get("image_proj." + name)
+        return None if tensor is None else tensor.shape
+
+    if size := shape("proj.weight"):
+        kind, tokens, features = "global", size[0] // cross, size[1]
+    elif shape("proj.3.weight") and (size := shape("proj.0.weight")):
+        kind, tokens, features = "full-face", 0, size[1]
+    elif size := shape("perceiver_resampler.proj_in.weight"):
+        kind, tokens, features = "faceid-plus", _rows(shape("proj.2.weight")) // cross, size[1]
+    elif shape("norm.weight") and (size := shape("proj.0.weight")):
+        kind, tokens, features = "faceid", _rows(shape("proj.2.weight")) // cross, size[1]
+    elif (size := shape("proj_in.weight")) and (latents := shape("latents")):
+        kind, tokens, features = "resampler", latents[1], size[1]
+    else:
+        names = sorted(key for key in tensors if key.startswith("image_proj."))
+        raise CheckpointError(f"unknown kind of adapter: image_proj holds {', '.join(names[:4])} …")
+    parameters = sum(t.numel() for t in tensors.values())
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return Spec(kind, tokens, features, cross, layers, parameters, dtype, metadata or {})
+
+
+def _rows(size: torch.Size | None) -> int:
+    return size[0] if size else 0
+
+
+# ----------------------------------------------------------------------------------------------- adapters and writing
+
+
+def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
+    """An adapter from a file, in float32, and what it is."""
+    tensors, metadata = read(path)
+    spec = recognise(tensors, metadata)
+    if spec.kind.startswith("faceid"):
+        raise CheckpointError(f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet")
+    with torch.device("meta"):
+        adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross)
+    expected = {key: value.shape for key, value in adapter.state_dict().items()}
+    wrong = [key for key, size in expected.items() if key not in tensors or tensors[key].shape != size] or [
+        key for key in tensors if key not in expected
+    ]
+    if wrong:
+        received = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing"
+        wanted = tuple(expected[wrong[0]]) if wrong[0] in expected else "nothing"
+        raise CheckpointError(f"{Path(path).name}: {wrong[0]} should be {wanted}, received {received}; the file is incomplete or altered")
+    adapter.load_state_dict({key: tensors[key].float() for key in expected}, assign=True)
+    return adapter.requires_grad_(False).eval(), spec
+
+
+def _projector(spec: Spec, tensors: Mapping[str, Tensor]) -> Projector:
+    if spec.kind == "global":
+        return LinearProjector(spec.features, spec.cross, spec.tokens)
+    if spec.kind == "full-face":
+        return MLPProjector(spec.features, spec.cross)
+    width = tensors["image_proj.latents"].shape[2]
+    depth = len({key.split(".")[2] for key in tensors if key.startswith("image_proj.layers.")})
+    query = tensors.get("image_proj.layers.0.0.to_q.weight")
+    heads = width // HEAD_CHANNELS if query is None else query.shape[0] // HEAD_CHANNELS
+    return Resampler(spec.features, spec.cross, spec.tokens, width, heads, depth)
+
+
+def save(adapter: Adapter, path: Path | str, metadata: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write an adapter as a public file, which diffusers and ComfyUI read. `.safetensors`, or `.bin` for old readers."""
+    write({key: value.to(dtype or value.dtype) for key, value in adapter.state_dict().items()}, path, metadata)
+
+
+def write(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write tensors that are in the public layout, atomically; the suffix decides the container."""
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise CheckpointError(f"cannot write {path.name}: expected a name ending in {', '.join(FORMATS)}")
+    own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic_path(path) as partial:
+        if path.suffix in PICKLES:
+            nested: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
+            for key, value in own.items():
+                group, name = key.split(".", 1)
+                nested[group][name] = value
+            torch.save(nested | ({_METADATA_KEY: dict(metadata)} if metadata else {}), partial)
+        else:
+            header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(dict(metadata))} if metadata else {})
+            safetensors.torch.save_file(own, partial, header)
+
+
+def convert(source: Path | str, target: Path | str) -> Spec:
+    """Rewrite any readable adapter file or training state as a public file. Values and dtypes stay as they are."""
+    tensors, metadata = read(source)
+    spec = recognise(tensors, metadata)
+    write(tensors, target, metadata)
+    return spec

@@ -1,0 +1,43 @@
+"""What the command line shows while it works."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Shown:
+    """A progress bar on standard error: rate and time left, and lines above it."""
+
+    def __init__(self, bar: Progress, name: str):
+        self._bar, self._task = bar, bar.add_task(name, total=None, note="")
+
+    def advance(self, done: int, total: int, note: str = "") -> None:
+        self._bar.update(self._task, completed=done, total=total, note=note)
+
+    def rename(self, name: str) -> None:
+        self._bar.reset(self._task, description=name, total=None)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(name: str, show: bool = True) -> Iterator[Shown]:
+    """A bar that is gone when the work is done."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[note]}")]
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+    with bar:
+        yield Shown(bar, name)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' advice to developers off the user's screen."""
+    warnings.filterwarnings("ignore")
+    for name in ("diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,51 @@
+"""`imprompt generate`."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL.PngImagePlugin import PngInfo
+
+from imprompt import __version__
+from imprompt.cli import chosen_fields
+from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.config import Generate
+from imprompt.files import atomic_path, writable_folder
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw, write each picture with its settings in the metadata and a contact sheet, and say where they are."""
+    from imprompt.images import cut_share, is_animated, open_image, sheet
+
+    choice = chosen_fields(arguments, Generate)
+    folder = writable_folder(choice.out)
+    references = [open_image(path) for path in choice.image]
+    quiet_libraries()
+    with progress_bar("drawing", show=not arguments.json) as progress:
+        for path, image in zip(choice.image, references, strict=True):
+            if choice.fit == "crop" and cut_share(image) > 0.1:
+                progress.say(f"{Path(path).name}: the centre square is used, {cut_share(image):.0%} is cut; --fit pad keeps all")
+            if is_animated(path):
+                progress.say(f"{Path(path).name}: only the first frame is used")
+        from imprompt.generating import draw
+
+        start = time.monotonic()
+        drawn = draw(choice, progress.advance)
+        seconds = time.monotonic() - start
+    paths = []
+    for picture in drawn:
+        settings = PngInfo()
+        settings.add_text("imprompt", json.dumps({**asdict(choice), "seed": picture.seed, "count": 1, "version": __version__}))
+        paths.append(folder / f"{picture.seed:06d}.png")
+        with atomic_path(paths[-1]) as partial:
+            picture.image.save(partial, pnginfo=settings)
+    contact = folder / "sheet.png"
+    with atomic_path(contact) as partial:
+        sheet(references, [picture.image for picture in drawn]).save(partial)
+    if arguments.json:
+        print(json.dumps({"sheet": str(contact), "pictures": [str(p) for p in paths], "seed": choice.seed, "seconds": round(seconds, 2)}))
+    else:
+        print(f"seed {choice.seed}, {len(paths)} pictures in {seconds:.1f} s")
+        print(contact)

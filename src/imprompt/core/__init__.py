@@ -1,0 +1,1 @@
+"""The papers: tensors in, tensors out. Needs torch and nothing else."""

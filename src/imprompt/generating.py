@@ -1,0 +1,67 @@
+"""The workflow of `imprompt generate`: references and text in, pictures out."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from imprompt.config import Generate
+from imprompt.errors import UserError
+from imprompt.hosts.unet import attach
+from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_dtype, set_scheduler
+from imprompt.prompter import load
+
+MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
+_BATCH_PIXELS = 4 * 512 * 512  # drawn at once
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+class Drawn(NamedTuple):
+    """One picture and the seed that repeats it."""
+
+    image: Image.Image
+    seed: int
+
+
+def draw(choice: Generate, progress: Progress = lambda done, total: None) -> list[Drawn]:
+    """Draw the pictures that `choice` describes. The same seed on the same machine gives the same picture."""
+    if not choice.image and not choice.prompt and choice.adapter:
+        raise UserError("an adapter without a reference does nothing; give --image")
+    device = pick_device(choice.device)
+    mini = choice.base == "mini"
+    if choice.image and not choice.adapter and not mini:
+        raise UserError(f"which adapter fits {choice.base} is not known; name one with --adapter")
+    pipe = load_base(choice.base, device, pick_dtype(choice.dtype, device, mini))
+    set_scheduler(pipe, choice.scheduler)
+    width, height = choice.pixels() or (own_size(pipe), own_size(pipe))
+    check_size(pipe, width, height)
+    attached: Any = nullcontext()
+    if choice.image:
+        prompter = load(choice.adapter or "mini", encoder=choice.encoder).to(device)
+        attached = attach(pipe, prompter(list(choice.image), scale=choice.scale, fit=choice.fit))
+    seeds = list(range(choice.seed, choice.seed + choice.count))
+    at_once = max(1, min(choice.count, _BATCH_PIXELS // (width * height)))
+    batches = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
+    total, images = len(batches) * choice.steps, []
+
+    def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        progress(min(done + index + 1, total), total)
+        return kwargs
+
+    with attached:
+        for number, batch in enumerate(batches):
+            done = number * choice.steps
+            images += pipe(
+                [choice.prompt] * len(batch),
+                negative_prompt=[choice.negative] * len(batch),
+                num_inference_steps=choice.steps,
+                guidance_scale=choice.guidance if choice.guidance is not None else MINI_GUIDANCE if mini else GUIDANCE,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
+                width=width,
+                height=height,
+                callback_on_step_end=step,
+            ).images
+    return [Drawn(image, seed) for image, seed in zip(images, seeds, strict=True)]

@@ -1,0 +1,1 @@
+"""Where an adapter plugs into a denoiser. The only rooms that know diffusers' attention."""

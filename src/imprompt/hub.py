@@ -1,0 +1,60 @@
+"""Where adapters, encoders and bases are found: inside the package, in folders, on the hub."""
+
+from pathlib import Path
+
+from imprompt.checkpoints import Spec
+from imprompt.errors import UserError
+
+MINI = Path(__file__).parent / "mini" / "weights"
+EMBEDDED = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensors"}
+
+# Encoders of the public releases: (hub id, subfolder) by what an adapter reads.
+_RELEASE = "h94/IP-Adapter"
+_ENCODERS = {"CLIP ViT-H/14": (_RELEASE, "models/image_encoder"), "CLIP ViT-bigG/14": (_RELEASE, "sdxl_models/image_encoder")}
+
+EncoderPlace = tuple[str | Path, str | None]
+
+
+def find_adapter(source: str, weight: str | None = None) -> tuple[Path, EncoderPlace | None]:
+    """The adapter's file, and its encoder where the place tells it."""
+    if source in EMBEDDED:
+        path = MINI / EMBEDDED[source]
+        if not path.is_file():
+            raise UserError(f"the embedded adapter {source} is not there yet; build it with: imprompt mini make")
+        return path, (MINI / "image_encoder", None)
+    if Path(source).is_file():
+        return Path(source), None
+    if Path(source).is_dir():
+        if weight is None:
+            raise UserError(f"{source} is a folder; name the adapter's file in it")
+        return Path(source) / weight, None
+    if weight is None and source.count("/") >= 2 and not source.startswith((".", "/", "~")):
+        owner, name, weight = source.split("/", 2)
+        source = f"{owner}/{name}"
+    if weight is None or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"no adapter at {source}; give a file, one of {', '.join(EMBEDDED)}, or a hub file such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
+        )
+    return _download(source, weight), None
+
+
+def default_encoder(spec: Spec) -> EncoderPlace:
+    """The encoder that an adapter of this shape was trained with."""
+    if spec.base == "mini":
+        return MINI / "image_encoder", None
+    for name, place in _ENCODERS.items():
+        if spec.encoder.startswith(name):
+            return place
+    raise UserError(f"which image encoder the adapter needs cannot be told from its shapes (it reads {spec.encoder}); give one with --encoder")
+
+
+def _download(repository: str, weight: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, weight))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"{repository}/{weight} is neither in the local cache nor to be had from the hub ({type(error).__name__}); check the name and the connection"
+        ) from error

@@ -1,0 +1,113 @@
+"""Reference pictures: opened safely, fitted to an encoder's square, laid out on sheets."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from imprompt.errors import ImageError
+
+MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need more than a gigabyte
+FITS = ("crop", "pad", "squash")
+
+Picture = str | Path | Image.Image
+
+
+def open_image(source: Picture) -> Image.Image:
+    """Open a picture as 8-bit RGB, upright.
+
+    Transparency is laid on white, 16-bit grey is scaled, CMYK converted, and the first frame of an animation taken.
+    Raises ImageError where the file is missing, no picture, damaged, empty or larger than MAX_PIXELS.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ImageError(f"no picture at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{path.name} is {width} × {height} pixels; expected at most {MAX_PIXELS // 1_000_000} million: reduce it first"
+                    )
+                image.load()
+                return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path.name} is not a picture that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path.name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{path.name} is damaged or cut off ({error}); save or download it again") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, turned as its EXIF says."""
+    if 0 in image.size:
+        raise ImageError(f"a picture of {image.width} × {image.height} pixels is empty")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: the brightest value of the type is white
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode.startswith("I") else max(values.max(), 1e-9)
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def is_animated(source: Picture) -> bool:
+    """Whether a file holds several frames, of which only the first is used."""
+    if isinstance(source, Image.Image):
+        return getattr(source, "n_frames", 1) > 1
+    with Image.open(source) as image:
+        return getattr(image, "n_frames", 1) > 1
+
+
+def fit(image: Image.Image, how: str = "crop") -> Image.Image:
+    """Make a picture square for the encoder: cut the longer side, pad the shorter one with white, or squash."""
+    side = min(image.size) if how == "crop" else max(image.size)
+    if how == "crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    if how == "pad":
+        return ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")
+    if how == "squash":
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    raise ImageError(f"unknown way to fit a reference: {how}; expected one of {', '.join(FITS)}")
+
+
+def cut_share(image: Image.Image) -> float:
+    """Share of the picture that a centre crop to a square loses."""
+    return 1 - min(image.size) / max(image.size)
+
+
+def sheet(references: Sequence[Image.Image], results: Sequence[Image.Image], columns: int = 4, cell: int = 192) -> Image.Image:
+    """A contact sheet: the references on the left, behind a rule the results in rows of `columns`."""
+    columns = max(1, min(columns, len(results)))
+    rows = max(-(-len(results) // columns), 1)
+    left = -(-len(references) // rows) if references else 0
+    gap, rule = 6, 14 if references else 0
+    width = (left + columns) * (cell + gap) + gap + rule
+    height = rows * (cell + gap) + gap
+    page = Image.new("RGB", (width, height), "white")
+
+    def place(image: Image.Image, column: int, row: int, shift: int) -> None:
+        method = Image.Resampling.NEAREST if max(image.size) * 2 <= cell else Image.Resampling.LANCZOS
+        small = ImageOps.contain(image, (cell, cell), method)
+        x = gap + column * (cell + gap) + shift + (cell - small.width) // 2
+        page.paste(small, (x, gap + row * (cell + gap) + (cell - small.height) // 2))
+
+    for i, image in enumerate(references):
+        place(image, i // rows, i % rows, 0)
+    if references:
+        x = gap + left * (cell + gap) + rule // 2 - gap // 2
+        page.paste((200, 200, 200), (x - 1, gap, x + 1, height - gap))
+    for i, image in enumerate(results):
+        place(image, left + i % columns, i // columns, rule)
+    return page

@@ -1,0 +1,105 @@
+"""One resumable training loop for every part of mini.
+
+The loss draws its own batch from the step number alone, so a step is the only position there is to remember:
+a run that was killed continues as if it had not been.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from imprompt.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one part is trained."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float | None = None  # decay; None keeps the last weights
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate: linear warm-up, then half a cosine to zero."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def fit(
+    plan: Plan,
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    folder: Path,
+    report: Callable[[int, int, float], None],
+    save_seconds: float = 150,
+) -> None:
+    """Train the parameters of `module` that require a gradient; the best weights (EMA where asked) end up in it.
+
+    `loss(step)` draws its batch from the step. State goes to `folder/NAME.pt` every `save_seconds`, atomically, and
+    is picked up from there. `report(step, steps, loss)` is called about twice a second.
+    """
+    path = folder / f"{plan.name}.pt"
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True)
+    average = EMAModel(parameters, decay=plan.ema, foreach=True) if plan.ema else None
+    step, smooth = 0, math.nan
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        step, smooth = state["step"], state["smooth"]
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        if average:
+            average.load_state_dict(state["average"])
+
+    def save() -> None:
+        state = {"step": step, "smooth": smooth, "module": module.state_dict(), "optimiser": optimiser.state_dict()}
+        with atomic_path(path) as partial:
+            torch.save(state | ({"average": average.state_dict()} if average else {}), partial)
+
+    saved = shown = time.monotonic()
+    low = torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
+    while step < plan.steps:
+        for group in optimiser.param_groups:
+            group["lr"] = plan.lr * plan.rate(step)
+        with low:
+            value = loss(step)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
+        if torch.isfinite(norm):
+            optimiser.step()
+            if average:
+                average.step(parameters)
+        optimiser.zero_grad(set_to_none=True)
+        step += 1
+        now = time.monotonic()
+        if now - shown > 0.5 or step == plan.steps:
+            smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
+            report(step, plan.steps, smooth)
+            shown = now
+        if now - saved > save_seconds:
+            save()
+            saved = now
+    save()
+    if average:
+        average.copy_to(parameters)
+
+
+def generator(name: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one step of one part."""
+    import zlib
+
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()) * 10_000_000 + step)

@@ -1,0 +1,308 @@
+"""How mini is made, from nothing: one function per part, in the order in which they need each other.
+
+Every part is a Hugging Face class of its real kind and is saved in the folder form that
+`StableDiffusionPipeline.from_pretrained` expects. The attribute judge and the second image-text encoder are never
+seen by anything that is trained afterwards: they only evaluate.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+
+from imprompt.files import atomic_path
+from imprompt.mini import world
+from imprompt.mini.fit import Plan, fit, generator
+from imprompt.mini.tokenizer import LENGTH, make_tokenizer
+
+Report = Callable[[int, int, float], None]
+
+# Attributes with a classification head, and their values.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "kind": world.KINDS,
+    "colour": world.COLOURS,
+    "background": world.BACKGROUNDS,
+    "pattern": world.PATTERNS,
+    "second_colour": tuple(world.PALETTE),
+    "accessory": world.ACCESSORIES,
+}
+PHOTOS_PER_SUBJECT = 4
+
+
+class Pool:
+    """The training pictures: photograph i shows subject i // 4. Drawn once, kept as one array on disk."""
+
+    def __init__(self, folder: Path, count: int, held_out: bool = False):
+        self.path = folder / f"{'held-out' if held_out else 'pool'}-{count}.npy"
+        draws = world.subjects(held_out)
+        self._subjects = [next(draws) for _ in range(-(-count // PHOTOS_PER_SUBJECT))]
+        first_scene = 10_000_000 if held_out else 0
+        self._scenes = [world.scene(first_scene + i) for i in range(count)]
+        self.count = count
+
+    def subject(self, i: int) -> world.Subject:
+        return self._subjects[i // PHOTOS_PER_SUBJECT]
+
+    def scene(self, i: int) -> world.Scene:
+        return self._scenes[i]
+
+    def draw(self, report: Report) -> None:
+        """Draw all pictures; a finished file is left alone."""
+        if self.path.exists():
+            return
+        with atomic_path(self.path) as partial:
+            shape = (self.count, world.SIZE, world.SIZE, 3)
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            for i in range(self.count):
+                array[i] = np.asarray(world.draw(self.subject(i), self.scene(i)))
+                if i % 1000 == 0:
+                    report(i, self.count, 0.0)
+            array.flush()
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(count, size, size, 3), uint8, read from disk as needed."""
+        return torch.from_numpy(np.load(self.path, mmap_mode="r+"))
+
+    def images(self, rows: Tensor) -> Tensor:
+        """(rows, 3, size, size) in −1 … 1."""
+        return self.pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(count, attributes): the index of each attribute's value; −100 where it does not show."""
+        return torch.tensor([self._labels(i) for i in range(self.count)])
+
+    def _labels(self, i: int) -> list[int]:
+        s, where = self.subject(i), self.scene(i)
+        values = [
+            s.kind, s.colour, where.background, s.pattern, "" if s.pattern == "plain" else s.second_colour, s.accessory,
+        ]  # fmt: skip
+        return [names.index(v) if v else -100 for names, v in zip(ATTRIBUTES.values(), values, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- image and text encoders
+
+
+def clip(width: int, layers: int, patch: int, projection: int, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP with its own small towers, untrained."""
+    tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
+    text = tower | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "projection_dim": projection,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = tower | {"image_size": world.SIZE, "patch_size": patch, "projection_dim": projection}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
+    return CLIPModel._from_config(config, attn_implementation="eager")
+
+
+class Contrast(nn.Module):
+    """CLIP's contrastive objective, with identical captions as soft positives, and attribute heads on the image side.
+
+    The heads are thrown away afterwards. They make the towers learn in minutes what captions alone teach in hours.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool, name: str, batch: int):
+        super().__init__()
+        self.model, self.tokenizer, self.pool, self.name, self.batch = model, tokenizer, pool, name, batch
+        self.heads = nn.Linear(model.config.projection_dim, sum(map(len, ATTRIBUTES.values())))
+
+    def loss(self, step: int) -> Tensor:
+        device = self.heads.weight.device
+        rows = torch.randint(self.pool.count, (self.batch,), generator=generator(self.name, step))
+        rng = random.Random(f"{self.name} {step}")
+        texts = [sample_caption(self.pool, int(i), rng, photographic=0.1) for i in rows]
+        tokens = tokenise(self.tokenizer, texts).to(device)
+        out = self.model(input_ids=tokens, pixel_values=self.pool.images(rows).to(device))
+        same = torch.tensor([[a == b for b in texts] for a in texts], device=device).float()
+        target = same / same.sum(1, keepdim=True)
+        logits = out.logits_per_image.float()
+        contrast = -(target * logits.log_softmax(1) + target.T * logits.log_softmax(0)).sum(1).mean() / 2
+        return contrast + attribute_loss(self.heads(10 * out.image_embeds).float(), self.pool.labels[rows].to(device))
+
+
+def attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the attributes. logits: (rows, all values); labels: (rows, attributes)."""
+    parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+    losses = [F.cross_entropy(part, labels[:, i], ignore_index=-100) for i, part in enumerate(parts)]
+    return torch.stack(losses).mean()
+
+
+def sample_caption(pool: Pool, i: int, rng: random.Random, photographic: float) -> str:
+    s, where = pool.subject(i), pool.scene(i)
+    if rng.random() < photographic:
+        return world.photo_caption(s, where, rng)
+    return world.caption(s, where, rng)
+
+
+def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(texts, LENGTH) token ids."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+
+
+# --------------------------------------------------------------------------------------------------------------- VAE
+
+
+def autoencoder() -> AutoencoderKL:
+    """f = 4, four latent channels."""
+    widths = (16, 32, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+class Reconstruction(nn.Module):
+    """What the VAE minimises: errors of brightness and of two colour differences, at three sizes."""
+
+    def __init__(self, model: AutoencoderKL, pool: Pool, batch: int):
+        super().__init__()
+        self.model, self.pool, self.batch = model, pool, batch
+
+    def loss(self, step: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        rows = torch.randint(self.pool.count, (self.batch,), generator=generator("vae", step))
+        x = self.pool.images(rows).to(device)
+        posterior = self.model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator("vae noise", step)).to(device)
+        y = self.model.decode(posterior.mean + posterior.std * noise).sample
+        a, b = _opponent(x), _opponent(y.float())
+        pooled = sum(k * F.l1_loss(F.avg_pool2d(b, n), F.avg_pool2d(a, n)) for n, k in ((2, 1), (4, 2)))
+        return F.l1_loss(b, a) + 2 * F.mse_loss(b, a) + pooled + 1e-4 * posterior.kl().float().mean() / 1024
+
+
+def _opponent(x: Tensor) -> Tensor:
+    """RGB → [mean, R − G, G − B]: eyes and judges see colour differences, a plain L1 does not care for them."""
+    r, g, b = x.unbind(1)
+    return torch.stack([(r + g + b) / 3, r - g, g - b], 1)
+
+
+@torch.no_grad()
+def normalise_latents(model: AutoencoderKL, pool: Pool, count: int = 4096) -> None:
+    """Fold the latents' mean and standard deviation into the 1×1 convolutions around them: scaling_factor stays 1."""
+    rows = torch.arange(0, min(count, pool.count))
+    means = torch.cat([model.encode(pool.images(r)).latent_dist.mean for r in rows.split(256)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    quant, post = model.quant_conv, model.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
+    quant.weight[:4] /= std[:, None, None, None]
+    quant.bias[:4] = (quant.bias[:4] - mean) / std
+    quant.weight[4:] *= 1  # log-variances: same scale change, as an offset
+    quant.bias[4:] -= 2 * std.log()
+
+
+# -------------------------------------------------------------------------------------------------------------- judge
+
+
+def judge() -> ResNetForImageClassification:
+    """A ResNet with one logit per value of every attribute, named `attribute:value`."""
+    names = [f"{attribute}:{value}" for attribute, values in ATTRIBUTES.items() for value in values]
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128, 192], depths=[2, 2, 2, 2], layer_type="basic",
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+    )  # fmt: skip
+    return ResNetForImageClassification(config)
+
+
+class Judging(nn.Module):
+    def __init__(self, model: ResNetForImageClassification, pool: Pool, batch: int):
+        super().__init__()
+        self.model, self.pool, self.batch = model, pool, batch
+
+    def loss(self, step: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        rows = torch.randint(self.pool.count, (self.batch,), generator=generator("judge", step))
+        x = self.pool.images(rows).to(device)
+        x = x + 0.1 * torch.rand(1, generator=generator("noise", step)).item() * torch.randn_like(x)
+        return attribute_loss(self.model(pixel_values=x).logits.float(), self.pool.labels[rows].to(device))
+
+
+# --------------------------------------------------------------------------------------------------------------- UNet
+
+
+class Latents:
+    """The pool as the VAE sees it: the posterior's mean, (count, 4, 16, 16), encoded once."""
+
+    def __init__(self, folder: Path, pool: Pool):
+        self.path, self.pool = folder / f"latents-{pool.count}.npy", pool
+
+    @torch.no_grad()
+    def encode(self, vae: AutoencoderKL, report: Report, batch: int = 250) -> None:
+        """Encode the whole pool; a finished file is left alone."""
+        if self.path.exists():
+            return
+        side = world.SIZE // 4
+        with atomic_path(self.path) as partial:
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(self.pool.count, 4, side, side))
+            for rows in torch.arange(self.pool.count).split(batch):
+                array[rows[0] : rows[-1] + 1] = vae.encode(self.pool.images(rows)).latent_dist.mean.half().numpy()
+                report(int(rows[-1]) + 1, self.pool.count, 0.0)
+            array.flush()
+
+    @cached_property
+    def values(self) -> Tensor:
+        return torch.from_numpy(np.load(self.path, mmap_mode="r+"))
+
+
+def scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR and trailing steps: the first step sees pure noise, as in training."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, steps_offset=1,
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+
+
+def unet(cross: int = 128) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion's shape, cross-attention at 8×8 and 4×4."""
+    return UNet2DConditionModel(
+        sample_size=world.SIZE // 4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        cross_attention_dim=cross,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    )
+
+
+class Denoising(nn.Module):
+    """L = E‖v − v_θ(x_t, c, t)‖², the text dropped in one picture of ten."""
+
+    def __init__(self, model: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, batch: int):
+        super().__init__()
+        self.model = model
+        model.set_attn_processor(AttnProcessor())
+        self.latents, self.pool, self.tokenizer, self.batch = latents, latents.pool, tokenizer, batch
+        self._frozen = [text.eval().requires_grad_(False)]  # in a list: not part of what is trained and saved
+        self.schedule = scheduler()
+
+    def loss(self, step: int) -> Tensor:
+        device = self.model.device
+        g = generator("unet", step)
+        rows = torch.randint(self.pool.count, (self.batch,), generator=g)
+        x = self.latents.values[rows].float().to(device)
+        noise = torch.randn(x.shape, generator=g).to(device)
+        t = (1000 * (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch).long().to(device)  # stratified
+        rng = random.Random(f"unet {step}")
+        texts = ["" if rng.random() < 0.1 else sample_caption(self.pool, int(i), rng, photographic=0.15) for i in rows]
+        with torch.no_grad():
+            states = self._frozen[0](tokenise(self.tokenizer, texts).to(device)).last_hidden_state
+        predicted = self.model(self.schedule.add_noise(x, noise, t), t, states).sample
+        return F.mse_loss(predicted.float(), self.schedule.get_velocity(x, noise, t))

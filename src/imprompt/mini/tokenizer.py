@@ -1,0 +1,48 @@
+"""A CLIP tokenizer in which every word of the world is one token; any other text falls apart into bytes."""
+
+import random
+
+from transformers import CLIPTokenizer
+
+from imprompt.mini.world import vocabulary
+
+LENGTH = 24  # tokens, start and end included
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """Build the tokenizer. BPE merges compete, so their order is searched (seeded) until each word is whole."""
+    words = list(vocabulary())
+    shuffle = random.Random(0)
+    words.sort(key=len, reverse=True)
+    for _ in range(1000):
+        tokenizer = _tokenizer(words)
+        broken = [w for w in words if len(tokenizer.tokenize(w)) != 1]
+        if not broken:
+            return tokenizer
+        rest = [w for w in words if w not in broken]
+        for word in broken:  # a broken word wins by moving up
+            rest.insert(shuffle.randrange(len(rest)) // 2, word)
+        words = rest
+    raise AssertionError(f"no order of merges keeps {broken} whole")
+
+
+def _tokenizer(words: list[str]) -> CLIPTokenizer:
+    letters = sorted(_byte_alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        left = word[0]
+        for i, letter in enumerate(word[1:], start=1):
+            right = letter + ("</w>" if i == len(word) - 1 else "")
+            if (left, right) not in merges:
+                merges.append((left, right))
+                tokens.append(left + right)
+            left += right
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel.alphabet()

@@ -1,0 +1,118 @@
+"""Prompter = encoder + adapter: pictures in, an image prompt out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imprompt import checkpoints
+from imprompt.checkpoints import Spec
+from imprompt.core.adapter import Adapter
+from imprompt.core.attention import KeyValues
+from imprompt.core.scales import Scale
+from imprompt.encoders import ImageEncoder
+from imprompt.errors import ImageError, UserError
+from imprompt.images import Picture, fit, open_image
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """Reference pictures as an adapter hears them. A value: `replace(prompt, scale=0.4)` gives another one."""
+
+    adapter: Adapter = field(repr=False)
+    features: Tensor = field(repr=False)  # (1 or prompts, references, patches, features)
+    null: Tensor = field(repr=False)  # (1, 1, patches, features)
+    scale: Scale = 1.0
+    mask: Tensor | None = field(default=None, repr=False)  # (H, W) in 0 … 1
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= 1:
+            raise UserError(f"expected 0 ≤ start ≤ end ≤ 1, received start={self.start}, end={self.end}")
+
+    @torch.no_grad()
+    def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
+        """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
+        null = self.null.expand(-1, self.features.shape[1], -1, -1)
+        both = self.adapter(torch.cat([null, self.features]).to(next(self.adapter.parameters())))
+        return (
+            {n: KeyValues(k[:1], v[:1]) for n, (k, v) in both.items()},
+            {n: KeyValues(k[1:], v[1:]) for n, (k, v) in both.items()},
+        )
+
+    def scaled(self, scale: Scale) -> "ImagePrompt":
+        """The same prompt with another λ."""
+        return replace(self, scale=scale)
+
+
+class Prompter:
+    """An adapter with the image encoder that it was trained for."""
+
+    def __init__(self, adapter: Adapter, spec: Spec, encoder: ImageEncoder):
+        width = encoder.width(spec.grid)
+        if width != spec.features:
+            raise UserError(
+                f"the image encoder does not fit the adapter: expected {spec.encoder}, received features of width {width}; choose another with --encoder"
+            )
+        self.adapter, self.spec, self.encoder = adapter, spec, encoder
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture],
+        scale: Scale = 1.0,
+        mask: Picture | Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        fit: str = "crop",
+    ) -> ImagePrompt:
+        """An image prompt from one picture, or from several of one subject.
+
+        scale is λ (a number, or a mapping from blocks to numbers); mask is white where the prompt is heard; start and
+        end are progress through the noise schedule, 0 … 1; fit says what happens to pictures that are not square.
+        """
+        features, null = self.encode(images, fit)
+        weight = None if mask is None else _mask(mask)
+        return ImagePrompt(self.adapter, features[None], null[None], scale, weight, start, end)
+
+    def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
+        """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
+        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        if not pictures:
+            raise ImageError("an image prompt needs at least one picture")
+        opened = [fit(open_image(picture), fit_) for picture in pictures]
+        return self.encoder.encode(opened, self.spec.grid), self.encoder.null(self.spec.grid)
+
+    def to(self, device: torch.device | str) -> "Prompter":
+        """Move encoder and adapter."""
+        self.adapter.to(device)
+        self.encoder.model.to(device)
+        return self
+
+
+def _mask(mask: Picture | Tensor) -> Tensor:
+    if isinstance(mask, Tensor):
+        if mask.ndim != 2:
+            raise UserError(f"expected a mask of shape (height, width), received {tuple(mask.shape)}")
+        return mask.float()
+    grey = open_image(mask).convert("L")
+    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(grey.height, grey.width) / 255
+
+
+def load(source: str | Path, weight: str | None = None, encoder: str | Path | None = None) -> Prompter:
+    """Load an adapter and its encoder.
+
+    `source` is a file, or a hub id with the file's path in the repository as `weight`:
+    `load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")`. `mini` and `mini-plus` are the embedded adapters.
+    The encoder is found from the adapter's shapes; `encoder` (a folder or a hub id) overrules. Offline, with
+    HF_HUB_OFFLINE=1, hub ids are looked up in the local cache only.
+    """
+    from imprompt import hub
+
+    path, found = hub.find_adapter(str(source), weight)
+    adapter, spec = checkpoints.load_adapter(path)
+    where = (str(encoder), None) if encoder else found or hub.default_encoder(spec)
+    return Prompter(adapter, spec, ImageEncoder.load(*where))

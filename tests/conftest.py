@@ -1,0 +1,136 @@
+"""Small models of the real classes, random but fixed, for tests that need no training."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import LinearProjector, MLPProjector, Resampler
+from imprompt.hosts.unet import adapter_shape
+from imprompt.mini.tokenizer import make_tokenizer
+
+torch.set_num_threads(1)
+
+CROSS = 32
+VISION = 40  # width of the encoder's grid
+POOLED = 24  # width of its pooled embedding
+
+
+def sd15_unet(cross: int = CROSS) -> UNet2DConditionModel:
+    """SD 1.5's layout of blocks and layers: 16 cross-attention layers."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=2,
+        cross_attention_dim=cross,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def sdxl_unet(cross: int = CROSS) -> UNet2DConditionModel:
+    """SDXL's layout: transformers of depth 2 and 10, added conditions, 70 cross-attention layers."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=cross,
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + CROSS,
+    ).eval()
+
+
+def vision_encoder() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=VISION, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=POOLED
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def _text_config() -> CLIPTextConfig:
+    tokenizer = make_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=CROSS, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, projection_dim=CROSS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def _vae() -> AutoencoderKL:
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=32,
+    ).eval()  # fmt: skip
+
+
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def sd15_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """A complete pipeline around a small random SD-1.5-shaped UNet."""
+    torch.manual_seed(3)
+    pipe = StableDiffusionPipeline(
+        unet=unet or sd15_unet(), vae=_vae(), text_encoder=CLIPTextModel(_text_config()).eval(), tokenizer=make_tokenizer(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
+        image_encoder=vision_encoder(), feature_extractor=image_processor(), safety_checker=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sdxl_pipeline() -> StableDiffusionXLPipeline:
+    torch.manual_seed(3)
+    text, text_2 = CLIPTextModel(_text_config()).eval(), CLIPTextModelWithProjection(_text_config()).eval()
+    pipe = StableDiffusionXLPipeline(
+        unet=sdxl_unet(2 * CROSS), vae=_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
+        image_encoder=vision_encoder(), feature_extractor=image_processor(), add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_adapter(unet: UNet2DConditionModel, kind: str, seed: int = 5) -> Adapter:
+    """An adapter of this kind for this UNet, with random weights that matter."""
+    torch.manual_seed(seed)
+    layers, cross = adapter_shape(unet)
+    projector = {
+        "global": lambda: LinearProjector(POOLED, cross, 4),
+        "resampler": lambda: Resampler(VISION, cross, tokens=6, width=64, heads=1, depth=4),
+        "full-face": lambda: MLPProjector(VISION, cross),
+    }[kind]()
+    return Adapter(projector, layers, cross).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def sd15():
+    return sd15_pipeline()
+
+
+@pytest.fixture
+def sdxl():
+    return sdxl_pipeline()

@@ -1,0 +1,47 @@
+"""The same adapter file in diffusers' own loader and in ours gives the same latents."""
+
+import pytest
+import torch
+from conftest import image_processor, random_adapter, sd15_pipeline, sdxl_pipeline, vision_encoder
+from PIL import Image
+
+from imprompt import checkpoints
+from imprompt.encoders import ImageEncoder
+from imprompt.hosts.unet import attach
+from imprompt.prompter import Prompter
+
+STEPS = 10
+
+
+def reference(seed):
+    return Image.effect_noise((32, 32), 60 + 20 * seed).convert("RGB").rotate(30 * seed)
+
+
+def drawn(pipe, **more):
+    return pipe("a red fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent", **more).images
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["global", "resampler", "full-face"])
+@pytest.mark.parametrize("make", [sd15_pipeline, sdxl_pipeline])
+@pytest.mark.parametrize("references", [1, 3])
+def test_same_latents_as_diffusers(make, kind, references, tmp_path):
+    images = [reference(i) for i in range(references)]
+    path = tmp_path / "adapter.safetensors"
+    checkpoints.save(random_adapter(make().unet, kind), path)
+
+    theirs = make()
+    theirs.load_ip_adapter(str(tmp_path), subfolder="", weight_name=path.name, image_encoder_folder=None)
+    theirs.set_ip_adapter_scale(0.8)
+    expected = drawn(theirs, ip_adapter_image=[images])
+
+    ours = make()
+    prompter = Prompter(*checkpoints.load_adapter(path), ImageEncoder(vision_encoder(), image_processor()))
+    with attach(ours, prompter(images, scale=0.8)):
+        received = drawn(ours)
+    assert relative(received, expected) <= 1e-4
+    assert relative(drawn(make()), expected) > 1e-2  # the prompt matters at all
