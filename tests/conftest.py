@@ -64,7 +64,13 @@ def sdxl_unet(cross: int = CROSS) -> UNet2DConditionModel:
 def vision_encoder() -> CLIPVisionModelWithProjection:
     torch.manual_seed(1)
     config = CLIPVisionConfig(
-        hidden_size=VISION, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=POOLED
+        hidden_size=VISION,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=POOLED,
     )
     return CLIPVisionModelWithProjection(config).eval()
 

@@ -1,12 +1,12 @@
 """imprompt: image prompts for text-to-image diffusion models.
 
-    import imprompt
+import imprompt
 
-    images = imprompt.generate("cat.png", prompt="on a beach")           # embedded model: offline, CPU, seconds
+images = imprompt.generate("cat.png", prompt="on a beach")           # embedded model: offline, CPU, seconds
 
-    ip = imprompt.load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")
-    with imprompt.attach(pipe, ip("cat.png", scale=0.6)):                # any diffusers pipeline with a UNet
-        image = pipe("on a beach").images[0]
+ip = imprompt.load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")
+with imprompt.attach(pipe, ip("cat.png", scale=0.6)):                # any diffusers pipeline with a UNet
+    image = pipe("on a beach").images[0]
 """
 
 from importlib import import_module
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from imprompt.core.scales import STYLE as STYLE
     from imprompt.errors import UserError as UserError
     from imprompt.hosts.unet import attach as attach
+    from imprompt.hub import MINI as MINI
     from imprompt.prompter import ImagePrompt as ImagePrompt
     from imprompt.prompter import load as load
 
 _PUBLIC = {
     "LAYOUT": "core.scales",
+    "MINI": "hub",
     "STYLE": "core.scales",
     "ImagePrompt": "prompter",
     "UserError": "errors",

@@ -8,7 +8,8 @@ brought to it on reading.
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FORMATS = (".safetensors", *PICKLES)
 _PREFIXES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}  # others' → ours
 _TRAINED_INSIDE = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
+_BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in public order
 _METADATA_KEY = "imprompt"
 
 
@@ -90,35 +92,47 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} is damaged or not a safetensors file; download or copy it again") from error
-    try:
-        metadata = json.loads(header.get(_METADATA_KEY, "{}"))
-    except ValueError:
-        metadata = {}
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors, _own_words(header.get(_METADATA_KEY, "{}"))
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} holds more than tensors and was not opened, because loading it could run code; "
-            "ask its author for a .safetensors file"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to the file's author
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = dict(_flat(content))
+    except Exception as error:  # there is little that a damaged pickle does not raise
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            raise CheckpointError(
+                f"{path.name} holds more than tensors and was not opened, because loading it could run code; "
+                "ask its author for a .safetensors file"
+            ) from error
         raise CheckpointError(f"{path.name} is damaged or not a PyTorch file; download or copy it again") from error
-    flat: dict[str, Tensor] = {}
+    return tensors, _own_words(content.get(_METADATA_KEY) if isinstance(content, Mapping) else None)
 
-    def collect(node: Any, prefix: str) -> None:
-        if isinstance(node, Mapping):
-            for key, value in node.items():
-                collect(value, f"{prefix}.{key}" if prefix else str(key))
-        elif isinstance(node, Tensor):
-            flat[prefix] = node
 
-    collect(content, "")
-    metadata = content.get(_METADATA_KEY) if isinstance(content, Mapping) else None
-    return flat, dict(metadata) if isinstance(metadata, Mapping) else {}
+def _is_pickle(path: Path) -> bool:
+    """Whether it begins as torch's zip archive or as a pickle; a renamed text does neither."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested mappings, their keys joined by dots."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, Tensor):
+        yield prefix, node
+
+
+def _own_words(header: Any) -> dict[str, Any]:
+    """What imprompt wrote about a file; nothing where the entry is somebody else's."""
+    try:
+        words = json.loads(header if isinstance(header, str) else json.dumps(header))
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return words if isinstance(words, dict) else {}
 
 
 def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -132,6 +146,8 @@ def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             found[key] = value
     if not any(key.startswith("ip_adapter.") for key in found):  # safetensors dropped the shared copies
         inside = {match.groups(): value for key, value in tensors.items() if (match := _TRAINED_INSIDE.fullmatch(key))}
+        if strange := [layer for layer, _ in inside if layer.split(".")[0] not in _BLOCKS]:
+            raise CheckpointError(f"{name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {strange[0]}")
         order = sorted({layer for layer, _ in inside}, key=_public_order)
         for (layer, weight), value in inside.items():
             found[f"ip_adapter.{2 * order.index(layer) + 1}.{weight}"] = value
@@ -145,11 +161,11 @@ def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def _public_order(layer: str) -> tuple[int, list[Any]]:
     """Down, up, mid; numbers as numbers."""
-    return ("down_blocks", "up_blocks", "mid_block").index(layer.split(".")[0]), _natural(layer)
+    return _BLOCKS.index(layer.split(".")[0]), _natural(layer)
 
 
 def _natural(text: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 # -------------------------------------------------------------------------------------------------------- recognising
@@ -158,26 +174,27 @@ def _natural(text: str) -> list[Any]:
 def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Spec:
     """What these tensors (in the public layout) are. Raises CheckpointError where they are of no known kind."""
     layers = {}
-    for key, value in tensors.items():
+    for key in tensors:
         if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key):
-            layers[int(match[1])] = value.shape[0]
-            cross = value.shape[1]
+            layers[int(match[1])], cross = _size(tensors, key)
     if not layers:
         raise CheckpointError("the file has no ip_adapter.<n>.to_k_ip.weight: it holds no adapter, or was saved incompletely")
 
-    def shape(name: str) -> torch.Size | None:
-        tensor = tensors.get("image_proj." + name)
-        return None if tensor is None else tensor.shape
+    def shape(name: str, dimensions: int = 2) -> torch.Size | None:
+        key = "image_proj." + name
+        return _size(tensors, key, dimensions) if key in tensors else None
 
     if size := shape("proj.weight"):
         kind, tokens, features = "global", size[0] // cross, size[1]
-    elif shape("proj.3.weight") and (size := shape("proj.0.weight")):
+        if size[0] % cross:
+            raise CheckpointError(f"image_proj.proj.weight should have a multiple of {cross} rows, received {size[0]}; the file is altered")
+    elif shape("proj.3.weight", 1) and (size := shape("proj.0.weight")):
         kind, tokens, features = "full-face", 0, size[1]
     elif size := shape("perceiver_resampler.proj_in.weight"):
         kind, tokens, features = "faceid-plus", _rows(shape("proj.2.weight")) // cross, size[1]
-    elif shape("norm.weight") and (size := shape("proj.0.weight")):
+    elif shape("norm.weight", 1) and (size := shape("proj.0.weight")):
         kind, tokens, features = "faceid", _rows(shape("proj.2.weight")) // cross, size[1]
-    elif (size := shape("proj_in.weight")) and (latents := shape("latents")):
+    elif (size := shape("proj_in.weight")) and (latents := shape("latents", 3)):
         kind, tokens, features = "resampler", latents[1], size[1]
     else:
         names = sorted(key for key in tensors if key.startswith("image_proj."))
@@ -185,6 +202,14 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None 
     parameters = sum(t.numel() for t in tensors.values())
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return Spec(kind, tokens, features, cross, layers, parameters, dtype, metadata or {})
+
+
+def _size(tensors: Mapping[str, Tensor], key: str, dimensions: int = 2) -> torch.Size:
+    """The shape of a tensor that the rest is read off. Raises CheckpointError where it cannot be."""
+    size = tensors[key].shape
+    if len(size) != dimensions or 0 in size:
+        raise CheckpointError(f"{key} should have {dimensions} dimensions, received {tuple(size)}; the file is incomplete or altered")
+    return size
 
 
 def _rows(size: torch.Size | None) -> int:
@@ -199,7 +224,9 @@ def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
     tensors, metadata = read(path)
     spec = recognise(tensors, metadata)
     if spec.kind.startswith("faceid"):
-        raise CheckpointError(f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet")
+        raise CheckpointError(
+            f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet"
+        )
     with torch.device("meta"):
         adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross)
     expected = {key: value.shape for key, value in adapter.state_dict().items()}
@@ -221,8 +248,8 @@ def _projector(spec: Spec, tensors: Mapping[str, Tensor]) -> Projector:
         return MLPProjector(spec.features, spec.cross)
     width = tensors["image_proj.latents"].shape[2]
     depth = len({key.split(".")[2] for key in tensors if key.startswith("image_proj.layers.")})
-    query = tensors.get("image_proj.layers.0.0.to_q.weight")
-    heads = width // HEAD_CHANNELS if query is None else query.shape[0] // HEAD_CHANNELS
+    query = "image_proj.layers.0.0.to_q.weight"
+    heads = max(1, (_size(tensors, query)[0] if query in tensors else width) // HEAD_CHANNELS)
     return Resampler(spec.features, spec.cross, spec.tokens, width, heads, depth)
 
 
@@ -236,7 +263,7 @@ def write(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str
     path = Path(path)
     if path.suffix not in FORMATS:
         raise CheckpointError(f"cannot write {path.name}: expected a name ending in {', '.join(FORMATS)}")
-    own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    own = _with_own_storage(tensors)
     with atomic_path(path) as partial:
         if path.suffix in PICKLES:
             nested: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
@@ -247,6 +274,20 @@ def write(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str
         else:
             header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(dict(metadata))} if metadata else {})
             safetensors.torch.save_file(own, partial, header)
+
+
+def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where need be: a slice would drag its whole into a pickle, and safetensors refuses tensors that share memory."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.nbytes() != value.nbytes or storage.data_ptr() in taken:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        own[key] = value
+    return own
 
 
 def convert(source: Path | str, target: Path | str) -> Spec:

@@ -45,7 +45,9 @@ def default_encoder(spec: Spec) -> EncoderPlace:
     for name, place in _ENCODERS.items():
         if spec.encoder.startswith(name):
             return place
-    raise UserError(f"which image encoder the adapter needs cannot be told from its shapes (it reads {spec.encoder}); give one with --encoder")
+    raise UserError(
+        f"which image encoder the adapter needs cannot be told from its shapes (it reads {spec.encoder}); give one with --encoder"
+    )
 
 
 def _download(repository: str, weight: str) -> Path:

@@ -1,5 +1,6 @@
 """Reference pictures: opened safely, fitted to an encoder's square, laid out on sheets."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from imprompt.errors import ImageError
 
 MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need more than a gigabyte
 FITS = ("crop", "pad", "squash")
+_ENOUGH = 2048  # pixels a side of a padded or squashed picture: encoders look at 224 to 448
 
 Picture = str | Path | Image.Image
 
@@ -23,12 +25,14 @@ def open_image(source: Picture) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ImageError(f"expected a picture as a path or a PIL image, received {type(source).__name__}")
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it does not raise for a name too long
         raise ImageError(f"no picture at {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            warnings.simplefilter("ignore")  # the limit below is ours, and odd metadata are no obstacle
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
@@ -40,11 +44,17 @@ def open_image(source: Picture) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageError(f"{path.name} is not a picture that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path.name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{path.name} is damaged or cut off ({error}); save or download it again") from error
+        raise ImageError(
+            f"{path.name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first"
+        ) from error
+    except ImageError:
+        raise
+    except Exception as error:  # struct.error, RuntimeError, MemoryError …: Pillow's readers raise nearly anything
+        raise ImageError(f"{path.name} is damaged or cut off ({_short(error)}); save or download it again") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -53,7 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(f"a picture of {image.width} × {image.height} pixels is empty")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: the brightest value of the type is white
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0)
         top = 65535 if image.mode.startswith("I") else max(values.max(), 1e-9)
         image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -72,14 +82,23 @@ def is_animated(source: Picture) -> bool:
 
 def fit(image: Image.Image, how: str = "crop") -> Image.Image:
     """Make a picture square for the encoder: cut the longer side, pad the shorter one with white, or squash."""
-    side = min(image.size) if how == "crop" else max(image.size)
+    side = min(image.size) if how == "crop" else min(max(image.size), _ENOUGH)
     if how == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     if how == "pad":
-        return ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")
+        small = _within(image, side, Image.Resampling.BICUBIC)
+        page = Image.new(image.mode, (side, side), "white")
+        page.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+        return page
     if how == "squash":
         return image.resize((side, side), Image.Resampling.BICUBIC)
     raise ImageError(f"unknown way to fit a reference: {how}; expected one of {', '.join(FITS)}")
+
+
+def _within(image: Image.Image, side: int, method: Image.Resampling) -> Image.Image:
+    """Scaled so that the longer side has `side` pixels, and the shorter one at least one."""
+    width, height = (max(1, round(n * side / max(image.size))) for n in image.size)
+    return image.resize((width, height), method)
 
 
 def cut_share(image: Image.Image) -> float:
@@ -99,7 +118,7 @@ def sheet(references: Sequence[Image.Image], results: Sequence[Image.Image], col
 
     def place(image: Image.Image, column: int, row: int, shift: int) -> None:
         method = Image.Resampling.NEAREST if max(image.size) * 2 <= cell else Image.Resampling.LANCZOS
-        small = ImageOps.contain(image, (cell, cell), method)
+        small = _within(image, cell, method)
         x = gap + column * (cell + gap) + shift + (cell - small.width) // 2
         page.paste(small, (x, gap + row * (cell + gap) + (cell - small.height) // 2))
 

@@ -62,7 +62,7 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
     optional = {"safety_checker": None, "requires_safety_checker": False} if mini else {}
     try:
         pipe = kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
-    except (OSError, ValueError, EnvironmentError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({_short(error)})") from error
     if not hasattr(pipe, "unet"):
         raise UserError(f"{source} is a {type(pipe).__name__} without a UNet; expected a Stable Diffusion 1.5, 2.1 or XL model")

@@ -22,10 +22,10 @@ def latents(pipe, text="a red fish", **more):
 
 
 def test_layers_are_numbered_as_in_the_public_files():
-    sd15 = {layer.index: layer.name for layer in cross_attention_layers(sd15_unet())}
+    sd15 = {layer.number: layer.name for layer in cross_attention_layers(sd15_unet())}
     assert list(sd15) == list(range(1, 32, 2))
     assert sd15[1].startswith("down_blocks.0.") and sd15[13].startswith("up_blocks.1.") and sd15[31].startswith("mid_block.")
-    sdxl = {layer.index: layer.name for layer in cross_attention_layers(sdxl_unet())}
+    sdxl = {layer.number: layer.name for layer in cross_attention_layers(sdxl_unet())}
     assert list(sdxl) == list(range(1, 140, 2))
     style = [n for n, name in sdxl.items() if name.startswith(next(iter(STYLE)))]
     layout = [n for n, name in sdxl.items() if name.startswith("down_blocks.2.attentions.1")]
@@ -218,5 +218,5 @@ def test_initialises_from_the_layers_own_weights():
     adapter = random_adapter(unet, "global")
     initialise(adapter, unet)
     for layer in cross_attention_layers(unet):
-        assert torch.equal(adapter.ip_adapter[str(layer.index)].to_v_ip.weight, layer.attention.to_v.weight)
+        assert torch.equal(adapter.ip_adapter[str(layer.number)].to_v_ip.weight, layer.attention.to_v.weight)
     assert adapter.layers == adapter_shape(unet)[0]

@@ -1,6 +1,7 @@
 """Adapter = projector + one (W'k, W'v) per cross-attention layer. Its `state_dict` is the public file."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -36,12 +37,17 @@ class Adapter(nn.Module):
     @property
     def layers(self) -> dict[int, int]:
         """Public layer index → hidden width."""
-        return {int(n): layer.to_k_ip.out_features for n, layer in self.ip_adapter.items()}  # type: ignore[union-attr, misc]
+        return {int(n): self.layer(int(n)).to_k_ip.out_features for n in self.ip_adapter}
+
+    def layer(self, n: int) -> LayerProjection:
+        """W'k and W'v of layer n."""
+        return cast(LayerProjection, self.ip_adapter[str(n)])
 
     def tokens(self, features: Tensor) -> Tensor:
         """(batch, references, patches, features) → (batch, references · tokens, cross): the references' tokens in a row."""
         batch, references = features.shape[:2]
-        return self.image_proj(features.flatten(0, 1)).unflatten(0, (batch, references)).flatten(1, 2)
+        tokens: Tensor = self.image_proj(features.flatten(0, 1))
+        return tokens.reshape(batch, references * tokens.shape[1], self.cross)
 
     def forward(self, features: Tensor) -> dict[int, KeyValues]:
         """(batch, references, patches, features) → for each layer n its keys and values, (batch, tokens, hidden)."""
@@ -49,7 +55,7 @@ class Adapter(nn.Module):
 
     def key_values(self, tokens: Tensor) -> dict[int, KeyValues]:
         """(batch, tokens, cross) → for each layer n its keys and values, (batch, tokens, hidden)."""
-        return {int(n): layer(tokens) for n, layer in self.ip_adapter.items()}
+        return {int(n): self.layer(int(n))(tokens) for n in self.ip_adapter}
 
     def trainable(self) -> int:
         """Number of parameters."""

@@ -43,7 +43,7 @@ def classic(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = Non
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     start = query.new_empty(()) if bias is None else bias.expand(rows, heads, -1, -1).flatten(0, 1)
     scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=channels**-0.5)
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, (rows, heads))
+    return torch.bmm(scores.softmax(-1), v).reshape(query.shape)
 
 
 def decoupled_attention(
@@ -60,17 +60,14 @@ def decoupled_attention(
     query: (rows, positions, hidden). text and branches: (rows, tokens, hidden), each with its own number of tokens.
     text_bias: added to the text's scores, broadcastable to (rows, heads, positions, tokens). Returns (rows, positions, hidden).
     """
-    q = _split(query, heads)
-    out = _join(kernel(q, _split(text.key, heads), _split(text.value, heads), text_bias))
+    out = attend(query, text.key, text.value, heads, kernel, text_bias)
     for key, value, mask in branches:
-        extra = _join(branch_kernel(q, _split(key, heads), _split(value, heads), None))
+        extra = attend(query, key, value, heads, branch_kernel)
         out = out + (extra if mask is None else mask * extra)
     return out
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (rows, heads, length, channels)
-
-
-def _join(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # (rows, length, hidden)
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, kernel: Kernel = fused, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention on (rows, length, hidden), without projections."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))  # (rows, heads, length, channels)
+    return kernel(q, k, v, bias).transpose(1, 2).flatten(2)

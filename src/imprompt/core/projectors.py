@@ -3,8 +3,13 @@
 Each takes (batch, patches, features) and gives (batch, tokens, cross). Parameter names are those of the public files.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+
+from imprompt.core.attention import attend
 
 HEAD_CHANNELS = 64  # of the resampler's attention, in every public file
 
@@ -20,7 +25,8 @@ class LinearProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, 1, features) → (batch, tokens, cross)."""
-        return self.norm(self.proj(features.squeeze(1)).unflatten(-1, (self.tokens, -1)))
+        tokens: Tensor = self.proj(features).reshape(len(features), self.tokens, -1)
+        return cast(Tensor, self.norm(tokens))
 
 
 class MLPProjector(nn.Module):
@@ -32,7 +38,7 @@ class MLPProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, patches, features) → (batch, patches, cross)."""
-        return self.proj(features)
+        return cast(Tensor, self.proj(features))
 
 
 class Resampler(nn.Module):
@@ -50,10 +56,10 @@ class Resampler(nn.Module):
         """(batch, patches, features) → (batch, tokens, cross)."""
         x = self.proj_in(features)
         latents = self.latents.expand(len(x), -1, -1)
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        for attention, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], self.layers):
             latents = latents + attention(x, latents)
             latents = latents + mlp(latents)
-        return self.norm_out(self.proj_out(latents))
+        return cast(Tensor, self.norm_out(self.proj_out(latents)))
 
 
 class ResamplerAttention(nn.Module):
@@ -73,8 +79,7 @@ class ResamplerAttention(nn.Module):
         x, latents = self.norm1(x), self.norm2(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return cast(Tensor, self.to_out(attend(query, key, value, self.heads)))
 
 
 def feed_forward(width: int, factor: int = 4) -> nn.Sequential:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imprompt.core import guidance, schedule
 from imprompt.core.adapter import Adapter
-from imprompt.core.attention import Branch, KeyValues, Kernel, classic, decoupled_attention, fused
+from imprompt.core.attention import Branch, Kernel, KeyValues, classic, decoupled_attention, fused
 from imprompt.core.guidance import Groups
 from imprompt.core.masks import level_sizes, mask_weights
 from imprompt.core.scales import Scale, scale_of, unmatched
@@ -28,11 +28,18 @@ ARGUMENT = "ip_hidden_states"  # a cross-attention argument that diffusers' self
 class Prompt(Protocol):
     """What a host needs to know of an image prompt."""
 
-    adapter: Adapter
-    scale: Scale
-    mask: Tensor | None  # (H, W) in 0 … 1
-    start: float
-    end: float
+    @property
+    def adapter(self) -> Adapter: ...
+    @property
+    def scale(self) -> Scale: ...
+    @property
+    def mask(self) -> Tensor | None:
+        """(H, W) in 0 … 1."""
+
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
 
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Of the null and of the image, for each layer: (1 or prompts, tokens, hidden)."""
@@ -49,7 +56,7 @@ class LayerInput(NamedTuple):
 class Layer(NamedTuple):
     """One cross-attention layer of a UNet."""
 
-    index: int  # n, the public one
+    number: int  # n, the public one
     name: str  # such as up_blocks.1.attentions.0.transformer_blocks.0.attn2
     attention: Attention
     level: int  # resolution: 0 is the latents' own, each further one half of it
@@ -72,14 +79,14 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[Layer]:
 def adapter_shape(unet: UNet2DConditionModel) -> tuple[dict[int, int], int]:
     """What an adapter for this UNet looks like: hidden width for each layer n, and the width of the text states."""
     layers = cross_attention_layers(unet)
-    return {layer.index: layer.attention.to_k.out_features for layer in layers}, unet.config.cross_attention_dim
+    return {layer.number: layer.attention.to_k.out_features for layer in layers}, unet.config.cross_attention_dim
 
 
 def initialise(adapter: Adapter, unet: UNet2DConditionModel) -> None:
     """Start W'k and W'v from the layer's own W_k and W_v (IP-Adapter, section 3.2)."""
     with torch.no_grad():
         for layer in cross_attention_layers(unet):
-            mine = adapter.ip_adapter[str(layer.index)]
+            mine = adapter.layer(layer.number)
             mine.to_k_ip.weight.copy_(layer.attention.to_k.weight)
             mine.to_v_ip.weight.copy_(layer.attention.to_v.weight)
 
@@ -96,7 +103,7 @@ class DecoupledProcessor:
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         ip_hidden_states: Mapping[str, LayerInput] | None = None,
@@ -117,6 +124,45 @@ class DecoupledProcessor:
 def text_key_values(attn: Attention, states: Tensor) -> KeyValues:
     """The layer's own keys and values. states: (rows, tokens, cross)."""
     return KeyValues(attn.to_k(states), attn.to_v(states))
+
+
+class Processors:
+    """Our processors in place of a UNet's own, until `restore()`. Training needs only these and `layer_inputs`."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self.layers = cross_attention_layers(unet)
+        for layer in self.layers:
+            now = layer.attention.processor
+            if isinstance(now, DecoupledProcessor):
+                raise RuntimeError("this UNet has image prompts attached already: detach them, or pass all prompts to one attach()")
+            if type(now) not in (AttnProcessor, AttnProcessor2_0):
+                raise RuntimeError(
+                    f"{layer.name} uses {type(now).__name__}, which image prompts cannot be added to; expected the default "
+                    "attention: call unet.set_default_attn_processor() (switches off slicing, xFormers and other adapters) before attach()"
+                )
+        self._placed = [DecoupledProcessor(layer, layer.attention.processor) for layer in self.layers]
+        for layer, processor in zip(self.layers, self._placed, strict=True):
+            layer.attention.set_processor(processor)
+
+    def check(self) -> None:
+        """Raise where something replaced a processor of ours: the image prompt would be dropped in silence."""
+        for layer, processor in zip(self.layers, self._placed, strict=True):
+            if layer.attention.processor is not processor:
+                raise RuntimeError(
+                    f"after attach(), {layer.name} was given {type(layer.attention.processor).__name__} (attention slicing, xFormers "
+                    "or another adapter does that), and the image prompt would be dropped: attach last"
+                )
+
+    def restore(self) -> None:
+        """Put back what stood there before; what somebody replaced since stays."""
+        for layer, processor in zip(self.layers, self._placed, strict=True):
+            if layer.attention.processor is processor:
+                layer.attention.set_processor(processor.replaced)
+
+
+def layer_inputs(layers: Sequence[Layer], key_values: Mapping[int, KeyValues]) -> dict[str, dict[str, LayerInput]]:
+    """The cross-attention argument that makes each layer hear these keys and values: what training passes itself."""
+    return {ARGUMENT: {layer.name: LayerInput(None, [Branch(*key_values[layer.number])]) for layer in layers}}
 
 
 def _like_diffusers(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,9 +186,7 @@ class Link:
         unet = target.unet if self._pipe is not None else target
         self._unet: UNet2DConditionModel = getattr(unet, "_orig_mod", unet)  # under torch.compile
         if not isinstance(self._unet, UNet2DConditionModel):
-            raise TypeError(
-                f"expected a diffusers pipeline with a UNet2DConditionModel, or such a UNet; received {type(target).__name__}"
-            )
+            raise TypeError(f"expected a diffusers pipeline with a UNet2DConditionModel, or such a UNet; received {type(target).__name__}")
         if self._pipe is None and groups is None:
             raise ValueError(
                 "a bare UNet does not know which rows of its batch are guided: "
@@ -154,7 +198,8 @@ class Link:
         self._text: _TextCache = _TextCache()
         self._laid_out: dict[Any, Any] = {}
         self.prompts = prompts  # type: ignore[assignment]
-        self._install(unet)
+        self._processors: Processors | None = Processors(self._unet)
+        self._handle = unet.register_forward_pre_hook(self._feed, with_kwargs=True)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -172,13 +217,11 @@ class Link:
 
     def detach(self) -> None:
         """Restore the UNet exactly. Detaching twice does nothing."""
-        if self._handle is None:
+        if self._processors is None:
             return
         self._handle.remove()
-        self._handle = None
-        for layer, processor in zip(self._layers, self._processors, strict=True):
-            if layer.attention.processor is processor:  # else somebody replaced ours since: theirs stays
-                layer.attention.set_processor(processor.replaced)
+        self._processors.restore()
+        self._processors = None
         self._laid_out.clear()
         self._text.clear()
 
@@ -188,31 +231,13 @@ class Link:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _install(self, hooked: nn.Module) -> None:
-        self._handle = None
-        for layer in self._layers:
-            now = layer.attention.processor
-            if isinstance(now, DecoupledProcessor):
-                raise RuntimeError("this UNet has image prompts attached already: detach them, or pass all prompts to one attach()")
-            if type(now) not in (AttnProcessor, AttnProcessor2_0):
-                raise RuntimeError(
-                    f"{layer.name} uses {type(now).__name__}, which image prompts cannot be added to; expected the default "
-                    "attention: call unet.set_default_attn_processor() (switches off slicing, xFormers and other adapters) before attach()"
-                )
-        self._processors = [DecoupledProcessor(layer, layer.attention.processor) for layer in self._layers]
-        for layer, processor in zip(self._layers, self._processors, strict=True):
-            layer.attention.set_processor(processor)
-        self._handle = hooked.register_forward_pre_hook(self._feed, with_kwargs=True)
-
     def _feed(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before every call of the UNet: hand each layer its keys and values."""
-        for layer, processor in zip(self._layers, self._processors, strict=True):
-            if layer.attention.processor is not processor:
-                raise RuntimeError(
-                    f"after attach(), {layer.name} was given {type(layer.attention.processor).__name__} (attention slicing, xFormers "
-                    "or another adapter does that), and the image prompt would be dropped: attach last"
-                )
-        sample, timestep, states = (_argument(args, kwargs, i, name) for i, name in enumerate(("sample", "timestep", "encoder_hidden_states")))
+        assert self._processors is not None
+        self._processors.check()
+        sample, timestep, states = (
+            _argument(args, kwargs, i, name) for i, name in enumerate(("sample", "timestep", "encoder_hidden_states"))
+        )
         groups = self._groups or guidance.guidance_groups(self._pipe)
         with self._lock:
             branches = self._branches(sample, groups)
@@ -222,9 +247,9 @@ class Link:
         for layer in self._layers:
             mine = [
                 branch if gate is None else branch._replace(value=branch.value * gate.to(branch.value))
-                for branch, gate in zip(branches[layer.index], gates, strict=True)
+                for branch, gate in zip(branches[layer.number], gates, strict=True)
             ]
-            argument[layer.name] = LayerInput(text and text[layer.index], mine)
+            argument[layer.name] = LayerInput(text[layer.number] if text else None, mine)
         extra = {**(kwargs.get("cross_attention_kwargs") or {}), ARGUMENT: argument}
         return args, {**kwargs, "cross_attention_kwargs": extra}
 
@@ -233,17 +258,15 @@ class Link:
         key = (sample.shape, sample.dtype, sample.device, groups)
         if key not in self._laid_out:
             self._laid_out.clear()
-            self._laid_out[key] = {layer.index: self._layer_branches(layer, sample, groups) for layer in self._layers}
+            self._laid_out[key] = {layer.number: self._layer_branches(layer, sample, groups) for layer in self._layers}
         return self._laid_out[key]
 
     def _layer_branches(self, layer: Layer, sample: Tensor, groups: Groups) -> list[Branch]:
         rows = sample.shape[0]
-        height, width = level_sizes(*sample.shape[-2:], len(self._unet.config.block_out_channels))[layer.level]
+        height, width = level_sizes(sample.shape[-2], sample.shape[-1], len(self._unet.config.block_out_channels))[layer.level]
         branches = []
         for prompt, (null, image) in zip(self._prompts, self._key_values, strict=True):
-            key, value = (
-                guidance.spread(n, i, groups, rows) for n, i in zip(null[layer.index], image[layer.index], strict=True)
-            )
+            key, value = (guidance.spread(n, i, groups, rows) for n, i in zip(null[layer.number], image[layer.number], strict=True))
             value = value * scale_of(prompt.scale, layer.name)
             mask = None if prompt.mask is None else mask_weights(prompt.mask, height, width).to(sample)
             branches.append(Branch(key.to(sample), value.to(sample), mask))
@@ -251,9 +274,7 @@ class Link:
 
     def _gates(self, timestep: Tensor | float) -> list[Tensor | None]:
         total = self._timesteps()
-        return [
-            None if (p.start, p.end) == (0.0, 1.0) else schedule.window(timestep, total, p.start, p.end) for p in self._prompts
-        ]
+        return [None if (p.start, p.end) == (0.0, 1.0) else schedule.window(timestep, total, p.start, p.end) for p in self._prompts]
 
     def _timesteps(self) -> int:
         scheduler = getattr(self._pipe, "scheduler", None)
@@ -286,7 +307,7 @@ class _TextCache:
         time = float(torch.as_tensor(timestep).flatten()[0])
         version = -1 if states.is_inference() else states._version
         if self._states is not states or self._version != version or time >= self._time:
-            self._kept = {layer.index: text_key_values(layer.attention, states) for layer in layers}
+            self._kept = {layer.number: text_key_values(layer.attention, states) for layer in layers}
             self._states, self._version = states, version
         self._time = time
         return self._kept

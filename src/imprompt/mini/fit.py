@@ -6,6 +6,7 @@ a run that was killed continues as if it had not been.
 
 import math
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -100,6 +101,4 @@ def fit(
 
 def generator(name: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of one step of one part."""
-    import zlib
-
     return torch.Generator(device).manual_seed(zlib.crc32(name.encode()) * 10_000_000 + step)

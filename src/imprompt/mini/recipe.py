@@ -5,23 +5,43 @@ Every part is a Hugging Face class of its real kind and is saved in the folder f
 seen by anything that is trained afterwards: they only evaluate.
 """
 
+import json
 import random
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
+from imprompt import checkpoints
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import LinearProjector, Resampler
+from imprompt.encoders import ImageEncoder
+from imprompt.errors import UserError
 from imprompt.files import atomic_path
+from imprompt.hosts.unet import Processors, adapter_shape, initialise, layer_inputs
 from imprompt.mini import world
 from imprompt.mini.fit import Plan, fit, generator
-from imprompt.mini.tokenizer import LENGTH, make_tokenizer
+from imprompt.mini.tokenizer import LENGTH, make_tokenizer, tokenise
 
 Report = Callable[[int, int, float], None]
 
@@ -34,6 +54,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "second_colour": tuple(world.PALETTE),
     "accessory": world.ACCESSORIES,
 }
+ATTRIBUTE_WEIGHTS = {"pattern": 3.0, "kind": 2.0}
 PHOTOS_PER_SUBJECT = 4
 
 
@@ -130,10 +151,11 @@ class Contrast(nn.Module):
 
 
 def attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the attributes. logits: (rows, all values); labels: (rows, attributes)."""
+    """Cross-entropy summed over the attributes, the slow ones weighted up. logits: (rows, all values); labels: (rows, attributes)."""
     parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
-    losses = [F.cross_entropy(part, labels[:, i], ignore_index=-100) for i, part in enumerate(parts)]
-    return torch.stack(losses).mean()
+    weights = [ATTRIBUTE_WEIGHTS.get(name, 1.0) for name in ATTRIBUTES]
+    losses = [w * F.cross_entropy(part, labels[:, i], ignore_index=-100) for i, (w, part) in enumerate(zip(weights, parts, strict=True))]
+    return torch.stack(losses).sum()
 
 
 def sample_caption(pool: Pool, i: int, rng: random.Random, photographic: float) -> str:
@@ -141,11 +163,6 @@ def sample_caption(pool: Pool, i: int, rng: random.Random, photographic: float) 
     if rng.random() < photographic:
         return world.photo_caption(s, where, rng)
     return world.caption(s, where, rng)
-
-
-def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(texts, LENGTH) token ids."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
 
 
 # --------------------------------------------------------------------------------------------------------------- VAE
@@ -306,3 +323,210 @@ class Denoising(nn.Module):
             states = self._frozen[0](tokenise(self.tokenizer, texts).to(device)).last_hidden_state
         predicted = self.model(self.schedule.add_noise(x, noise, t), t, states).sample
         return F.mse_loss(predicted.float(), self.schedule.get_velocity(x, noise, t))
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+def new_adapter(base: UNet2DConditionModel, encoder: ImageEncoder, grid: bool) -> Adapter:
+    """An untrained adapter for this UNet, its keys and values started from the UNet's own."""
+    layers, cross = adapter_shape(base)
+    width = encoder.width(grid)
+    projector = Resampler(width, cross, tokens=16, width=cross, heads=2, depth=4) if grid else LinearProjector(width, cross, tokens=4)
+    adapter = Adapter(projector, layers, cross)
+    initialise(adapter, base)
+    return adapter
+
+
+class Prompting(nn.Module):
+    """IP-Adapter's objective: the frozen UNet restores a picture from its caption and from itself as the reference.
+
+    Text, image, and both together are dropped in one picture of twenty each (arXiv:2308.06721, section 4.1.2).
+    """
+
+    DROP = 0.05
+
+    def __init__(
+        self, model: Adapter, base: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, encoder: ImageEncoder, latents: Latents,
+        batch: int, name: str,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.name, self.batch = model, name, batch
+        self.latents, self.pool, self.tokenizer = latents, latents.pool, tokenizer
+        self.grid = isinstance(model.image_proj, Resampler)
+        base.eval().requires_grad_(False).set_attn_processor(AttnProcessor())
+        self._frozen = (base, text.eval().requires_grad_(False), encoder)  # in a tuple: not part of what is trained and saved
+        self.processors = Processors(base)
+        self.schedule = scheduler()
+
+    def loss(self, step: int) -> Tensor:
+        base, text, encoder = self._frozen
+        g = generator(self.name, step)
+        rows = torch.randint(self.pool.count, (self.batch,), generator=g)
+        x = self.latents.values[rows].float().to(base.device)
+        noise = torch.randn(x.shape, generator=g).to(base.device)
+        t = (1000 * (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch).long().to(base.device)
+        rng = random.Random(f"{self.name} {step}")
+        texts = [sample_caption(self.pool, int(i), rng, photographic=0.15) for i in rows]
+        chance = torch.rand(self.batch, generator=g)
+        no_text, no_image = chance < 2 * self.DROP, (chance >= self.DROP) & (chance < 3 * self.DROP)
+        with torch.no_grad():
+            texts = ["" if dropped else words for words, dropped in zip(texts, no_text.tolist(), strict=True)]
+            states = text(tokenise(self.tokenizer, texts).to(base.device)).last_hidden_state
+            features = encoder.features(self.pool.images(rows).to(base.device), self.grid)
+            features = torch.where(no_image[:, None, None].to(base.device), encoder.null(self.grid).to(features), features)
+        keys = layer_inputs(self.processors.layers, self.model(features[:, None]))
+        predicted = base(self.schedule.add_noise(x, noise, t), t, states, cross_attention_kwargs=keys).sample
+        return F.mse_loss(predicted.float(), self.schedule.get_velocity(x, noise, t))
+
+
+# --------------------------------------------------------------------------------------------------------- all of it
+
+PLANS = {
+    "clip": Plan("clip", 9_500, 96, 7e-4),
+    "judge-clip": Plan("judge-clip", 6_000, 128, 1e-3),
+    "judge": Plan("judge", 6_000, 64, 1.5e-3),
+    "vae": Plan("vae", 15_000, 8, 1.5e-3, warmup=300),
+    "unet": Plan("unet", 9_000, 48, 1e-3, warmup=300, ema=0.9995),
+    "adapter": Plan("adapter", 2_500, 48, 1e-3, ema=0.998),
+    "adapter-plus": Plan("adapter-plus", 2_500, 48, 1e-3, ema=0.998),
+}
+POOL = 160_000
+
+
+class Build:
+    """A build of mini in a work folder: every part is made once, resumed where it was left, kept in `parts/`."""
+
+    def __init__(self, folder: Path, report: Callable[[str, int, int, float], None], budget: float = 1.0):
+        self.folder, self._report, self.budget = folder, report, budget
+        self.parts = folder / "parts"
+        self.tokenizer = make_tokenizer()
+        self.pool = Pool(folder, max(256, round(POOL * min(1.0, budget))))
+        self.latents = Latents(folder, self.pool)
+
+    def make(self, only: Sequence[str] = ()) -> None:
+        """Make every part that is missing, in order; or only those named."""
+        makers: dict[str, Callable[[], None]] = {
+            "clip": lambda: self._clip("clip", 128, 4, 8),
+            "judge-clip": lambda: self._clip("judge-clip", 96, 3, 16),
+            "judge": self._judge,
+            "vae": self._vae,
+            "unet": self._unet,
+            "adapter": lambda: self._adapter("adapter", grid=False),
+            "adapter-plus": lambda: self._adapter("adapter-plus", grid=True),
+        }
+        if unknown := set(only) - set(makers):
+            raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join(makers)}")
+        self.pool.draw(lambda done, total, _: self._report("drawing", done, total, 0.0))
+        for name, maker in makers.items():
+            if (not only or name in only) and not (self.parts / name).exists():
+                torch.manual_seed(zlib.crc32(name.encode()))
+                maker()
+
+    def _fit(self, name: str, module: nn.Module) -> None:
+        plan = PLANS[name]
+        plan = replace(
+            plan, steps=max(2, round(plan.steps * self.budget)), warmup=min(plan.warmup, max(1, round(plan.steps * self.budget) // 4))
+        )
+        fit(plan, module, module.loss, self.folder, lambda done, total, loss: self._report(name, done, total, loss))  # type: ignore[arg-type]
+
+    def _keep(self, name: str, save: Callable[[Path], object]) -> None:
+        """Put a finished part in its place, whole or not at all."""
+        partial = self.parts / f".{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save(partial)
+        partial.replace(self.parts / name)
+
+    def _clip(self, name: str, width: int, layers: int, patch: int) -> None:
+        module = Contrast(
+            clip(width, layers, patch, 128 if name == "clip" else 96, self.tokenizer), self.tokenizer, self.pool, name, PLANS[name].batch
+        )
+        self._fit(name, module)
+        self._keep(name, module.model.save_pretrained)
+
+    def _judge(self) -> None:
+        module = Judging(judge(), self.pool, PLANS["judge"].batch)
+        self._fit("judge", module)
+        self._keep("judge", module.model.save_pretrained)
+
+    def _vae(self) -> None:
+        module = Reconstruction(autoencoder(), self.pool, PLANS["vae"].batch)
+        self._fit("vae", module)
+        normalise_latents(module.model, self.pool)
+        self._keep("vae", module.model.save_pretrained)
+
+    def text(self) -> CLIPTextModel:
+        return CLIPTextModel.from_pretrained(self.parts / "clip", attn_implementation="eager")
+
+    def encoder(self) -> ImageEncoder:
+        model = CLIPVisionModelWithProjection.from_pretrained(self.parts / "clip", attn_implementation="eager")
+        return ImageEncoder(model, image_processor())
+
+    def _encode(self) -> None:
+        vae = AutoencoderKL.from_pretrained(self.parts / "vae")
+        self.latents.encode(vae, lambda done, total, _: self._report("latents", done, total, 0.0))
+
+    def _unet(self) -> None:
+        self._encode()
+        module = Denoising(unet(), self.text(), self.tokenizer, self.latents, PLANS["unet"].batch)
+        if shutil.which("c++") and self.budget > 0.1:
+            module.model.compile()  # a fifth faster on CPU, after a minute
+        self._fit("unet", module)
+        self._keep("unet", module.model.save_pretrained)
+
+    def _adapter(self, name: str, grid: bool) -> None:
+        self._encode()
+        base, encoder = UNet2DConditionModel.from_pretrained(self.parts / "unet"), self.encoder()
+        module = Prompting(
+            new_adapter(base, encoder, grid), base, self.text(), self.tokenizer, encoder, self.latents, PLANS[name].batch, name
+        )
+        self._fit(name, module)
+        about = {"base": "mini", "encoder": "mini CLIP", "recipe": "imprompt mini make"}
+        self._keep(name, lambda folder: checkpoints.save(module.model, folder / "adapter.safetensors", about, torch.float16))
+
+    def install(self, target: Path) -> None:
+        """Write the embedded model: a Stable Diffusion folder in half precision, with adapters, judge and second encoder."""
+        half = {"torch_dtype": torch.float16}
+        base = UNet2DConditionModel.from_pretrained(self.parts / "unet", **half)
+        base.set_default_attn_processor()
+        pipe = StableDiffusionPipeline(
+            unet=base,
+            vae=AutoencoderKL.from_pretrained(self.parts / "vae", **half),
+            text_encoder=self.text().half(),
+            tokenizer=self.tokenizer,
+            scheduler=scheduler(),
+            image_encoder=self.encoder().model.half(),
+            feature_extractor=image_processor(),
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            fresh = Path(temporary) / target.name
+            pipe.save_pretrained(fresh)
+            image_processor().save_pretrained(fresh / "image_encoder")
+            for name in ("adapter", "adapter-plus"):
+                if (self.parts / name).exists():
+                    shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
+            if (self.parts / "judge").exists():
+                ResNetForImageClassification.from_pretrained(self.parts / "judge").half().save_pretrained(fresh / "judge")
+            if (self.parts / "judge-clip").exists():
+                CLIPModel.from_pretrained(self.parts / "judge-clip").half().save_pretrained(fresh / "judge_clip")
+                self.tokenizer.save_pretrained(fresh / "judge_clip")
+                image_processor().save_pretrained(fresh / "judge_clip")
+            for name in ("text_encoder", "image_encoder", "judge", "judge_clip"):
+                _load_in_float32(fresh / name / "config.json")
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.replace(target)
+
+
+def _load_in_float32(config: Path) -> None:
+    """Stored in half precision, loaded in single: transformers would otherwise follow the file, diffusers would not."""
+    if config.exists():
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def image_processor() -> CLIPImageProcessor:
+    """Pixels in −1 … 1, as every part of mini is trained."""
+    side = {"height": world.SIZE, "width": world.SIZE}
+    return CLIPImageProcessor(size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)

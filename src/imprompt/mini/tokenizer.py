@@ -2,6 +2,7 @@
 
 import random
 
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from imprompt.mini.world import vocabulary
@@ -24,6 +25,11 @@ def make_tokenizer() -> CLIPTokenizer:
             rest.insert(shuffle.randrange(len(rest)) // 2, word)
         words = rest
     raise AssertionError(f"no order of merges keeps {broken} whole")
+
+
+def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(texts, LENGTH) token ids."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
 
 
 def _tokenizer(words: list[str]) -> CLIPTokenizer:

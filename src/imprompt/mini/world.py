@@ -7,7 +7,6 @@ edges exist for structure control, and a training set is a range of integers. Pi
 
 import math
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -123,8 +122,12 @@ def scene(seed: int) -> Scene:
 
 
 def combination_held_out(s: Subject) -> bool:
-    """Whether no training picture shows this kind in this colour with this pattern (one combination in ten)."""
-    return zlib.crc32(f"{s.kind} {s.colour} {s.pattern}".encode()) % 10 == 0
+    """Whether no training picture shows this kind in this colour with this pattern.
+
+    One colour in nine for every kind and pattern, so that prompts taken from what is held out are balanced.
+    """
+    kind, colour, pattern = KINDS.index(s.kind), COLOURS.index(s.colour), PATTERNS.index(s.pattern)
+    return colour == (kind + 2 * pattern) % len(COLOURS)
 
 
 def subjects(held_out: bool = False) -> Iterator[Subject]:
@@ -248,19 +251,26 @@ def _shape(kind: str) -> _Shape:
         case "heart":
             turn = [2 * math.pi * i / 40 for i in range(40)]
             curve = [
-                (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-                for t in turn
+                (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16) for t in turn
             ]
             return _Shape((curve,), top=(0.0, -0.45), face=(0, -0.15))
         case "house":
             return _Shape(
                 (_box(-0.72, -0.2, 0.72, 0.95), [(-1, -0.15), (0, -1), (1, -0.15)]),
                 behind=((_box(0.4, -0.95, 0.65, -0.3), (110, 80, 75)),),
-                details=((_box(-0.2, 0.35, 0.2, 0.95), _INK), (_box(0.32, 0.05, 0.6, 0.33), _GLASS), (_box(-0.6, 0.05, -0.32, 0.33), _GLASS)),
+                details=(
+                    (_box(-0.2, 0.35, 0.2, 0.95), _INK),
+                    (_box(0.32, 0.05, 0.6, 0.33), _GLASS),
+                    (_box(-0.6, 0.05, -0.32, 0.33), _GLASS),
+                ),
                 face=(0, -0.45),
             )
         case "tree":
-            tiers = ([(-0.85, 0.62), (0, -0.3), (0.85, 0.62)], [(-0.68, 0.15), (0, -0.7), (0.68, 0.15)], [(-0.5, -0.3), (0, -1), (0.5, -0.3)])
+            tiers = (
+                [(-0.85, 0.62), (0, -0.3), (0.85, 0.62)],
+                [(-0.68, 0.15), (0, -0.7), (0.68, 0.15)],
+                [(-0.5, -0.3), (0, -1), (0.5, -0.3)],
+            )
             return _Shape(tiers, behind=((_box(-0.16, 0.5, 0.16, 1), (105, 70, 45)),), face=(0, 0.2))
         case "fish":
             return _Shape(
@@ -271,14 +281,21 @@ def _shape(kind: str) -> _Shape:
         case "cat":
             eye = [(_ellipse(side * 0.34, -0.02, 0.15, 0.17), (250, 250, 250)) for side in (-1, 1)]
             pupil = [(_ellipse(side * 0.33, 0, 0.08, 0.12), _INK) for side in (-1, 1)]
-            whiskers = [([(s * 0.3, y), (s * 0.95, y + d), (s * 0.95, y + d + 0.05), (s * 0.3, y + 0.06)], _INK) for s in (-1, 1) for y, d in ((0.36, -0.08), (0.5, 0.08))]
+            whiskers = [
+                ([(s * 0.3, y), (s * 0.95, y + d), (s * 0.95, y + d + 0.05), (s * 0.3, y + 0.06)], _INK)
+                for s in (-1, 1)
+                for y, d in ((0.36, -0.08), (0.5, 0.08))
+            ]
             nose = ([(-0.12, 0.27), (0.12, 0.27), (0, 0.43)], (235, 120, 140))
             ears = ([(-0.85, -0.1), (-0.78, -1), (-0.15, -0.5)], [(0.85, -0.1), (0.78, -1), (0.15, -0.5)])
             return _Shape((*ears, _ellipse(0, 0.17, 0.9, 0.75)), details=(*eye, *pupil, nose, *whiskers), top=(0, -0.52), own_eyes=True)
         case "car":
             wheels = [(_ellipse(x, 0.48, 0.26, 0.26), _INK) for x in (-0.52, 0.52)]
             hubs = [(_ellipse(x, 0.48, 0.11, 0.11), (190, 190, 195)) for x in (-0.52, 0.52)]
-            panes = ([(-0.42, -0.13), (-0.3, -0.42), (-0.04, -0.42), (-0.04, -0.13)], [(0.08, -0.13), (0.08, -0.42), (0.3, -0.42), (0.46, -0.13)])
+            panes = (
+                [(-0.42, -0.13), (-0.3, -0.42), (-0.04, -0.42), (-0.04, -0.13)],
+                [(0.08, -0.13), (0.08, -0.42), (0.3, -0.42), (0.46, -0.13)],
+            )
             cabin = [(-0.62, -0.05), (-0.42, -0.56), (0.42, -0.56), (0.66, -0.05)]
             hull = [(-1, 0.0), (-0.62, -0.1), (0.66, -0.1), (1, 0.08), (1, 0.5), (-1, 0.5)]
             return _Shape((cabin, hull), details=(*wheels, *hubs, *((p, _GLASS) for p in panes)), top=(0, -0.56), face=(0, 0.15))
@@ -286,9 +303,17 @@ def _shape(kind: str) -> _Shape:
             stem = [(-0.28, 0), (0.28, 0), (0.36, 0.95), (-0.36, 0.95)]
             return _Shape((_ellipse(0, 0.12, 0.98, 1.02, 180, 360),), behind=((stem, _CREAM),), face=(0, 0.5))
         case "flower":
-            petals = tuple(_ellipse(0.52 * math.cos(a), -0.3 + 0.52 * math.sin(a), 0.34, 0.34) for a in (2 * math.pi * i / 6 for i in range(6)))
-            stem = ((_box(-0.06, 0.2, 0.06, 1), (60, 130, 60)), (_ellipse(0.3, 0.72, 0.28, 0.12), (60, 130, 60)))
-            return _Shape((*petals, _ellipse(0, -0.3, 0.5, 0.5)), behind=stem, details=((_ellipse(0, -0.3, 0.26, 0.26), (250, 205, 60)),), top=(0, -1.0), face=(0, -0.3))
+            petals = tuple(
+                _ellipse(0.52 * math.cos(a), -0.3 + 0.52 * math.sin(a), 0.34, 0.34) for a in (2 * math.pi * i / 6 for i in range(6))
+            )
+            stalk = ((_box(-0.06, 0.2, 0.06, 1), (60, 130, 60)), (_ellipse(0.3, 0.72, 0.28, 0.12), (60, 130, 60)))
+            return _Shape(
+                (*petals, _ellipse(0, -0.3, 0.5, 0.5)),
+                behind=stalk,
+                details=((_ellipse(0, -0.3, 0.26, 0.26), (250, 205, 60)),),
+                top=(0, -1.0),
+                face=(0, -0.3),
+            )
         case _:
             hull = [(-0.95, 0.4), (0.95, 0.4), (0.62, 0.92), (-0.62, 0.92)]
             sails = ([(-0.06, -0.95), (-0.06, 0.22), (-0.8, 0.22)], [(0.1, -0.8), (0.1, 0.22), (0.75, 0.22)])
@@ -349,7 +374,7 @@ def draw(s: Subject, where: Scene) -> Image.Image:
             pen.polygon(frame(points, *shape.top), fill=_HAT_COLOURS[s.accessory])
     for points, colour in _cover(where):
         pen.polygon(points, fill=colour)
-    light = np.asarray(canvas.reduce(_FINE), dtype=np.float32) * np.float32(where.tint)
+    light = np.asarray(canvas.reduce(_FINE), dtype=np.float32) * np.asarray(where.tint, dtype=np.float32)
     return Image.fromarray(np.minimum(light, 255).astype(np.uint8))
 
 

@@ -1,0 +1,31 @@
+# Each command sets up what it needs in .venv, and is quick when it is there.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := demo
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setting up .venv (a minute or two, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## a picture drawn after a reference picture
+	@$(BIN)/imprompt generate --image examples/cat.png --count 4 --out imprompt-out
+
+test: $(READY) ## all tests
+	@$(BIN)/python -m pytest -n 2
+
+check: $(READY) ## lint, types, the direction of imports
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_rooms.py
+
+bench: $(READY) ## ratios to plain diffusers
+	@$(BIN)/python -m benchmarks
+
+clean: ## everything that was made here, except trainings under runs/
+	rm -rf .venv imprompt-out .pytest_cache .mypy_cache .ruff_cache

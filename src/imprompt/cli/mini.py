@@ -1,0 +1,107 @@
+"""`imprompt mini make`, `show` and `judge`."""
+
+import argparse
+import json
+import random
+
+from rich.console import Console
+from rich.table import Table
+
+from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.errors import UserError
+from imprompt.files import atomic_path, writable_folder
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Train every missing part; continue the one that was interrupted."""
+    from imprompt.hub import MINI
+    from imprompt.mini.recipe import Build
+
+    if not 0 < arguments.budget <= 10:
+        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {arguments.budget}")
+    quiet_libraries()
+    with progress_bar("mini") as bar:
+
+        def report(part: str, done: int, total: int, loss: float) -> None:
+            bar.rename(part)
+            bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
+
+        build = Build(writable_folder(arguments.out), report, arguments.budget)
+        build.make(arguments.only)
+    print(build.parts)
+    if arguments.install:
+        build.install(MINI)
+        print(MINI)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Draw a sheet: two rows of the world, then pictures from text, and pictures after references."""
+    from PIL import Image
+
+    from imprompt import generate
+    from imprompt.hub import MINI
+    from imprompt.images import sheet
+    from imprompt.mini import world
+    from imprompt.mini.judging import cases
+
+    quiet_libraries()
+    rng = random.Random(arguments.seed)
+    shown = cases(8 + arguments.seed)[arguments.seed :]
+    photos = [case.photo for case in shown]
+    same = [world.draw(case.subject, world.scene(rng.randrange(10**6))) for case in shown]
+    pictures: list[Image.Image] = [*photos, *same]
+    if (MINI / "model_index.json").is_file():
+        with progress_bar("drawing") as bar:
+            for i, case in enumerate(shown):
+                pictures += generate(prompt=case.text, count=1, seed=arguments.seed)
+                bar.advance(i + 1, 16)
+            for i, photo in enumerate(photos):
+                pictures += generate(photo, count=1, seed=arguments.seed)
+                bar.advance(9 + i, 16)
+    with atomic_path(arguments.out) as partial:
+        sheet([], pictures, columns=8, cell=128).save(partial)
+    print("rows: photographs of the world, the same subjects elsewhere, drawn from their captions, drawn after the photographs")
+    for case in shown:
+        print(f"  {case.text}")
+    print(arguments.out)
+
+
+def judge(arguments: argparse.Namespace) -> None:
+    """Measure mini against the bars, on held-out prompts."""
+    from imprompt.generating import MINI_GUIDANCE
+    from imprompt.mini.judging import BARS, SCALES, Bench, cases
+    from imprompt.pipelines import load_base, pick_dtype
+
+    quiet_libraries()
+    tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
+    results: dict[str, dict[str, float]] = {}
+    guidance = MINI_GUIDANCE if arguments.guidance is None else arguments.guidance
+    with progress_bar("judging", show=not arguments.json) as bar:
+
+        def say(task: str, done: int, total: int) -> None:
+            bar.rename(task)
+            bar.advance(done, total)
+
+        pipe = load_base("mini", "cpu", pick_dtype("auto", "cpu", True))
+        bench = Bench(pipe, cases(arguments.prompts), arguments.steps, guidance, say)
+        simple = {"real": bench.real, "text": bench.text, "image": bench.image, "image-plus": bench.image_plus, "rows": bench.clip_rows}
+        for task in tasks:
+            if task in simple:
+                results[task] = simple[task]()
+            elif task == "image-text":
+                curve = {scale: bench.image_text(scale) for scale in SCALES}
+                results |= {f"image-text λ {scale}": figures for scale, figures in curve.items()}
+                results[task] = max(curve.values(), key=lambda figures: figures["all three"])
+            else:
+                raise UserError(f"unknown task {task!r}; expected one of {', '.join([*simple, 'image-text'])}")
+    if arguments.json:
+        protocol = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": guidance}
+        print(json.dumps({"protocol": protocol, "results": results}))
+        return
+    table = Table("task", "score", "figure", "bar", "", title=f"{arguments.prompts} prompts, DDIM {arguments.steps}, guidance {guidance}")
+    for task, figures in results.items():
+        for score, figure in figures.items():
+            bar_ = BARS.get(task, {}).get(score)
+            holds = "" if bar_ is None else "holds" if figure >= bar_ else "[red]missed"
+            table.add_row(task, score, f"{figure:.3f}", "" if bar_ is None else f"{bar_:.2f}", holds)
+    Console().print(table)
