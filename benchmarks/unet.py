@@ -9,12 +9,13 @@ of ours is then that plus 9 steps. Image encoding is outside for both.
 import argparse
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils.logging import set_verbosity_error
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,6 +31,9 @@ TIMES = [torch.tensor(1000 * i // STEPS + 1) for i in reversed(range(STEPS))]
 REFERENCES = (1, 8, 64)
 TOKENS = (4, 16)  # per reference: global, resampler
 TEXT = 77
+CAPTION = "median over the rounds (quartiles); once: what we do once per prompt, in steps of plain; differ: the outputs, relative"
+
+Call = Callable[[], Tensor]
 
 
 class Shape(NamedTuple):
@@ -46,7 +50,9 @@ class Shape(NamedTuple):
 FULL = (Shape("SD 1.5", SD15, 64), Shape("SDXL", SDXL, 128, resampler=1280))
 DEFAULT = (  # narrower, but with 64 channels per head as SDXL has them; the resampler shrinks alike
     Shape("SD 1.5, 256 px", SD15, 32),
-    Shape("SDXL, widths × 0.6, 256 px", SDXL | {"block_out_channels": (192, 384, 768), "attention_head_dim": (3, 6, 12)}, 32, resampler=768),
+    Shape(
+        "SDXL, widths × 0.6, 256 px", SDXL | {"block_out_channels": (192, 384, 768), "attention_head_dim": (3, 6, 12)}, 32, resampler=768
+    ),
 )
 SMALL = (
     Shape("SD 1.5, tiny", SD15 | {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}, 16, 64, (17, 64), 64),
@@ -73,28 +79,34 @@ class Row(NamedTuple):
 def measure(shape: Shape, whole: bool, rounds: int) -> Iterator[Row]:
     """Every number of references with every number of tokens."""
     plain = random_model(lambda: UNet2DConditionModel(**shape.unet))
-    theirs, mine, fresh = twin(plain), twin(plain), twin(plain)
+    unets = (plain, twin(plain), twin(plain), twin(plain))
     for tokens in TOKENS:
         patches, width = (1, shape.pooled) if tokens == 4 else shape.grid
         adapter = random_adapter(plain, tokens, width, shape.resampler)
-        theirs._load_ip_adapter_weights(public(adapter))
+        unets[1]._load_ip_adapter_weights(public(adapter))
         for references in REFERENCES:
             prompt = ImagePrompt(adapter, torch.randn(1, references, patches, width), torch.randn(1, 1, patches, width))
-            run = generation(shape)
-            embeds = {"image_embeds": [diffusers_embeds(prompt)]}
-
-            def from_nothing(times: Iterable[Tensor], run: Any = run, prompt: ImagePrompt = prompt) -> Tensor:
-                with attach(fresh, prompt, groups=(0, 1)):
-                    return run(fresh, times)
-
-            if whole:
-                calls = {"plain": lambda: run(plain, TIMES), "diffusers": lambda: run(theirs, TIMES, embeds), "ours": lambda: from_nothing(TIMES)}
+            with contestants(shape, unets, prompt, whole) as calls:
                 yield _row(references, tokens, interleave(calls, rounds))
-            else:
-                with attach(mine, prompt, groups=(0, 1)):
-                    calls = {"plain": stepper(run, plain), "diffusers": stepper(run, theirs, embeds), "ours": stepper(run, mine)}
-                    calls["first"] = lambda: from_nothing(TIMES[:1])
-                    yield _row(references, tokens, interleave(calls, rounds))
+
+
+@contextmanager
+def contestants(shape: Shape, unets: Sequence[UNet2DConditionModel], prompt: ImagePrompt, whole: bool) -> Iterator[dict[str, Call]]:
+    """What is timed, by name."""
+    plain, theirs, mine, fresh = unets
+    run = generation(shape)
+    embeds = {"image_embeds": [diffusers_embeds(prompt)]}
+
+    def from_nothing(times: Iterable[Tensor]) -> Tensor:
+        with attach(fresh, prompt, groups=(0, 1)):
+            return run(fresh, times)
+
+    if whole:
+        yield {"plain": lambda: run(plain, TIMES), "diffusers": lambda: run(theirs, TIMES, embeds), "ours": lambda: from_nothing(TIMES)}
+        return
+    with attach(mine, prompt, groups=(0, 1)):
+        calls = {"plain": stepper(run, plain), "diffusers": stepper(run, theirs, embeds), "ours": stepper(run, mine)}
+        yield calls | {"first": lambda: from_nothing(TIMES[:1])}
 
 
 def _row(references: int, tokens: int, times: Times) -> Row:
@@ -122,7 +134,7 @@ def generation(shape: Shape) -> Callable[..., Tensor]:
     return run
 
 
-def stepper(run: Callable[..., Tensor], unet: UNet2DConditionModel, *more: dict[str, Any]) -> Callable[[], Tensor]:
+def stepper(run: Callable[..., Tensor], unet: UNet2DConditionModel, *more: dict[str, Any]) -> Call:
     """One step at each call, down the timesteps."""
     times = cycle(TIMES)
     return lambda: run(unet, [next(times)], *more)
@@ -150,13 +162,14 @@ def main(words: Sequence[str] = ()) -> None:
     size.add_argument("--full", action="store_true", help="full widths at the models' own sizes: hours on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args(words)
-    set_verbosity_error()
+    if chosen.small:
+        torch.set_num_threads(1)  # more of them gain nothing on tiny tensors
     console = Console()
     for shape in SMALL if chosen.small else FULL if chosen.full else DEFAULT:
-        timed = f"whole generations of {STEPS} steps" if chosen.small else f"single steps; a generation of ours is the first step + {STEPS - 1} more"
-        table = Table(title=f"{shape.name}: {timed}", caption="median of the rounds (quartiles); once: what we do once per prompt, in steps of plain")
-        for name in ("references × tokens", "diffusers/plain", "ours/plain", "ours/diffusers", "once", "difference"):
-            table.add_column(name, justify="right")
+        timed = f"whole generations of {STEPS} steps" if chosen.small else f"single steps; ours: (the first + {STEPS - 1} more) / {STEPS}"
+        table = Table(title=f"{shape.name}: {timed}", caption=CAPTION, box=box.SIMPLE)
+        for name in ("references\n× tokens", "diffusers\n/ plain", "ours\n/ plain", "ours\n/ diffusers", "once", "differ"):
+            table.add_column(name, justify="right", no_wrap=True)
         with console.status(shape.name):
             for row in measure(shape, chosen.small, chosen.rounds):
                 once = "in it" if row.once is None else f"{row.once:.2f}"

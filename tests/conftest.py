@@ -112,7 +112,8 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     torch.manual_seed(3)
     text, text_2 = CLIPTextModel(_text_config()).eval(), CLIPTextModelWithProjection(_text_config()).eval()
     pipe = StableDiffusionXLPipeline(
-        unet=sdxl_unet(2 * CROSS), vae=_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
+        unet=sdxl_unet(2 * CROSS), vae=_vae(), text_encoder=text, text_encoder_2=text_2,
+        tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
         image_encoder=vision_encoder(), feature_extractor=image_processor(), add_watermarker=False,
     )  # fmt: skip

@@ -10,8 +10,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
 
+from conftest import random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
 from imprompt import checkpoints
 from imprompt.checkpoints import CheckpointError, load_adapter, read, recognise, save, write
 from imprompt.errors import UserError
@@ -425,7 +425,9 @@ def test_truncated_old_pickles_are_called_damaged(small, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", checkpoints.FORMATS)
-@pytest.mark.parametrize("text", ["a text file, renamed", '{"json": 1}', "<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com"])
+@pytest.mark.parametrize(
+    "text", ["a text file, renamed", '{"json": 1}', "<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com"]
+)
 def test_renamed_texts_are_called_damaged(suffix, text, tmp_path):
     path = tmp_path / f"adapter{suffix}"
     path.write_text(text)

@@ -276,7 +276,8 @@ def test_an_unknown_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("references", "results", "columns", "rows", "left"), [(0, 1, 1, 1, 0), (0, 4, 4, 1, 0), (1, 4, 4, 1, 1), (1, 6, 4, 2, 1), (3, 6, 4, 2, 2)]
+    ("references", "results", "columns", "rows", "left"),
+    [(0, 1, 1, 1, 0), (0, 4, 4, 1, 0), (1, 4, 4, 1, 1), (1, 6, 4, 2, 1), (3, 6, 4, 2, 2)],
 )
 def test_the_sheet_has_room_for_each_picture(references, results, columns, rows, left):
     cell, gap, rule = 40, 6, 14 if references else 0

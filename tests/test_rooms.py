@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, ...]] = [
 # Which outside package may be imported where.
 OUTSIDE = {
     "diffusers": ("hosts", "pipelines", "mini"),
-    "transformers": ("encoders", "mini"),
+    "transformers": ("encoders", "pipelines", "mini"),
     "safetensors": ("checkpoints",),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),

@@ -6,6 +6,7 @@ brought to it on reading.
 """
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -77,7 +78,7 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises CheckpointError for anything that is not an intact adapter file. Pickles run no code (`weights_only`).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it does not raise for a name too long
         raise CheckpointError(f"no adapter file at {path}; give a .safetensors or .bin file")
     if path.suffix not in FORMATS:
         raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(FORMATS)}, received {path.suffix or 'no suffix'}")
@@ -147,7 +148,9 @@ def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     if not any(key.startswith("ip_adapter.") for key in found):  # safetensors dropped the shared copies
         inside = {match.groups(): value for key, value in tensors.items() if (match := _TRAINED_INSIDE.fullmatch(key))}
         if strange := [layer for layer, _ in inside if layer.split(".")[0] not in _BLOCKS]:
-            raise CheckpointError(f"{name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {strange[0]}")
+            raise CheckpointError(
+                f"{name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {strange[0]}"
+            )
         order = sorted({layer for layer, _ in inside}, key=_public_order)
         for (layer, weight), value in inside.items():
             found[f"ip_adapter.{2 * order.index(layer) + 1}.{weight}"] = value

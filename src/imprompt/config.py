@@ -3,6 +3,7 @@
 Every field is a flag of the command line, a key of the TOML file given with `--config`, and a keyword in Python.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -43,6 +44,9 @@ class Generate:
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, count=self.count)
         _at_least(0, seed=self.seed)
+        if self.seed + self.count > 2**63:
+            raise UserError(f"seed: expected less than 2⁶³, received {self.seed}")
+        _finite(scale=self.scale, guidance=self.guidance)
         _one_of(SCHEDULERS, scheduler=self.scheduler)
         _one_of(("crop", "pad", "squash"), fit=self.fit)
         _one_of(("auto", "float32", "bfloat16", "float16"), dtype=self.dtype)
@@ -53,7 +57,7 @@ class Generate:
         if self.size is None:
             return None
         parts = str(self.size).lower().split("x")
-        if len(parts) > 2 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        if len(parts) > 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
             raise UserError(f"size: expected a side in pixels or WIDTHxHEIGHT, received {self.size!r}")
         return int(parts[0]), int(parts[-1])
 
@@ -62,6 +66,12 @@ def _at_least(low: int, **values: int) -> None:
     for name, value in values.items():
         if value < low:
             raise UserError(f"{name}: expected at least {low}, received {value}")
+
+
+def _finite(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name}: expected a finite number, received {value}")
 
 
 def _one_of(allowed: tuple[str, ...], **values: str) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt.errors import UserError
+from imprompt.errors import UserError, brief
 
 
 class ImageEncoder:
@@ -24,11 +24,16 @@ class ImageEncoder:
         """From a local folder or a hub id. Raises UserError where there is none."""
         where = {"subfolder": subfolder} if subfolder else {}
         try:
-            model = CLIPVisionModelWithProjection.from_pretrained(source, dtype=dtype or torch.float32, **where)
-        except (OSError, ValueError) as error:
+            model, found = CLIPVisionModelWithProjection.from_pretrained(
+                source, dtype=dtype or torch.float32, output_loading_info=True, **where
+            )
+            if missing := found["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"{len(missing)} of its tensors are missing")
+        except Exception as error:  # for missing, damaged and other models the library raises nearly anything
             place = f"{source}/{subfolder}" if subfolder else str(source)
             raise UserError(
-                f"no CLIP image encoder at {place}; give a folder or hub id with --encoder (offline, only folders and the local cache work)"
+                f"no CLIP image encoder at {place} ({brief(error)}); "
+                "give a folder or hub id with --encoder (offline, only folders and the local cache work)"
             ) from error
         try:
             processor = CLIPImageProcessor.from_pretrained(source, **where)

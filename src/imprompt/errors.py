@@ -11,3 +11,9 @@ class ImageError(UserError):
 
 class CheckpointError(UserError):
     """A file that is no adapter, is damaged, or does not fit."""
+
+
+def brief(error: Exception) -> str:
+    """What a library says about an error, on one line, to stand in brackets behind our own words."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

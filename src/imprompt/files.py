@@ -41,6 +41,6 @@ def writable_folder(path: Path | str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write to {path} ({getattr(error, 'strerror', error)}); choose another folder with --out") from error
     return path

@@ -1,7 +1,7 @@
 """The workflow of `imprompt generate`: references and text in, pictures out."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from imprompt.config import Generate
 from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
-from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_dtype, set_scheduler
+from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_dtype, scheduled
 from imprompt.prompter import load
 
 MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
@@ -35,13 +35,8 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
     if choice.image and not choice.adapter and not mini:
         raise UserError(f"which adapter fits {choice.base} is not known; name one with --adapter")
     pipe = load_base(choice.base, device, pick_dtype(choice.dtype, device, mini))
-    set_scheduler(pipe, choice.scheduler)
     width, height = choice.pixels() or (own_size(pipe), own_size(pipe))
     check_size(pipe, width, height)
-    attached: Any = nullcontext()
-    if choice.image:
-        prompter = load(choice.adapter or "mini", encoder=choice.encoder).to(device)
-        attached = attach(pipe, prompter(list(choice.image), scale=choice.scale, fit=choice.fit))
     seeds = list(range(choice.seed, choice.seed + choice.count))
     at_once = max(1, min(choice.count, _BATCH_PIXELS // (width * height)))
     batches = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
@@ -51,7 +46,11 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
         progress(min(done + index + 1, total), total)
         return kwargs
 
-    with attached:
+    with ExitStack() as stack:
+        stack.enter_context(scheduled(pipe, choice.scheduler, choice.steps))
+        if choice.image:
+            prompter = load(choice.adapter or "mini", encoder=choice.encoder).to(device)
+            stack.enter_context(attach(pipe, prompter(list(choice.image), scale=choice.scale, fit=choice.fit)))
         for number, batch in enumerate(batches):
             done = number * choice.steps
             images += pipe(

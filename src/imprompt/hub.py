@@ -1,5 +1,6 @@
 """Where adapters, encoders and bases are found: inside the package, in folders, on the hub."""
 
+import os
 from pathlib import Path
 
 from imprompt.checkpoints import Spec
@@ -22,9 +23,9 @@ def find_adapter(source: str, weight: str | None = None) -> tuple[Path, EncoderP
         if not path.is_file():
             raise UserError(f"the embedded adapter {source} is not there yet; build it with: imprompt mini make")
         return path, (MINI / "image_encoder", None)
-    if Path(source).is_file():
+    if os.path.isfile(source):  # unlike Path.is_file, it does not raise for a name too long
         return Path(source), None
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         if weight is None:
             raise UserError(f"{source} is a folder; name the adapter's file in it")
         return Path(source) / weight, None
@@ -33,7 +34,8 @@ def find_adapter(source: str, weight: str | None = None) -> tuple[Path, EncoderP
         source = f"{owner}/{name}"
     if weight is None or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(
-            f"no adapter at {source}; give a file, one of {', '.join(EMBEDDED)}, or a hub file such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
+            f"no adapter at {source}; give a file, one of {', '.join(EMBEDDED)}, "
+            "or a hub file such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
         )
     return _download(source, weight), None
 
@@ -58,5 +60,6 @@ def _download(repository: str, weight: str) -> Path:
         return Path(hf_hub_download(repository, weight))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(
-            f"{repository}/{weight} is neither in the local cache nor to be had from the hub ({type(error).__name__}); check the name and the connection"
+            f"{repository}/{weight} is neither in the local cache nor to be had from the hub ({type(error).__name__}); "
+            "check the name and the connection"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imprompt.errors import ImageError
+from imprompt.errors import ImageError, brief
 
 MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need more than a gigabyte
 FITS = ("crop", "pad", "squash")
@@ -50,11 +50,7 @@ def open_image(source: Picture) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # struct.error, RuntimeError, MemoryError …: Pillow's readers raise nearly anything
-        raise ImageError(f"{path.name} is damaged or cut off ({_short(error)}); save or download it again") from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+        raise ImageError(f"{path.name} is damaged or cut off ({brief(error)}); save or download it again") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,14 +2,18 @@
 
 import importlib
 import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from imprompt.errors import UserError
+from imprompt.errors import UserError, brief
 from imprompt.hub import MINI
 
 # diffusers' class for each name, and what it is told beyond the model's own settings.
@@ -29,7 +33,7 @@ def pick_device(device: str = "auto") -> str:
     """The device of this name; `auto` takes the best one here."""
     if device != "auto":
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} is not to be had here; use cpu or auto") from error
         return device
@@ -56,16 +60,20 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
     mini = source == "mini"
     if mini and not (MINI / "model_index.json").is_file():
         raise UserError("the embedded model is not there yet; build it with: imprompt mini make")
-    if source.endswith(FILES) and not Path(source).is_dir():
+    if source.endswith(FILES) and not os.path.isdir(source):
         raise UserError(f"{source} is a single file; expected a folder in diffusers' form, or a hub id")
     kind: Any = StableDiffusionPipeline if mini else DiffusionPipeline
     optional = {"safety_checker": None, "requires_safety_checker": False} if mini else {}
     try:
-        pipe = kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({_short(error)})") from error
-    if not hasattr(pipe, "unet"):
-        raise UserError(f"{source} is a {type(pipe).__name__} without a UNet; expected a Stable Diffusion 1.5, 2.1 or XL model")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers say dtype, which older ones ignore in silence
+            pipe = kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
+    except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
+        raise UserError(f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({brief(error)})") from error
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "vae_scale_factor"):
+        raise UserError(
+            f"{source} is a {type(pipe).__name__}, which image prompts are not made for; expected a Stable Diffusion 1.5, 2.1 or XL model"
+        )
     if mini and device == "cpu":
         pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
     pipe.set_progress_bar_config(disable=True)
@@ -75,20 +83,34 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
 FILES = (".safetensors", ".ckpt", ".bin")
 
 
-def set_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline the scheduler of this name, with the model's own noise schedule."""
+@contextmanager
+def scheduled(pipe: Any, name: str, steps: int) -> Iterator[None]:
+    """Give a pipeline the scheduler of this name, with the model's own noise schedule, and put its own one back.
+
+    Raises UserError for more steps than the scheduler can take.
+    """
     class_name, settings = _SCHEDULERS[name]
     kind = getattr(importlib.import_module("diffusers"), class_name)
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    own = pipe.scheduler
+    scheduler = kind.from_config(own.config, **settings)
+    # Of T timesteps, the offset of some models and the finite σ of some schedulers take one each.
+    most = scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps - 2
+    if steps > most:
+        raise UserError(f"steps: expected at most {most} with {name}, received {steps}")
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def check_size(pipe: Any, width: int, height: int) -> None:
     """Raise UserError for a size that the model cannot draw."""
     step = math.lcm(8, pipe.vae_scale_factor)  # diffusers asks for multiples of 8 whatever the VAE
+    least = -(-pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1) // step) * step
     if width % step or height % step:
-        near = tuple(max(step, round(n / step) * step) for n in (width, height))
+        near = tuple(max(least, round(n / step) * step) for n in (width, height))
         raise UserError(f"size: the model draws multiples of {step} pixels, received {width}x{height}; nearest is {near[0]}x{near[1]}")
-    least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if min(width, height) < least:
         raise UserError(f"size: the model draws at least {least} pixels a side, received {width}x{height}")
 
@@ -98,5 +120,10 @@ def own_size(pipe: Any) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
-def _short(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+def hide_progress() -> None:
+    """No progress bars for loading files: they are many and short."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

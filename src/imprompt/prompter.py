@@ -56,7 +56,8 @@ class Prompter:
         width = encoder.width(spec.grid)
         if width != spec.features:
             raise UserError(
-                f"the image encoder does not fit the adapter: expected {spec.encoder}, received features of width {width}; choose another with --encoder"
+                f"the image encoder does not fit the adapter: expected {spec.encoder}, "
+                f"received features of width {width}; choose another with --encoder"
             )
         self.adapter, self.spec, self.encoder = adapter, spec, encoder
 

@@ -1,6 +1,7 @@
 """Through the front door: a good command draws, a bad one gets one sentence and exit code 2, and nothing is written."""
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CROSS, VISION, random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
+from conftest import CROSS, VISION, random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
 from imprompt import checkpoints
 from imprompt.cli import main
 from imprompt.config import SCHEDULERS
@@ -70,6 +71,10 @@ def place(tmp_path_factory) -> Path:
     for part in ("unet", "vae", "text_encoder", "image_encoder"):
         copied(here / "base", here / f"cut-{part}")
         cut(next((here / f"cut-{part}" / part).glob("*.safetensors")))
+    gaps = next(copied(here / "base" / "image_encoder", here / "gaps").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(gaps)
+    tensors.pop("visual_projection.weight")
+    safetensors.torch.save_file(tensors, gaps, {"format": "pt"})
     copied(here / "base", here / "no-index")
     (here / "no-index" / "model_index.json").write_text("{ no JSON")
     copied(here / "base", here / "odd-class")
@@ -79,7 +84,6 @@ def place(tmp_path_factory) -> Path:
 
     reference = Image.merge("RGB", [Image.effect_noise((40, 40), 50 + 20 * i) for i in range(3)])
     reference.save(here / "ref.png")
-    reference.save(here / "ref [bold].png")
     reference.save(here / "cut.png")
     cut(here / "cut.png")
     spoilt = bytearray((here / "ref.png").read_bytes())
@@ -87,6 +91,8 @@ def place(tmp_path_factory) -> Path:
     (here / "corrupt.png").write_bytes(spoilt)
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     huge = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    nothing = b"IDAT" + zlib.compress(b"")
+    huge += struct.pack(">I", len(nothing) - 4) + nothing + struct.pack(">I", zlib.crc32(nothing))
     (here / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + huge)
     (here / "text.png").write_text("a picture, if you believe it")
     (here / "file").write_text("in the way")
@@ -98,10 +104,10 @@ def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def command(place: Path, out: Path, **changes: object) -> list[str]:
+def command(place: Path, folder: Path, **changes: object) -> list[str]:
     """A good command with these fields changed: None leaves one out, `@name` is a file of the place."""
     fields = {"image": "@ref.png", "base": "@base", "adapter": "@adapter.safetensors", "encoder": "@base/image_encoder"}
-    fields |= {"steps": 2, "count": 1, "device": "cpu", "out": out} | changes
+    fields |= {"steps": 2, "count": 1, "device": "cpu", "out": folder} | changes
     words = [(f"--{name}", str(value)) for name, value in fields.items() if value is not None]
     return ["generate", *(str(place / word[1:]) if word.startswith("@") else word for pair in words for word in pair)]
 
@@ -156,6 +162,7 @@ BAD = {
     "encoder is no model": (dict(encoder="@empty"), "no CLIP image encoder at"),
     "encoder is another model": (dict(encoder="@base/text_encoder"), "no CLIP image encoder at"),
     "truncated encoder": (dict(encoder="@cut-image_encoder/image_encoder"), "no CLIP image encoder at"),
+    "encoder with a gap": (dict(encoder="@gaps"), "1 of its tensors are missing"),
     "encoder cannot be told": (dict(encoder=None), "--encoder"),
     # bases
     "missing base": (dict(base="@none"), "no base model at"),
@@ -181,7 +188,7 @@ BAD = {
     "device that is not here": (dict(device="cuda:99"), "device 'cuda:99'"),
     "device without computation": (dict(device="meta"), "device 'meta'"),
     "no steps": (dict(steps=0), "steps: expected at least 1"),
-    "more steps than the schedule has": (dict(steps=1001), "steps: expected at most 1000"),
+    "more steps than the schedule has": (dict(steps=1001), "steps: expected at most 998 with ddim"),
     "no pictures": (dict(count=0), "count: expected at least 1"),
     "negative seed": (dict(seed=-1), "seed: expected at least 0"),
     "seed beyond the generator": (dict(seed=2**64), "seed: expected"),
@@ -211,9 +218,9 @@ def test_a_bad_command_gets_one_sentence(what, place, out, capsys):
 
 def test_the_size_that_is_proposed_can_be_drawn(place, out, capsys):
     for size in (4, 63, "4x100", "5x9"):
-        text = refusal(command(place, out, size=size), out, capsys)
-        proposed = text.split("nearest is ")[1]
-        assert main(command(place, out / str(size), size=proposed, steps=1)) == 0
+        proposed = refusal(command(place, out, size=size), out, capsys).split("nearest is ")[1]
+        assert main(command(place, out / "drawn", size=proposed, steps=1)) == 0
+        shutil.rmtree(out / "drawn")
 
 
 BAD_TOML = {
@@ -226,9 +233,9 @@ BAD_TOML = {
     "truth for a number": ("count = true", "count: expected int, received True"),
     "list for a word": ('prompt = ["a", "b"]', "prompt: expected str"),
     "list for a size": ("size = [64, 64]", "size: expected str"),
-    "number for a picture": ("image = 3", "image: expected"),
-    "number among pictures": ('image = ["a.png", 3]', "image: expected"),
-    "lists of pictures": ('image = [["a.png"]]', "image: expected"),
+    "number for a picture": ("image = 3", "expected a picture"),
+    "truth among pictures": ("image = [true]", "expected a picture"),
+    "lists of pictures": ('image = [["a.png"]]', "expected a picture"),
     "unknown scheduler": ('scheduler = "magic"', "scheduler: expected one of"),
     "scale is no number": ("scale = nan", "scale: expected a finite number"),
     "a zero in the name": ('out = "a\\u0000b"', "cannot write to"),
@@ -271,7 +278,9 @@ def test_words_that_the_command_line_does_not_know(arguments, expected, out, cap
     assert expected in text and "--help" in text
 
 
-@pytest.mark.parametrize("name", ["none.safetensors", "cut.safetensors", "cut.bin", "hostile.bin", "plain.bin", "model.safetensors", "ref.png"])
+@pytest.mark.parametrize(
+    "name", ["none.safetensors", "cut.safetensors", "cut.bin", "hostile.bin", "plain.bin", "model.safetensors", "ref.png"]
+)
 def test_inspect_and_convert_refuse_what_is_no_adapter(name, place, out, capsys):
     refusal(["inspect", str(place / name)], out, capsys)
     refusal(["convert", str(place / name), str(out / "a.safetensors")], out, capsys)
@@ -293,7 +302,8 @@ def test_convert_to_where_nothing_can_be_written(place, out, capsys):
     ],
 )
 def test_as_a_process_too(changes, expected, place, out):
-    done = subprocess.run([sys.executable, "-m", "imprompt", *command(place, out, **changes)], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "imprompt", *command(place, out, **changes)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert expected in one_sentence(done.returncode, done.stdout, done.stderr, out)
 
 
@@ -333,7 +343,7 @@ def test_without_json_it_says_where_the_sheet_is(place, out, capsys):
 
 
 def test_the_settings_of_a_picture_draw_it_again(place, out, tmp_path, capsys):
-    """Same seed, same bytes: in the same process after other schedulers, and from the metadata of the picture."""
+    """Same seed, same bytes, also after other schedulers. Alone instead of in a batch, sums may round otherwise."""
     first = drawn(command(place, out / "1", count=2, seed=3, prompt="a red fish"), capsys)["pictures"]
     for scheduler in SCHEDULERS[1:]:
         drawn(command(place, out / scheduler, scheduler=scheduler), capsys)
@@ -345,8 +355,8 @@ def test_the_settings_of_a_picture_draw_it_again(place, out, tmp_path, capsys):
     path = tmp_path / "again.toml"
     path.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items() if v is not None and k not in ("version", "out")))
     third = drawn(["generate", "--config", str(path), "--out", str(out / "3")], capsys)["pictures"]
-    assert [Path(p).name for p in third] == ["000004.png"]
-    assert np.array_equal(pixels(third[0]), pixels(first[1]))
+    assert [Path(path).name for path in third] == ["000004.png"]
+    assert np.abs(pixels(third[0]).astype(int) - pixels(first[1])).max() <= 2
 
 
 def test_reference_adapter_and_scale_matter(place, out, capsys):
@@ -390,11 +400,11 @@ def test_every_type_draws(dtype, place, out, capsys):
 
 def test_notes_about_references_are_printed_as_they_are(place, out, capsys):
     """File names with square brackets are not markup."""
-    wide = place / "wide [/red].png"
+    wide = place / "wide [bold].png"
     with Image.open(place / "ref.png") as image:
         image.resize((90, 40)).save(wide)
     assert main(command(place, out, image=wide)) == 0
-    assert "wide [/red].png: the centre square is used, 56% is cut" in capsys.readouterr().err
+    assert "wide [bold].png: the centre square is used, 56% is cut" in capsys.readouterr().err
 
 
 def test_a_folder_in_the_place_of_a_picture(place, out, capsys):

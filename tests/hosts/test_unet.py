@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import CROSS, POOLED, VISION, random_adapter, sd15_unet, sdxl_unet
 from diffusers.models.attention_processor import AttnProcessor
 
+from conftest import CROSS, POOLED, VISION, random_adapter, sd15_unet, sdxl_unet
 from imprompt.core.scales import STYLE
 from imprompt.hosts.unet import Link, adapter_shape, attach, cross_attention_layers
 from imprompt.prompter import ImagePrompt
@@ -205,7 +205,7 @@ def test_slicing_before_attach_is_refused(sd15):
 def test_misfits_are_refused_with_what_was_expected(sd15):
     with pytest.raises(ValueError, match="70 cross-attention layers"):
         attach(sd15, prompt(sdxl_unet()))
-    with pytest.raises(ValueError, match="blocks that this model does not have: up_block.1"):
+    with pytest.raises(ValueError, match=r"blocks that this model does not have: up_block\.1"):
         attach(sd15, prompt(sd15.unet, scale={"up_block.1": 1.0}))
     with pytest.raises(TypeError, match="UNet2DConditionModel"):
         Link(torch.nn.Linear(1, 1), [])

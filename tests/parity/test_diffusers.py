@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import image_processor, random_adapter, sd15_pipeline, sdxl_pipeline, vision_encoder
 from PIL import Image
 
+from conftest import image_processor, random_adapter, sd15_pipeline, sdxl_pipeline, vision_encoder
 from imprompt import checkpoints
 from imprompt.encoders import ImageEncoder
 from imprompt.hosts.unet import attach

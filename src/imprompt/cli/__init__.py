@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from imprompt import __version__, config
 from imprompt.errors import UserError
@@ -28,8 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what it did not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"imprompt: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="imprompt", description="Image prompts for text-to-image diffusion models.")
+    parser = _Parser(prog="imprompt", description="Image prompts for text-to-image diffusion models.")
     parser.add_argument("--version", action="version", version=f"imprompt {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 

@@ -1,6 +1,6 @@
 """What the command line shows while it works."""
 
-import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,21 +23,25 @@ class Shown:
         self._bar.reset(self._task, description=name, total=None)
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, highlight=False, soft_wrap=True)
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(name: str, show: bool = True) -> Iterator[Shown]:
-    """A bar that is gone when the work is done."""
+    """A bar that is gone when the work is done; none where standard error is no terminal."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     columns += [TextColumn("{task.fields[note]}")]
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
     with bar:
         yield Shown(bar, name)
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' advice to developers off the user's screen."""
+    """Keep the libraries' advice to developers, and their own progress bars, off the user's screen. Call before they are imported."""
     warnings.filterwarnings("ignore")
-    for name in ("diffusers", "transformers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from imprompt.pipelines import hide_progress
+
+    hide_progress()

@@ -5,6 +5,7 @@ import json
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -21,14 +22,14 @@ def inspect(arguments: argparse.Namespace) -> None:
         "cross_width": spec.cross,
         "parameters": spec.parameters,
         "dtype": spec.dtype,
-        **{key: value for key, value in spec.metadata.items() if key not in ("base", "encoder")},
     }
+    facts |= {key: value for key, value in spec.metadata.items() if key not in facts}
     if arguments.json:
         print(json.dumps(facts))
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if name == "parameters" else str(value))
+        table.add_row(name.replace("_", " "), f"{value:,}" if name == "parameters" else Text(str(value)))
     Console().print(table)
 
 

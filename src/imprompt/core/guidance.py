@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imprompt.errors import UserError
+
 NULL, CONDITIONAL = 0, 1
 Groups = tuple[int, ...]
 
@@ -20,7 +22,7 @@ def guidance_groups(pipe: Any) -> Groups:
     """The groups of rows that this pipeline builds at this moment; read anew at every call of the denoiser."""
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None:
-        raise TypeError(
+        raise UserError(
             f"{type(pipe).__name__} does not say whether it uses guidance; "
             "attach to its UNet and name the groups: attach(pipe.unet, prompt, groups=(0, 1))"
         )
@@ -38,14 +40,14 @@ def spread(null: Tensor, conditional: Tensor, groups: Groups, rows: int) -> Tens
     """
     each, rest = divmod(rows, len(groups))
     if rest:
-        raise ValueError(f"a batch of {rows} rows does not split into the {len(groups)} guidance groups {groups}")
+        raise UserError(f"a batch of {rows} rows does not split into the {len(groups)} guidance groups {groups}")
     return torch.cat([_repeat(conditional if group else null, each) for group in groups])
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:
     times, rest = divmod(rows, len(x))
     if rest:
-        raise ValueError(
+        raise UserError(
             f"the image prompt is for {len(x)} text prompts, the batch has {rows} rows per guidance group; "
             "give one image prompt for all, or one for each text prompt"
         )

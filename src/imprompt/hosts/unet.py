@@ -21,6 +21,7 @@ from imprompt.core.attention import Branch, Kernel, KeyValues, classic, decouple
 from imprompt.core.guidance import Groups
 from imprompt.core.masks import level_sizes, mask_weights
 from imprompt.core.scales import Scale, scale_of, unmatched
+from imprompt.errors import CheckpointError, UserError
 
 ARGUMENT = "ip_hidden_states"  # a cross-attention argument that diffusers' self-attention ignores without a warning
 
@@ -188,7 +189,7 @@ class Link:
         if not isinstance(self._unet, UNet2DConditionModel):
             raise TypeError(f"expected a diffusers pipeline with a UNet2DConditionModel, or such a UNet; received {type(target).__name__}")
         if self._pipe is None and groups is None:
-            raise ValueError(
+            raise UserError(
                 "a bare UNet does not know which rows of its batch are guided: "
                 "pass groups=(0, 1) for [null, conditional], or groups=(1,) without guidance"
             )
@@ -331,13 +332,14 @@ def _check_fit(prompt: Prompt, unet: UNet2DConditionModel, layers: Sequence[Laye
     expected, cross = adapter_shape(unet)
     adapter = prompt.adapter
     if adapter.cross != cross or adapter.layers != expected:
-        raise ValueError(
-            f"the adapter does not fit this model: it was made for {len(adapter.layers)} cross-attention layers and text states of width "
-            f"{adapter.cross}, the model has {len(expected)} and width {cross}; use an adapter of the same base family (imprompt inspect FILE)"
+        raise CheckpointError(
+            f"the adapter does not fit this model: it was made for {len(adapter.layers)} cross-attention layers and text states "
+            f"of width {adapter.cross}, the model has {len(expected)} and width {cross}; "
+            "use an adapter of the same base family (imprompt inspect FILE)"
         )
     unknown = unmatched(prompt.scale, [layer.name for layer in layers])
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"scale names blocks that this model does not have: {', '.join(unknown)}; its layers are called like {layers[0].name}"
         )
 

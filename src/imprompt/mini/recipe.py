@@ -5,6 +5,7 @@ Every part is a Hugging Face class of its real kind and is saved in the folder f
 seen by anything that is trained afterwards: they only evaluate.
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -56,18 +57,22 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTE_WEIGHTS = {"pattern": 3.0, "kind": 2.0}
 PHOTOS_PER_SUBJECT = 4
+_JUDGE_SEEDS = 5_000_000  # no training picture and no prompt has a seed from here on
 
 
 class Pool:
-    """The training pictures: photograph i shows subject i // 4. Drawn once, kept as one array on disk."""
+    """Pictures drawn once and kept as one array on disk: photograph i shows subject i // 4.
 
-    def __init__(self, folder: Path, count: int, held_out: bool = False):
-        self.path = folder / f"{'held-out' if held_out else 'pool'}-{count}.npy"
-        draws = world.subjects(held_out)
-        self._subjects = [next(draws) for _ in range(-(-count // PHOTOS_PER_SUBJECT))]
-        first_scene = 10_000_000 if held_out else 0
-        self._scenes = [world.scene(first_scene + i) for i in range(count)]
+    "train" leaves out the held-out combinations. "judge" is for what only evaluates: all combinations, subjects of its own.
+    """
+
+    def __init__(self, folder: Path, count: int, name: str = "train"):
+        self.path = folder / f"{name}-{count}.npy"
         self.count = count
+        draws = world.subjects() if name == "train" else map(world.subject, itertools.count(_JUDGE_SEEDS))
+        self._subjects = list(itertools.islice(draws, -(-count // PHOTOS_PER_SUBJECT)))
+        first_scene = 0 if name == "train" else _JUDGE_SEEDS
+        self._scenes = [world.scene(first_scene + i) for i in range(count)]
 
     def subject(self, i: int) -> world.Subject:
         return self._subjects[i // PHOTOS_PER_SUBJECT]
@@ -347,9 +352,16 @@ class Prompting(nn.Module):
     DROP = 0.05
 
     def __init__(
-        self, model: Adapter, base: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, encoder: ImageEncoder, latents: Latents,
-        batch: int, name: str,
-    ):  # fmt: skip
+        self,
+        model: Adapter,
+        base: UNet2DConditionModel,
+        text: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        encoder: ImageEncoder,
+        latents: Latents,
+        batch: int,
+        name: str,
+    ):
         super().__init__()
         self.model, self.name, self.batch = model, name, batch
         self.latents, self.pool, self.tokenizer = latents, latents.pool, tokenizer
@@ -391,7 +403,7 @@ PLANS = {
     "adapter": Plan("adapter", 2_500, 48, 1e-3, ema=0.998),
     "adapter-plus": Plan("adapter-plus", 2_500, 48, 1e-3, ema=0.998),
 }
-POOL = 160_000
+POOL, JUDGE_POOL = 160_000, 80_000  # pictures
 
 
 class Build:
@@ -401,14 +413,16 @@ class Build:
         self.folder, self._report, self.budget = folder, report, budget
         self.parts = folder / "parts"
         self.tokenizer = make_tokenizer()
-        self.pool = Pool(folder, max(256, round(POOL * min(1.0, budget))))
+        share = min(1.0, budget)
+        self.pool = Pool(folder, max(256, round(POOL * share)))
+        self.judge_pool = Pool(folder, max(256, round(JUDGE_POOL * share)), "judge")
         self.latents = Latents(folder, self.pool)
 
     def make(self, only: Sequence[str] = ()) -> None:
         """Make every part that is missing, in order; or only those named."""
         makers: dict[str, Callable[[], None]] = {
-            "clip": lambda: self._clip("clip", 128, 4, 8),
-            "judge-clip": lambda: self._clip("judge-clip", 96, 3, 16),
+            "clip": lambda: self._clip("clip", clip(128, 4, 8, 128, self.tokenizer), self.pool),
+            "judge-clip": lambda: self._clip("judge-clip", clip(96, 3, 16, 96, self.tokenizer), self.judge_pool),
             "judge": self._judge,
             "vae": self._vae,
             "unet": self._unet,
@@ -417,7 +431,8 @@ class Build:
         }
         if unknown := set(only) - set(makers):
             raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join(makers)}")
-        self.pool.draw(lambda done, total, _: self._report("drawing", done, total, 0.0))
+        for pool in (self.pool, self.judge_pool):
+            pool.draw(lambda done, total, _: self._report("drawing", done, total, 0.0))
         for name, maker in makers.items():
             if (not only or name in only) and not (self.parts / name).exists():
                 torch.manual_seed(zlib.crc32(name.encode()))
@@ -438,15 +453,13 @@ class Build:
         save(partial)
         partial.replace(self.parts / name)
 
-    def _clip(self, name: str, width: int, layers: int, patch: int) -> None:
-        module = Contrast(
-            clip(width, layers, patch, 128 if name == "clip" else 96, self.tokenizer), self.tokenizer, self.pool, name, PLANS[name].batch
-        )
+    def _clip(self, name: str, model: CLIPModel, pool: Pool) -> None:
+        module = Contrast(model, self.tokenizer, pool, name, PLANS[name].batch)
         self._fit(name, module)
         self._keep(name, module.model.save_pretrained)
 
     def _judge(self) -> None:
-        module = Judging(judge(), self.pool, PLANS["judge"].batch)
+        module = Judging(judge(), self.judge_pool, PLANS["judge"].batch)
         self._fit("judge", module)
         self._keep("judge", module.model.save_pretrained)
 
