@@ -20,7 +20,6 @@ from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIP
 from benchmarks.models import SD15, random_adapter, random_model
 from imprompt import checkpoints
 from imprompt.mini.tokenizer import make_tokenizer
-from imprompt.pipelines import hide_progress
 
 # The real ones: CLIP ViT-L/14's text side, SD's VAE, CLIP ViT-H/14's image side.
 TEXT: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -90,7 +89,6 @@ def main(words: Sequence[str] = ()) -> None:
     parser.add_argument("--size", type=int, help="pixels (default: 512; 64 with --small)")
     parser.add_argument("--steps", type=int, default=2)
     chosen = parser.parse_args(words)
-    hide_progress()
     size = chosen.size or (64 if chosen.small else 512)
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -14,7 +14,6 @@ from rich.console import Console
 from benchmarks.timing import Times, interleave
 from imprompt import generating, hub
 from imprompt.config import Generate
-from imprompt.pipelines import hide_progress
 
 GOAL = 0.6
 PROMPT = "a red fish"
@@ -48,7 +47,6 @@ def main(words: Sequence[str] = ()) -> None:
     parser.add_argument("--small", action="store_true", help="one picture in three steps")
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args(words)
-    hide_progress()
     console = Console(highlight=False, soft_wrap=True)
     needed = ("model_index.json", hub.EMBEDDED["mini"], "image_encoder")
     if not all((hub.MINI / name).exists() for name in needed):

@@ -1,9 +1,9 @@
 """Bench b: what image prompts cost a UNet, for diffusers and for us, in units of the same UNet without one.
 
-A generation is 10 steps with guidance: timesteps descend, the text states are the same tensor throughout. Where a step
-is short, whole generations are timed, ours from `attach` on. Where it is long, single steps are timed, and one more
-contestant does everything that we do once (attach, keys and values of image and text) and the first step; a generation
-of ours is then that plus 9 steps. Image encoding is outside for both.
+A generation is 10 steps with guidance: timesteps descend, the text states are the same tensor throughout. With --small,
+whole generations are timed (in processor time), ours from `attach` on. Otherwise a step is long: single steps are timed,
+and one more contestant does everything that we do once (attach, keys and values of image and text) and the first step;
+a generation of ours is then that plus 9 steps. Image encoding is outside for both.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ TIMES = [torch.tensor(1000 * i // STEPS + 1) for i in reversed(range(STEPS))]
 REFERENCES = (1, 8, 64)
 TOKENS = (4, 16)  # per reference: global, resampler
 TEXT = 77
-CAPTION = "median over the rounds (quartiles); once: what we do once per prompt, in steps of plain; differ: the outputs, relative"
+CAPTION = """median over the rounds ± half the interquartile range
+once: what we do once per prompt, in steps of plain; differ: between the two outputs, relative"""
 
 Call = Callable[[], Tensor]
 
@@ -48,20 +50,11 @@ class Shape(NamedTuple):
 
 
 FULL = (Shape("SD 1.5", SD15, 64), Shape("SDXL", SDXL, 128, resampler=1280))
-DEFAULT = (  # narrower, but with 64 channels per head as SDXL has them; the resampler shrinks alike
-    Shape("SD 1.5, 256 px", SD15, 32),
-    Shape(
-        "SDXL, widths × 0.6, 256 px", SDXL | {"block_out_channels": (192, 384, 768), "attention_head_dim": (3, 6, 12)}, 32, resampler=768
-    ),
-)
-SMALL = (
-    Shape("SD 1.5, tiny", SD15 | {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}, 16, 64, (17, 64), 64),
-    Shape(
-        "SDXL, tiny",
-        SDXL | {"block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2), "cross_attention_dim": 64},
-        16, 64, (17, 64), 64,
-    ),
-)  # fmt: skip
+_NARROW_XL = SDXL | {"block_out_channels": (192, 384, 768), "attention_head_dim": (3, 6, 12)}  # still 64 channels per head
+_TINY_15 = SD15 | {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 2, "cross_attention_dim": 64}
+_TINY_XL = SDXL | {"block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2), "cross_attention_dim": 64}
+DEFAULT = (Shape("SD 1.5, 256 px", SD15, 32), Shape("SDXL, widths × 0.6, 256 px", _NARROW_XL, 32, resampler=768))
+SMALL = (Shape("SD 1.5, tiny", _TINY_15, 16, 64, (17, 64), 64), Shape("SDXL, tiny", _TINY_XL, 16, 64, (17, 64), 64))
 
 
 class Row(NamedTuple):
@@ -87,7 +80,7 @@ def measure(shape: Shape, whole: bool, rounds: int) -> Iterator[Row]:
         for references in REFERENCES:
             prompt = ImagePrompt(adapter, torch.randn(1, references, patches, width), torch.randn(1, 1, patches, width))
             with contestants(shape, unets, prompt, whole) as calls:
-                yield _row(references, tokens, interleave(calls, rounds))
+                yield _row(references, tokens, interleave(calls, rounds, process_time if whole else perf_counter))
 
 
 @contextmanager
@@ -158,12 +151,12 @@ def public(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
 def main(words: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks unet", description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--small", action="store_true", help="tiny widths, whole generations: seconds")
+    size.add_argument("--small", action="store_true", help="tiny widths, whole generations, one thread, processor time: a minute")
     size.add_argument("--full", action="store_true", help="full widths at the models' own sizes: hours on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args(words)
     if chosen.small:
-        torch.set_num_threads(1)  # more of them gain nothing on tiny tensors
+        torch.set_num_threads(1)  # more of them gain nothing on tiny tensors, and processor time is that of one
     console = Console()
     for shape in SMALL if chosen.small else FULL if chosen.full else DEFAULT:
         timed = f"whole generations of {STEPS} steps" if chosen.small else f"single steps; ours: (the first + {STEPS - 1} more) / {STEPS}"

@@ -1,7 +1,9 @@
 """The workflow of `imprompt generate`: references and text in, pictures out."""
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from imprompt.config import Generate
 from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
 from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_dtype, scheduled
-from imprompt.prompter import load
+from imprompt.prompter import Prompter, load
 
 MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
 _BATCH_PIXELS = 4 * 512 * 512  # drawn at once
@@ -49,7 +51,8 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
     with ExitStack() as stack:
         stack.enter_context(scheduled(pipe, choice.scheduler, choice.steps))
         if choice.image:
-            prompter = load(choice.adapter or "mini", encoder=choice.encoder).to(device)
+            adapter = choice.adapter or "mini"
+            prompter = _prompter(adapter, choice.encoder, device, os.path.getmtime(adapter) if os.path.isfile(adapter) else 0.0)
             stack.enter_context(attach(pipe, prompter(list(choice.image), scale=choice.scale, fit=choice.fit)))
         for number, batch in enumerate(batches):
             done = number * choice.steps
@@ -64,3 +67,9 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
                 callback_on_step_end=step,
             ).images
     return [Drawn(image, seed) for image, seed in zip(images, seeds, strict=True)]
+
+
+@lru_cache(maxsize=2)
+def _prompter(adapter: str, encoder: str | None, device: str, changed: float) -> Prompter:
+    """The last ones are kept in memory, as the base is; a file that changed is read again."""
+    return load(adapter, encoder=encoder).to(device)

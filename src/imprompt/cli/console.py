@@ -37,11 +37,15 @@ def progress_bar(name: str, show: bool = True) -> Iterator[Shown]:
         yield Shown(bar, name)
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' advice to developers, and their own progress bars, off the user's screen. Call before they are imported."""
+def quiet_libraries(loading: bool = True) -> None:
+    """Keep the libraries' advice to developers off the user's screen, and with `loading` their progress bars for files.
+
+    Call before they are imported. Where something may have to be downloaded, the bars are wanted.
+    """
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from imprompt.pipelines import hide_progress
+    if loading:
+        from imprompt.pipelines import hide_progress
 
-    hide_progress()
+        hide_progress()

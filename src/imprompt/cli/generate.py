@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Generate)
     folder = writable_folder(choice.out)
     references = [open_image(path) for path in choice.image]
-    quiet_libraries()
+    quiet_libraries(loading=choice.base == "mini" or Path(choice.base).is_dir())
     with progress_bar("drawing", show=not arguments.json) as progress:
         for path, image in zip(choice.image, references, strict=True):
             if choice.fit == "crop" and cut_share(image) > 0.1:

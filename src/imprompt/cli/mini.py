@@ -14,12 +14,12 @@ from imprompt.files import atomic_path, writable_folder
 
 def make(arguments: argparse.Namespace) -> None:
     """Train every missing part; continue the one that was interrupted."""
+    quiet_libraries()
     from imprompt.hub import MINI
     from imprompt.mini.recipe import Build
 
     if not 0 < arguments.budget <= 10:
         raise UserError(f"budget: expected a share of the full training between 0 and 10, received {arguments.budget}")
-    quiet_libraries()
     with progress_bar("mini") as bar:
 
         def report(part: str, done: int, total: int, loss: float) -> None:
@@ -36,6 +36,7 @@ def make(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Draw a sheet: two rows of the world, then pictures from text, and pictures after references."""
+    quiet_libraries()
     from PIL import Image
 
     from imprompt import generate
@@ -44,7 +45,6 @@ def show(arguments: argparse.Namespace) -> None:
     from imprompt.mini import world
     from imprompt.mini.judging import cases
 
-    quiet_libraries()
     rng = random.Random(arguments.seed)
     shown = cases(8 + arguments.seed)[arguments.seed :]
     photos = [case.photo for case in shown]
@@ -68,11 +68,11 @@ def show(arguments: argparse.Namespace) -> None:
 
 def judge(arguments: argparse.Namespace) -> None:
     """Measure mini against the bars, on held-out prompts."""
+    quiet_libraries()
     from imprompt.generating import MINI_GUIDANCE
     from imprompt.mini.judging import BARS, SCALES, Bench, cases
     from imprompt.pipelines import load_base, pick_dtype
 
-    quiet_libraries()
     tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
     results: dict[str, dict[str, float]] = {}
     guidance = MINI_GUIDANCE if arguments.guidance is None else arguments.guidance
