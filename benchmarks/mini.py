@@ -2,9 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -38,8 +36,7 @@ def measure(steps: int, count: int, rounds: int) -> Times:
             generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
         ).images
 
-    with patch.object(generating, "load", cache(generating.load)):  # adapter and encoder: read once, as the base model is
-        return interleave({"plain": theirs, "ours": lambda: generating.draw(choice)}, rounds)
+    return interleave({"plain": theirs, "ours": lambda: generating.draw(choice)}, rounds)
 
 
 def main(words: Sequence[str] = ()) -> None:

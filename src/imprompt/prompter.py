@@ -37,12 +37,12 @@ class ImagePrompt:
     @torch.no_grad()
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
-        null = self.null.expand(-1, self.features.shape[1], -1, -1)
-        both = self.adapter(torch.cat([null, self.features]).to(next(self.adapter.parameters())))
-        return (
-            {n: KeyValues(k[:1], v[:1]) for n, (k, v) in both.items()},
-            {n: KeyValues(k[1:], v[1:]) for n, (k, v) in both.items()},
-        )
+        prompts, references = self.features.shape[:2]
+        pictures = torch.cat([self.null, self.features.flatten(0, 1)[:, None]])  # the null once, then every reference
+        each = self.adapter(pictures.to(next(self.adapter.parameters())))
+        null = {n: KeyValues(*(x[:1].repeat(1, references, 1) for x in pair)) for n, pair in each.items()}
+        image = {n: KeyValues(*(x[1:].unflatten(0, (prompts, references)).flatten(1, 2) for x in pair)) for n, pair in each.items()}
+        return null, image
 
     def scaled(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""

@@ -142,7 +142,7 @@ def test_a_batch_of_prompts_with_different_references_equals_the_loop(sd15):
 
     together = draw(texts, slice(0, 2))
     alone = torch.cat([draw(texts[i : i + 1], slice(i, i + 1)) for i in range(2)])
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()  # random latents reach 15: rounding is relative
 
 
 def test_several_pictures_per_prompt(sd15):

@@ -117,7 +117,7 @@ class DecoupledProcessor:
             rows, tokens = text.key.shape[:2]
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, rows).unflatten(0, (rows, attn.heads))
         query = attn.to_q(hidden_states)
-        few = classic if query.device.type == "cpu" else fused
+        few = classic if query.device.type == "cpu" and query.dtype is torch.bfloat16 else fused
         out = decoupled_attention(query, text, mine.branches, attn.heads, self.kernel, few, attention_mask)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
