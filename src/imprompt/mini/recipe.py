@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -304,6 +305,24 @@ def unet(cross: int = 128) -> UNet2DConditionModel:
     )
 
 
+class Noised(NamedTuple):
+    """A batch of training: which pictures, their latents with noise, the timesteps, and the v that is to be predicted."""
+
+    rows: Tensor
+    x: Tensor
+    t: Tensor
+    target: Tensor
+
+
+def noised(latents: Latents, schedule: DDIMScheduler, batch: int, g: torch.Generator, device: torch.device) -> Noised:
+    """Draw pictures, noise, and timesteps spread evenly over the schedule."""
+    rows = torch.randint(latents.pool.count, (batch,), generator=g)
+    x = latents.values[rows].float().to(device)
+    noise = torch.randn(x.shape, generator=g).to(device)
+    t = (1000 * (torch.arange(batch) + torch.rand(batch, generator=g)) / batch).long().to(device)
+    return Noised(rows, schedule.add_noise(x, noise, t), t, schedule.get_velocity(x, noise, t))
+
+
 class Denoising(nn.Module):
     """L = E‖v − v_θ(x_t, c, t)‖², the text dropped in one picture of ten."""
 
@@ -317,17 +336,12 @@ class Denoising(nn.Module):
 
     def loss(self, step: int) -> Tensor:
         device = self.model.device
-        g = generator("unet", step)
-        rows = torch.randint(self.pool.count, (self.batch,), generator=g)
-        x = self.latents.values[rows].float().to(device)
-        noise = torch.randn(x.shape, generator=g).to(device)
-        t = (1000 * (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch).long().to(device)  # stratified
+        rows, x, t, target = noised(self.latents, self.schedule, self.batch, generator("unet", step), device)
         rng = random.Random(f"unet {step}")
         texts = ["" if rng.random() < 0.1 else sample_caption(self.pool, int(i), rng, photographic=0.15) for i in rows]
         with torch.no_grad():
             states = self._frozen[0](tokenise(self.tokenizer, texts).to(device)).last_hidden_state
-        predicted = self.model(self.schedule.add_noise(x, noise, t), t, states).sample
-        return F.mse_loss(predicted.float(), self.schedule.get_velocity(x, noise, t))
+        return F.mse_loss(self.model(x, t, states).sample.float(), target)
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -369,15 +383,13 @@ class Prompting(nn.Module):
         base.eval().requires_grad_(False).set_attn_processor(AttnProcessor())
         self._frozen = (base, text.eval().requires_grad_(False), encoder)  # in a tuple: not part of what is trained and saved
         self.processors = Processors(base)
+        self.null = encoder.null(self.grid)  # the same at every step
         self.schedule = scheduler()
 
     def loss(self, step: int) -> Tensor:
         base, text, encoder = self._frozen
         g = generator(self.name, step)
-        rows = torch.randint(self.pool.count, (self.batch,), generator=g)
-        x = self.latents.values[rows].float().to(base.device)
-        noise = torch.randn(x.shape, generator=g).to(base.device)
-        t = (1000 * (torch.arange(self.batch) + torch.rand(self.batch, generator=g)) / self.batch).long().to(base.device)
+        rows, x, t, target = noised(self.latents, self.schedule, self.batch, g, base.device)
         rng = random.Random(f"{self.name} {step}")
         texts = [sample_caption(self.pool, int(i), rng, photographic=0.15) for i in rows]
         chance = torch.rand(self.batch, generator=g)
@@ -386,10 +398,9 @@ class Prompting(nn.Module):
             texts = ["" if dropped else words for words, dropped in zip(texts, no_text.tolist(), strict=True)]
             states = text(tokenise(self.tokenizer, texts).to(base.device)).last_hidden_state
             features = encoder.features(self.pool.images(rows).to(base.device), self.grid)
-            features = torch.where(no_image[:, None, None].to(base.device), encoder.null(self.grid).to(features), features)
+            features = torch.where(no_image[:, None, None].to(base.device), self.null.to(features), features)
         keys = layer_inputs(self.processors.layers, self.model(features[:, None]))
-        predicted = base(self.schedule.add_noise(x, noise, t), t, states, cross_attention_kwargs=keys).sample
-        return F.mse_loss(predicted.float(), self.schedule.get_velocity(x, noise, t))
+        return F.mse_loss(base(x, t, states, cross_attention_kwargs=keys).sample.float(), target)
 
 
 # --------------------------------------------------------------------------------------------------------- all of it
