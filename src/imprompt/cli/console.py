@@ -14,13 +14,16 @@ class Shown:
     """A progress bar on standard error: rate and time left, and lines above it."""
 
     def __init__(self, bar: Progress, name: str):
-        self._bar, self._task = bar, bar.add_task(name, total=None, note="")
+        self._bar, self._task, self._name = bar, bar.add_task(name, total=None, note=""), name
 
     def advance(self, done: int, total: int, note: str = "") -> None:
         self._bar.update(self._task, completed=done, total=total, note=note)
 
     def rename(self, name: str) -> None:
-        self._bar.reset(self._task, description=name, total=None)
+        """Begin the next piece of work, with a rate and a time of its own; within one, nothing."""
+        if name != self._name:
+            self._bar.reset(self._task, description=name, total=None)
+            self._name = name
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
