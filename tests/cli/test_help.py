@@ -98,6 +98,8 @@ def test_convert_there_and_back(adapter, tmp_path, capsys):
     assert main(["convert", str(adapter), str(pickle)]) == 0
     assert capsys.readouterr().out.startswith(f"{pickle}: resampler adapter for a small one, ")
     assert main(["convert", str(pickle), str(back)]) == 0
-    assert back.read_bytes() == adapter.read_bytes()
+    (tensors, about), (first, first_about) = checkpoints.read(back), checkpoints.read(adapter)  # safetensors orders its header at random
+    assert about == first_about and list(tensors) == list(first)
+    assert all(torch.equal(tensors[key], first[key]) and tensors[key].dtype == first[key].dtype for key in first)
     content = torch.load(pickle, weights_only=True)
     assert {"image_proj", "ip_adapter"} <= set(content) and "1.to_k_ip.weight" in content["ip_adapter"]
