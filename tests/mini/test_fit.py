@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from imprompt.mini.fit import Plan, fit, generator
+from imprompt.mini.fit import Plan, _Optimisers, fit, generator
 
 PLAN = Plan("line", steps=30, batch=8, lr=0.1, warmup=5, ema=0.9)
+WITH_MUON = Plan("net", steps=60, batch=8, lr=0.02, warmup=5, ema=0.9, muon=0.05)
 
 
 class Line(nn.Module):
-    def __init__(self):
+    def __init__(self, layer=None):
         super().__init__()
         torch.manual_seed(0)
-        self.layer = nn.Linear(3, 1)
+        self.layer = layer or nn.Linear(3, 1)
         self.stop_at = None
 
     def loss(self, step):
@@ -23,22 +24,40 @@ class Line(nn.Module):
         return (self.layer(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-def train(folder, stop_at=None):
-    module = Line()
+def train(folder, stop_at=None, plan=PLAN):
+    torch.manual_seed(1)
+    module = Line(nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)) if plan.muon else None)
     module.stop_at = stop_at
-    fit(PLAN, module, module.loss, folder, lambda *_: None, save_seconds=0)
-    return module.layer.weight.detach()
+    fit(plan, module, module.loss, folder, lambda *_: None, save_seconds=0)
+    return nn.utils.parameters_to_vector(module.layer.parameters()).detach()
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
-    whole = train(tmp_path / "whole")
+@pytest.mark.parametrize("plan", [PLAN, WITH_MUON], ids=["adamw", "muon"])
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, plan):
+    whole = train(tmp_path / "whole", plan=plan)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "broken", stop_at=11)
-    assert torch.equal(train(tmp_path / "broken"), whole)
+        train(tmp_path / "broken", stop_at=11, plan=plan)
+    assert torch.equal(train(tmp_path / "broken", plan=plan), whole)
 
 
 def test_it_learns(tmp_path):
-    assert torch.allclose(train(tmp_path), torch.ones(1, 3), atol=0.2)
+    weights = train(tmp_path)[:3]  # of the sum of three numbers
+    assert torch.allclose(weights, torch.ones(3), atol=0.2)
+
+
+def test_muon_trains_large_matrices_only():
+    """Kernels through flat views of their own memory; biases, and kernels with few channels, by AdamW."""
+    module = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3))
+    before = [p.detach().clone() for p in module.parameters()]
+    optimisers = _Optimisers(WITH_MUON, list(module.parameters()))
+    kernel = module[1].weight
+    kernel.grad = torch.randn_like(kernel)
+    optimisers.step(1.0)
+    moved = [not torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True)]
+    assert moved == [False, False, True, False]
+    update = (kernel.detach() - before[2]).flatten(1)
+    spread = torch.linalg.svdvals(update)
+    assert spread.max() / spread.min() < 3  # Muon's mark: all directions move alike
 
 
 def test_rate_warms_up_and_falls_to_zero():

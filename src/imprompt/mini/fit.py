@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -31,6 +32,7 @@ class Plan:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float | None = None  # decay; None keeps the last weights
+    muon: float | None = None  # learning rate of Muon, which then trains all large matrices and kernels
 
     def rate(self, step: int) -> float:
         """Share of the learning rate: linear warm-up, then half a cosine to zero."""
@@ -55,36 +57,34 @@ def fit(
     path = folder / f"{plan.name}.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
     device = parameters[0].device
-    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True)
+    optimisers = _Optimisers(plan, parameters)
     average = EMAModel(parameters, decay=plan.ema, foreach=True) if plan.ema else None
     step, smooth = 0, math.nan
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         step, smooth = state["step"], state["smooth"]
         module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimisers.load_state_dict(state["optimiser"])
         if average:
             average.load_state_dict(state["average"])
 
     def save() -> None:
-        state = {"step": step, "smooth": smooth, "module": module.state_dict(), "optimiser": optimiser.state_dict()}
+        state = {"step": step, "smooth": smooth, "module": module.state_dict(), "optimiser": optimisers.state_dict()}
         with atomic_path(path) as partial:
             torch.save(state | ({"average": average.state_dict()} if average else {}), partial)
 
     saved = shown = time.monotonic()
     low = torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
     while step < plan.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = plan.lr * plan.rate(step)
         with low:
             value = loss(step)
         value.backward()
         norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
         if torch.isfinite(norm):
-            optimiser.step()
+            optimisers.step(plan.rate(step))
             if average:
                 average.step(parameters)
-        optimiser.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         step += 1
         now = time.monotonic()
         if now - shown > 0.5 or step == plan.steps:
@@ -97,6 +97,43 @@ def fit(
     save()
     if average:
         average.copy_to(parameters)
+
+
+class _Optimisers:
+    """AdamW for everything; or, where the plan asks, Muon for matrices and kernels and AdamW for the rest.
+
+    Muon (Jordan et al., 2024) takes a matrix, so kernels are seen through flat views of their memory. What reads or writes a
+    few channels stays with AdamW.
+    """
+
+    def __init__(self, plan: Plan, parameters: list[nn.Parameter]):
+        large = [p for p in parameters if plan.muon and p.ndim >= 2 and min(p.shape[:2]) > 8]
+        chosen = set(map(id, large))
+        small = [p for p in parameters if id(p) not in chosen]
+        self._views = [(p, nn.Parameter(p.data.flatten(1))) for p in large]
+        self._all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(small, lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True)
+        ]
+        if plan.muon:
+            flat = [view for _, view in self._views]
+            self._all.append(torch.optim.Muon(flat, lr=plan.muon, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        self._rates = [plan.lr, plan.muon]
+
+    def step(self, share: float) -> None:
+        """One step at this share of the learning rates."""
+        for parameter, view in self._views:
+            view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for optimiser, rate in zip(self._all, self._rates, strict=False):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * share
+            optimiser.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimiser.state_dict() for optimiser in self._all]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimiser, state in zip(self._all, states, strict=True):
+            optimiser.load_state_dict(state)
 
 
 def generator(name: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64  # pixels, width and height of every picture
 _FINE = 3  # pictures are drawn this many times larger and reduced: antialiasing
+_VIEWS = 12  # of each background
 
 KINDS = ("star", "heart", "house", "tree", "fish", "cat", "car", "mushroom", "flower", "boat")
 PATTERNS = ("plain", "striped", "dotted", "checked")
@@ -92,32 +93,32 @@ def subject(seed: int) -> Subject:
         second_colour=second,
         second=_shade(second, r),
         pattern=r.choice(PATTERNS),
-        period=r.uniform(0.48, 0.68),
+        period=r.uniform(0.56, 0.68),
         upright=r.random() < 0.5,
         outline=r.random() < 0.5,
-        face=r.random() < 0.35,
-        accessory=r.choice(ACCESSORIES) if r.random() < 0.5 else "none",
-        stretch=r.uniform(0.92, 1.08),
+        face=r.random() < 0.25,
+        accessory=r.choice(ACCESSORIES) if r.random() < 0.3 else "none",
+        stretch=r.uniform(0.95, 1.05),
     )
 
 
 def scene(seed: int) -> Scene:
     """The scene of this seed."""
     r = random.Random(f"scene {seed}")
-    size = r.uniform(42, 52)
+    size = r.uniform(45, 50)
     light = r.uniform(0.86, 1.05)
     warmth = r.uniform(-0.05, 0.05)
-    off = 12 if r.random() < 0.15 else 4  # now and then the frame crops the subject
+    off = 12 if r.random() < 0.06 else 2.5  # now and then the frame crops the subject
     return Scene(
         seed=seed,
         background=r.choice(BACKGROUNDS),
         x=SIZE / 2 + r.uniform(-off, off),
         y=SIZE / 2 + 2 + r.uniform(-0.7 * off, 0.7 * off),
         size=size,
-        tilt=r.uniform(-14, 14),
+        tilt=r.uniform(-6, 6),
         flip=r.random() < 0.5,
         tint=(light * (1 + warmth), light, light * (1 - warmth)),
-        cover=r.choice(("low", "post")) if r.random() < 0.15 else "none",
+        cover=r.choice(("low", "post")) if r.random() < 0.08 else "none",
     )
 
 
@@ -350,7 +351,7 @@ class _Frame:
 def draw(s: Subject, where: Scene) -> Image.Image:
     """The photograph of a subject in a scene: RGB, SIZE × SIZE."""
     side = SIZE * _FINE
-    canvas = _background(where.background, where.seed % 64).copy()
+    canvas = _background(where.background, where.seed % _VIEWS).copy()
     pen = ImageDraw.Draw(canvas)
     frame, shape = _Frame(s, where), _shape(s.kind)
     for points, colour in shape.behind:
@@ -445,7 +446,7 @@ def _cover(where: Scene) -> list[tuple[Points, Colour]]:
 
 @cache
 def _background(name: str, variant: int) -> Image.Image:
-    """One of 64 views of a place, on the fine canvas."""
+    """One of the views of a place, on the fine canvas."""
     side = SIZE * _FINE
     r = random.Random(f"{name} {variant}")
     plain = {"white": (247, 246, 244), "grey": (158, 160, 163)}
