@@ -1,5 +1,6 @@
 """Any picture opens as upright 8-bit RGB, or is refused in one sentence, quickly and without filling the memory."""
 
+import io
 import os
 import random
 import resource
@@ -56,9 +57,16 @@ def test_missing_pictures_and_folders(tmp_path):
         open_image("x" * 5000 + ".png")
 
 
-@pytest.mark.parametrize("source", [3, None, b"bytes", np.zeros((4, 4, 3), np.uint8)], ids=["int", "None", "bytes", "array"])
+@pytest.mark.parametrize("source", [3, None, np.zeros((4, 4, 3), np.uint8)], ids=["int", "None", "array"])
 def test_what_is_neither_a_path_nor_a_picture(source):
     assert type(source).__name__ in refusal(source)
+
+
+def test_a_file_in_memory():
+    content = io.BytesIO()
+    Image.new("CMYK", (5, 4)).save(content, "JPEG")
+    assert open_image(content.getvalue()).size == (5, 4)
+    assert "in memory is not a picture" in refusal(b"bytes")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture at all", b"<svg xmlns='http://www.w3.org/2000/svg'/>", os.urandom(500)])

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "files", "core"),
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
-    ("hub", "prompter", "pipelines", "mini.fit", "mini.recipe"),
+    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe"),
     ("generating", "mini.judging"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
@@ -25,6 +25,8 @@ OUTSIDE = {
     "safetensors": ("checkpoints",),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
+    "webdataset": ("data",),
+    "pyarrow": ("data",),
 }
 
 

@@ -6,7 +6,7 @@ Every field is a flag of the command line, a key of the TOML file given with `--
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -62,6 +62,100 @@ class Generate:
         return int(parts[0]), int(parts[-1])
 
 
+METHODS = ("ip-adapter", "ip-adapter-plus", "simple", "simple-plus")
+
+# What fits the embedded model, for whatever the user left open; elsewhere it is P1's settings (arXiv:2308.06721, section 4.1.2).
+_MINI: dict[str, Any] = {
+    "steps": 2_500,
+    "batch": 48,
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup": 100,
+    "ema": 0.998,
+    "timesteps": "logit-normal",
+}
+_PAPER: dict[str, Any] = {"steps": 20_000, "batch": 8, "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "timesteps": "uniform"}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an adapter. Fields left open depend on the base: see `settled`."""
+
+    data: str = _option("mini", "training data: mini, a folder, a list (.jsonl, .csv, .parquet), .tar shards, or a feature cache")
+    base: str = _option("mini", "base model: mini, a folder or a hub id")
+    method: str = _option("ip-adapter", f"one of {', '.join(METHODS)}")
+    out: str = _option("run", "folder of the run")
+    adapter: str | None = _option(None, "fine-tune from this adapter file instead of starting anew")
+    encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's or the adapter's own)")
+    steps: int | None = _option(None, "optimiser steps (default: 2500 on mini, 20000 elsewhere)")
+    batch: int | None = _option(None, "pictures a step and process (default: 48 on mini, 8 elsewhere)")
+    accumulate: int = _option(1, "batches for one step")
+    lr: float | None = _option(None, "learning rate (default: 1e-3 on mini, 1e-4 elsewhere)")
+    schedule: str | None = _option(None, "of the learning rate: constant, cosine or linear")
+    warmup: int | None = _option(None, "steps until the full learning rate")
+    weight_decay: float = _option(0.01, "of AdamW")
+    clip: float = _option(1.0, "largest norm of the gradient; 0 for none")
+    optimizer: str = _option("adamw", "adamw or adamw8bit")
+    ema: float | None = _option(None, "decay of the weights' moving average, which is what is saved; 0 for none")
+    drop_text: float = _option(0.05, "share of pictures trained without their text")
+    drop_image: float = _option(0.05, "share trained without their image")
+    drop_both: float = _option(0.05, "share trained without either")
+    timesteps: str | None = _option(None, "uniform or logit-normal")
+    min_snr: float = _option(0.0, "γ of the min-SNR weight, 5 is usual; 0 for none")
+    noise_offset: float = _option(0.0, "strength of the noise offset, 0.1 is usual; 0 for none")
+    precision: str = _option("auto", "auto, float32, bfloat16 or float16; the frozen parts are held in it")
+    checkpointing: bool = _option(False, "compute activations twice to save memory")
+    size: int | None = _option(None, "side of the training pictures (default: the base's own)")
+    crop: str = _option("centre", "centre or random")
+    flip: bool = _option(False, "mirror half of the pictures")
+    buckets: bool = _option(False, "train on several shapes instead of squares")
+    references: int = _option(1, "references for one picture")
+    augment: float = _option(0.0, "how much references are altered, 0 … 1")
+    own_crop: bool = _option(False, "crop references on their own, not as the target")
+    max_unreadable: float = _option(0.1, "share of unreadable records that ends the run")
+    workers: int = _option(2, "threads that read and prepare pictures")
+    save_every: int = _option(500, "steps between two saves")
+    keep: int = _option(2, "saves that are kept, besides the best")
+    validate_every: int = _option(500, "steps between two examinations")
+    validation: int = _option(16, "pictures that are examined; 0 for none")
+    resume: str = _option("auto", "auto continues what is in the folder; never starts anew")
+    processes: int = _option(1, "processes on this machine")
+    deepspeed: bool = _option(False, "DeepSpeed ZeRO-2")
+    tracker: tuple[str, ...] = _option((), "tensorboard or wandb; repeat it for several")
+    preflight: bool = _option(True, "overfit one batch first, and say what is wrong")
+    seed: int = _option(0, "of everything random")
+    device: str = _option("auto", "auto, cpu, cuda, mps …")
+
+    def __post_init__(self) -> None:
+        _at_least(1, accumulate=self.accumulate, references=self.references, save_every=self.save_every, keep=self.keep)
+        _at_least(1, validate_every=self.validate_every, processes=self.processes, workers=self.workers)
+        _at_least(1, **{k: v for k, v in (("steps", self.steps), ("batch", self.batch), ("size", self.size)) if v is not None})
+        _at_least(0, seed=self.seed, validation=self.validation)
+        _finite(lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, min_snr=self.min_snr, noise_offset=self.noise_offset)
+        shares = {name: getattr(self, name) for name in ("drop_text", "drop_image", "drop_both", "augment", "max_unreadable")}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"{name}: expected 0 … 1, received {value}")
+        if self.drop_text + self.drop_image + self.drop_both > 1:
+            raise UserError("drop_text, drop_image and drop_both: expected at most 1 together")
+        _one_of(METHODS, method=self.method)
+        _one_of(("adamw", "adamw8bit"), optimizer=self.optimizer)
+        _one_of(("centre", "random"), crop=self.crop)
+        _one_of(("auto", "never"), resume=self.resume)
+        _one_of(("auto", "float32", "bfloat16", "float16"), precision=self.precision)
+        if self.schedule is not None:
+            _one_of(("constant", "cosine", "linear"), schedule=self.schedule)
+        if self.timesteps is not None:
+            _one_of(("uniform", "logit-normal"), timesteps=self.timesteps)
+        for name in self.tracker:
+            _one_of(("tensorboard", "wandb"), tracker=name)
+
+    def settled(self) -> "Train":
+        """With every open field filled in."""
+        usual = _MINI if self.base == "mini" else _PAPER
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+
 def _at_least(low: int, **values: int) -> None:
     for name, value in values.items():
         if value < low:
@@ -105,11 +199,11 @@ def build(kind: type[Config], values: Mapping[str, Any]) -> Config:
         one, many = known[name]
         if many:
             value = (value,) if isinstance(value, (str, Path)) or not isinstance(value, (list, tuple)) else tuple(value)
-        elif value is not None and one in (int, float, str):
+        elif value is not None and one in (int, float, str, bool):
             if one is str and isinstance(value, (int, Path)) and not isinstance(value, bool):
                 value = str(value)
             allowed = (int, float) if one is float else one
-            if isinstance(value, bool) or not isinstance(value, allowed):
+            if isinstance(value, bool) != (one is bool) or not isinstance(value, allowed):
                 raise UserError(f"{name}: expected {one.__name__}, received {value!r}")
         checked[name] = value
     missing = [f.name for f, _, _ in options(kind) if f.default is MISSING and f.name not in checked]

@@ -1,5 +1,6 @@
 """Reference pictures: opened safely, fitted to an encoder's square, laid out on sheets."""
 
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need 
 FITS = ("crop", "pad", "squash")
 _ENOUGH = 2048  # pixels a side of a padded or squashed picture: encoders look at 224 to 448
 
-Picture = str | Path | Image.Image
+Picture = str | Path | bytes | Image.Image  # bytes: the content of a file
 
 
 def open_image(source: Picture) -> Image.Image:
@@ -25,32 +26,38 @@ def open_image(source: Picture) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), "a picture in memory")
     if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"expected a picture as a path or a PIL image, received {type(source).__name__}")
+        raise ImageError(f"expected a picture as a path, bytes or a PIL image, received {type(source).__name__}")
     path = Path(source)
     if not os.path.isfile(path):  # unlike Path.is_file, it does not raise for a name too long
         raise ImageError(f"no picture at {path}")
+    return _decode(path, path.name)
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is ours, and odd metadata are no obstacle
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(
-                        f"{path.name} is {width} × {height} pixels; expected at most {MAX_PIXELS // 1_000_000} million: reduce it first"
+                        f"{name} is {width} × {height} pixels; expected at most {MAX_PIXELS // 1_000_000} million: reduce it first"
                     )
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path.name} is not a picture that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
+        raise ImageError(f"{name} is not a picture that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path.name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first"
+            f"{name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first"
         ) from error
     except ImageError:
         raise
     except Exception as error:  # struct.error, RuntimeError, MemoryError …: Pillow's readers raise nearly anything
-        raise ImageError(f"{path.name} is damaged or cut off ({brief(error)}); save or download it again") from error
+        raise ImageError(f"{name} is damaged or cut off ({brief(error)}); save or download it again") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -72,7 +79,7 @@ def is_animated(source: Picture) -> bool:
     """Whether a file holds several frames, of which only the first is used."""
     if isinstance(source, Image.Image):
         return getattr(source, "n_frames", 1) > 1
-    with Image.open(source) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         return getattr(image, "n_frames", 1) > 1
 
 

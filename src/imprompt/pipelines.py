@@ -10,9 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from imprompt.core.diffusion import TARGETS, Schedule, rectified_flow, variance_preserving
 from imprompt.errors import UserError, brief
 from imprompt.hub import MINI
 
@@ -78,6 +79,21 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
         pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """The noise schedule that a base was trained with, read off its scheduler. Raises UserError for one that is not known."""
+    config = scheduler.config
+    count = config.num_train_timesteps
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        fresh = type(scheduler).from_config(config)
+        return rectified_flow(fresh.sigmas[:count].flip(0), fresh.timesteps[:count].flip(0))
+    target = config.get("prediction_type", "epsilon")
+    if target == "flow_prediction":
+        return rectified_flow(torch.arange(1, count + 1) / count, torch.arange(count))
+    if target not in TARGETS:
+        raise UserError(f"the base predicts {target!r}; expected one of {', '.join(TARGETS)}, or flow_prediction")
+    return variance_preserving(scheduler.alphas_cumprod, target)
 
 
 FILES = (".safetensors", ".ckpt", ".bin")

@@ -81,7 +81,7 @@ class Prompter:
 
     def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
         """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
-        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
         if not pictures:
             raise ImageError("an image prompt needs at least one picture")
         opened = [fit(open_image(picture), fit_) for picture in pictures]

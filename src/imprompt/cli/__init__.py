@@ -88,7 +88,12 @@ def _fields(parser: argparse.ArgumentParser, kind: type) -> None:
     """One flag for each field; those not given stay out, so that a configuration file can speak."""
     parser.add_argument("--config", metavar="FILE.toml", help="read fields from a file; flags go before it")
     for f, one, many in config.options(kind):
-        default = "" if f.default in (None, (), "") else f" (default: {f.default})"
+        default = "" if f.default in (None, (), "", False) else f" (default: {f.default})"
+        text = (f.metadata["help"] + default).replace("%", "%%")
+        if one is bool:
+            flag = "--" + f.name.replace("_", "-")
+            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
             dest=f.name,
@@ -96,7 +101,7 @@ def _fields(parser: argparse.ArgumentParser, kind: type) -> None:
             action="append" if many else "store",
             default=argparse.SUPPRESS,
             metavar=f.metadata.get("metavar", f.name.upper()),
-            help=(f.metadata["help"] + default).replace("%", "%%"),
+            help=text,
         )
 
 

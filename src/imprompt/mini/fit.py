@@ -117,7 +117,7 @@ class _Optimisers:
         if plan.muon:
             flat = [view for _, view in self._views]
             self._all.append(torch.optim.Muon(flat, lr=plan.muon, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
-        self._rates = [plan.lr, plan.muon]
+        self._rates = [plan.lr, plan.muon or 0.0]
 
     def step(self, share: float) -> None:
         """One step at this share of the learning rates."""
