@@ -64,3 +64,10 @@ def test_rate_warms_up_and_falls_to_zero():
     rates = [PLAN.rate(step) for step in range(PLAN.steps + 1)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert max(rates) == 1 and rates[-1] == pytest.approx(0)
+
+
+def test_a_part_that_the_loss_does_not_reach_is_named(tmp_path):
+    module = Line(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)))
+    module.layer[1].register_forward_pre_hook(lambda layer, args: args[0].detach())
+    with pytest.raises(RuntimeError, match=r"layer\.0\.weight among them"):
+        fit(PLAN, module, module.loss, tmp_path, lambda *_: None)

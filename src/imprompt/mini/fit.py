@@ -73,12 +73,16 @@ def fit(
         with atomic_path(path) as partial:
             torch.save(state | ({"average": average.state_dict()} if average else {}), partial)
 
+    first = True
     saved = shown = time.monotonic()
     low = torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
     while step < plan.steps:
         with low:
             value = loss(step)
         value.backward()
+        if first:
+            _check_gradients(module)
+            first = False
         norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
         if torch.isfinite(norm):
             optimisers.step(plan.rate(step))
@@ -99,6 +103,16 @@ def fit(
         average.copy_to(parameters)
 
 
+def _check_gradients(module: nn.Module) -> None:
+    """Raise where a part of the model is cut off from the loss: it would stay as it began, and nothing would tell.
+
+    (torch.compile did that to everything below an upsampler, on CPU, under autocast: docs/log.md.)
+    """
+    dead = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    if dead:
+        raise RuntimeError(f"{len(dead)} tensors receive no gradient, {dead[0]} among them: they would not be trained")
+
+
 class _Optimisers:
     """AdamW for everything; or, where the plan asks, Muon for matrices and kernels and AdamW for the rest.
 
@@ -116,7 +130,7 @@ class _Optimisers:
         ]
         if plan.muon:
             flat = [view for _, view in self._views]
-            self._all.append(torch.optim.Muon(flat, lr=plan.muon, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self._all.append(torch.optim.Muon(flat, lr=plan.muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
         self._rates = [plan.lr, plan.muon or 0.0]
 
     def step(self, share: float) -> None:
