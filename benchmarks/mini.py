@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.timing import Times, interleave
-from imprompt import generating, hub
+from imprompt import generating, hub, pipelines
 from imprompt.config import Generate
 
 GOAL = 0.6
@@ -32,7 +32,7 @@ def measure(steps: int, count: int, rounds: int) -> Times:
         return plain(
             [PROMPT] * count,
             num_inference_steps=steps,
-            guidance_scale=generating.MINI_GUIDANCE,
+            guidance_scale=pipelines.MINI_GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
         ).images
 

@@ -13,20 +13,23 @@ LAYERS: list[tuple[str, ...]] = [
     ("errors", "files", "core"),
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
     ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe"),
-    ("generating", "mini.judging"),
+    ("similarity", "methods"),
+    ("generating", "mini.judging", "train"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
 ]
 
 # Which outside package may be imported where.
 OUTSIDE = {
-    "diffusers": ("hosts", "pipelines", "mini"),
-    "transformers": ("encoders", "pipelines", "mini"),
+    "diffusers": ("hosts", "pipelines", "mini", "train"),
+    "transformers": ("encoders", "pipelines", "mini", "similarity"),
     "safetensors": ("checkpoints",),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
     "webdataset": ("data",),
     "pyarrow": ("data",),
+    "accelerate": ("train",),
+    "matplotlib": ("train",),
 }
 
 

@@ -87,20 +87,20 @@ class Train:
     out: str = _option("run", "folder of the run")
     adapter: str | None = _option(None, "fine-tune from this adapter file instead of starting anew")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's or the adapter's own)")
-    steps: int | None = _option(None, "optimiser steps (default: 2500 on mini, 20000 elsewhere)")
-    batch: int | None = _option(None, "pictures a step and process (default: 48 on mini, 8 elsewhere)")
+    steps: int = _option(0, "optimiser steps (default: 2500 on mini, 20000 elsewhere)")
+    batch: int = _option(0, "pictures a step and process (default: 48 on mini, 8 elsewhere)")
     accumulate: int = _option(1, "batches for one step")
-    lr: float | None = _option(None, "learning rate (default: 1e-3 on mini, 1e-4 elsewhere)")
-    schedule: str | None = _option(None, "of the learning rate: constant, cosine or linear")
-    warmup: int | None = _option(None, "steps until the full learning rate")
+    lr: float = _option(0.0, "learning rate (default: 1e-3 on mini, 1e-4 elsewhere)")
+    schedule: str = _option("auto", "of the learning rate: constant, cosine or linear")
+    warmup: int = _option(-1, "steps until the full learning rate")
     weight_decay: float = _option(0.01, "of AdamW")
     clip: float = _option(1.0, "largest norm of the gradient; 0 for none")
     optimizer: str = _option("adamw", "adamw or adamw8bit")
-    ema: float | None = _option(None, "decay of the weights' moving average, which is what is saved; 0 for none")
+    ema: float = _option(-1.0, "decay of the weights' moving average, which is what is saved; 0 for none")
     drop_text: float = _option(0.05, "share of pictures trained without their text")
     drop_image: float = _option(0.05, "share trained without their image")
     drop_both: float = _option(0.05, "share trained without either")
-    timesteps: str | None = _option(None, "uniform or logit-normal")
+    timesteps: str = _option("auto", "uniform or logit-normal")
     min_snr: float = _option(0.0, "γ of the min-SNR weight, 5 is usual; 0 for none")
     noise_offset: float = _option(0.0, "strength of the noise offset, 0.1 is usual; 0 for none")
     precision: str = _option("auto", "auto, float32, bfloat16 or float16; the frozen parts are held in it")
@@ -112,12 +112,15 @@ class Train:
     references: int = _option(1, "references for one picture")
     augment: float = _option(0.0, "how much references are altered, 0 … 1")
     own_crop: bool = _option(False, "crop references on their own, not as the target")
+    least: int = _option(0, "pictures with a shorter side than this many pixels are left out")
     max_unreadable: float = _option(0.1, "share of unreadable records that ends the run")
     workers: int = _option(2, "threads that read and prepare pictures")
     save_every: int = _option(500, "steps between two saves")
     keep: int = _option(2, "saves that are kept, besides the best")
     validate_every: int = _option(500, "steps between two examinations")
     validation: int = _option(16, "pictures that are examined; 0 for none")
+    validation_steps: int = _option(20, "denoising steps of the pictures that are drawn then")
+    judge: str | None = _option(None, "CLIP model for CLIP-I and CLIP-T: mini, a folder or a hub id (default: mini's on mini)")
     resume: str = _option("auto", "auto continues what is in the folder; never starts anew")
     processes: int = _option(1, "processes on this machine")
     deepspeed: bool = _option(False, "DeepSpeed ZeRO-2")
@@ -129,8 +132,8 @@ class Train:
     def __post_init__(self) -> None:
         _at_least(1, accumulate=self.accumulate, references=self.references, save_every=self.save_every, keep=self.keep)
         _at_least(1, validate_every=self.validate_every, processes=self.processes, workers=self.workers)
-        _at_least(1, **{k: v for k, v in (("steps", self.steps), ("batch", self.batch), ("size", self.size)) if v is not None})
-        _at_least(0, seed=self.seed, validation=self.validation)
+        _at_least(0, steps=self.steps, batch=self.batch, seed=self.seed, validation=self.validation, least=self.least)
+        _at_least(1, size=1 if self.size is None else self.size, validation_steps=self.validation_steps)
         _finite(lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, min_snr=self.min_snr, noise_offset=self.noise_offset)
         shares = {name: getattr(self, name) for name in ("drop_text", "drop_image", "drop_both", "augment", "max_unreadable")}
         for name, value in shares.items():
@@ -143,17 +146,18 @@ class Train:
         _one_of(("centre", "random"), crop=self.crop)
         _one_of(("auto", "never"), resume=self.resume)
         _one_of(("auto", "float32", "bfloat16", "float16"), precision=self.precision)
-        if self.schedule is not None:
-            _one_of(("constant", "cosine", "linear"), schedule=self.schedule)
-        if self.timesteps is not None:
-            _one_of(("uniform", "logit-normal"), timesteps=self.timesteps)
+        _one_of(("auto", "constant", "cosine", "linear"), schedule=self.schedule)
+        _one_of(("auto", "uniform", "logit-normal"), timesteps=self.timesteps)
+        if not self.ema < 1:
+            raise UserError(f"ema: expected less than 1, received {self.ema}")
         for name in self.tracker:
             _one_of(("tensorboard", "wandb"), tracker=name)
 
     def settled(self) -> "Train":
         """With every open field filled in."""
         usual = _MINI if self.base == "mini" else _PAPER
-        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+        open_still = {f.name: f.default for f in fields(self)}
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 
 
 def _at_least(low: int, **values: int) -> None:

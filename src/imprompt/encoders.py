@@ -47,8 +47,11 @@ class ImageEncoder:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """(pictures, 3, side, side): resized, centre-cropped and normalised as the encoder was trained."""
-        values = self.processor(images=list(images), return_tensors="pt").pixel_values
-        return values.to(self.model.device, self.model.dtype)
+        return self.prepare(images).to(self.model.device, self.model.dtype)
+
+    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """The same in float32 on the CPU."""
+        return self.processor(images=list(images), return_tensors="pt").pixel_values
 
     @torch.no_grad()
     def features(self, pixels: Tensor, grid: bool) -> Tensor:

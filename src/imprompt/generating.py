@@ -12,10 +12,9 @@ from PIL import Image
 from imprompt.config import Generate
 from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
-from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_dtype, scheduled
+from imprompt.pipelines import check_size, guidance_of, load_base, own_size, pick_device, pick_dtype, scheduled
 from imprompt.prompter import Prompter, load
 
-MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
 _BATCH_PIXELS = 4 * 512 * 512  # drawn at once
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -60,7 +59,7 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
                 [choice.prompt] * len(batch),
                 negative_prompt=[choice.negative] * len(batch),
                 num_inference_steps=choice.steps,
-                guidance_scale=choice.guidance if choice.guidance is not None else MINI_GUIDANCE if mini else GUIDANCE,
+                guidance_scale=choice.guidance if choice.guidance is not None else guidance_of(choice.base),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
                 width=width,
                 height=height,

@@ -13,6 +13,8 @@ EMBEDDED = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensor
 _RELEASE = "h94/IP-Adapter"
 _ENCODERS = {"CLIP ViT-H/14": (_RELEASE, "models/image_encoder"), "CLIP ViT-bigG/14": (_RELEASE, "sdxl_models/image_encoder")}
 
+RELEASED_ENCODER = _ENCODERS["CLIP ViT-H/14"]  # what the public adapters read, but for a few of SDXL
+
 EncoderPlace = tuple[str | Path, str | None]
 
 

@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 
 from imprompt.core.diffusion import TARGETS, Schedule, rectified_flow, variance_preserving
 from imprompt.errors import UserError, brief
@@ -28,6 +29,9 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
+
+
+MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
 
 
 def pick_device(device: str = "auto") -> str:
@@ -48,6 +52,15 @@ def pick_dtype(dtype: str, device: str, mini: bool) -> torch.dtype:
     if device != "cpu":
         return torch.float16
     return torch.bfloat16 if mini and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def pick_precision(name: str, device: str) -> torch.dtype:
+    """For training. `auto`: bfloat16 where the device computes in it, else float32 (float16 overflows in the resampler)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 @lru_cache(maxsize=1)
@@ -129,6 +142,25 @@ def check_size(pipe: Any, width: int, height: int) -> None:
         raise UserError(f"size: the model draws multiples of {step} pixels, received {width}x{height}; nearest is {near[0]}x{near[1]}")
     if min(width, height) < least:
         raise UserError(f"size: the model draws at least {least} pixels a side, received {width}x{height}")
+
+
+def guidance_of(base: str) -> float:
+    """The guidance scale that suits a base."""
+    return MINI_GUIDANCE if base == "mini" else GUIDANCE
+
+
+def drawing(
+    pipe: Any, prompts: Sequence[str], steps: int, seeds: Iterable[int], size: tuple[int, int], guidance: float
+) -> list[Image.Image]:
+    """One picture for each prompt and seed. size: height and width in pixels."""
+    return pipe(
+        list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        height=size[0],
+        width=size[1],
+    ).images
 
 
 def own_size(pipe: Any) -> int:

@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     _fields(generate, config.Generate)
     generate.add_argument("--json", action="store_true", help="print the result for a program")
 
+    train = _verb(verbs, "train", "train an adapter on your own pictures", "train:run")
+    _fields(train, config.Train)
+    train.add_argument("--json", action="store_true", help="print the result for a program")
+
     inspect = _verb(verbs, "inspect", "tell what an adapter file is", "files:inspect")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="print the result for a program")
@@ -88,7 +92,7 @@ def _fields(parser: argparse.ArgumentParser, kind: type) -> None:
     """One flag for each field; those not given stay out, so that a configuration file can speak."""
     parser.add_argument("--config", metavar="FILE.toml", help="read fields from a file; flags go before it")
     for f, one, many in config.options(kind):
-        default = "" if f.default in (None, (), "", False) else f" (default: {f.default})"
+        default = "" if f.default in (None, (), "", "auto", 0, -1) or "default" in f.metadata["help"] else f" (default: {f.default})"
         text = (f.metadata["help"] + default).replace("%", "%%")
         if one is bool:
             flag = "--" + f.name.replace("_", "-")

@@ -69,9 +69,8 @@ def show(arguments: argparse.Namespace) -> None:
 def judge(arguments: argparse.Namespace) -> None:
     """Measure mini against the bars, on held-out prompts."""
     quiet_libraries()
-    from imprompt.generating import MINI_GUIDANCE
     from imprompt.mini.judging import BARS, SCALES, Bench, cases
-    from imprompt.pipelines import load_base, pick_dtype
+    from imprompt.pipelines import MINI_GUIDANCE, load_base, pick_dtype
 
     tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
     results: dict[str, dict[str, float]] = {}

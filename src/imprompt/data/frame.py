@@ -48,6 +48,11 @@ class Example(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.pixels.shape)
 
+    @property
+    def side(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
 
 def example(record: Record, seed: int, framing: Framing, prepare: Pixels) -> Example:
     """Open and frame a record. All chance follows from `seed`. Raises ImageError for a picture that cannot be used."""

@@ -1,5 +1,6 @@
 """What a record is, and the two shapes that data comes in: counted, or as a stream of shards."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -34,6 +35,22 @@ class Sharded(Protocol):
     @property
     def shards(self) -> Sequence[str]: ...
     def read(self, shard: str) -> Iterator[Record]: ...
+
+
+class Without:
+    """Counted records, some of them left out."""
+
+    def __init__(self, records: Counted, left_out: Sequence[int]):
+        self._records = records
+        self._before = [n - k for k, n in enumerate(sorted(left_out))]  # how many that stay come before each one left out
+
+    def __len__(self) -> int:
+        return len(self._records) - len(self._before)
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._records[i + bisect_right(self._before, i)]
 
 
 Records = Counted | Sharded

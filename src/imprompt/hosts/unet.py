@@ -210,7 +210,8 @@ class Link:
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         prompts = tuple(prompts)
         for prompt in prompts:
-            _check_fit(prompt, self._unet, self._layers)
+            check_fit(prompt.adapter, self._unet)
+            _check_scale(prompt.scale, self._layers)
         computed = [prompt.key_values() for prompt in prompts]
         with self._lock:
             self._prompts, self._key_values = prompts, computed
@@ -328,16 +329,19 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
     return args[position] if len(args) > position else kwargs[name]
 
 
-def _check_fit(prompt: Prompt, unet: UNet2DConditionModel, layers: Sequence[Layer]) -> None:
+def check_fit(adapter: Adapter, unet: UNet2DConditionModel) -> None:
+    """Raise CheckpointError where an adapter was made for another model."""
     expected, cross = adapter_shape(unet)
-    adapter = prompt.adapter
     if adapter.cross != cross or adapter.layers != expected:
         raise CheckpointError(
             f"the adapter does not fit this model: it was made for {len(adapter.layers)} cross-attention layers and text states "
             f"of width {adapter.cross}, the model has {len(expected)} and width {cross}; "
             "use an adapter of the same base family (imprompt inspect FILE)"
         )
-    unknown = unmatched(prompt.scale, [layer.name for layer in layers])
+
+
+def _check_scale(scale: Scale, layers: Sequence[Layer]) -> None:
+    unknown = unmatched(scale, [layer.name for layer in layers])
     if unknown:
         raise UserError(
             f"scale names blocks that this model does not have: {', '.join(unknown)}; its layers are called like {layers[0].name}"

@@ -416,7 +416,7 @@ PLANS = {
     "judge-clip": Plan("judge-clip", 6_000, 128, 1e-3),
     "judge": Plan("judge", 6_000, 64, 1.5e-3),
     "vae": Plan("vae", 15_000, 8, 1.5e-3, warmup=300),
-    "unet": Plan("unet", 6_000, 48, 2e-3, warmup=200, ema=0.999, muon=3e-3),
+    "unet": Plan("unet", 5_000, 48, 2e-3, warmup=200, ema=0.999, muon=3e-3),
     "adapter": Plan("adapter", 2_500, 48, 1e-3, ema=0.998),
     "adapter-plus": Plan("adapter-plus", 2_500, 48, 1e-3, ema=0.998),
 }

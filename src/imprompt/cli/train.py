@@ -1,0 +1,74 @@
+"""`imprompt train`."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from imprompt.cli import chosen_fields
+from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.config import Train
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, show the rate and the figures, and say where the adapter is."""
+    choice = chosen_fields(arguments, Train).settled()
+    if choice.processes > 1 and "LOCAL_RANK" not in os.environ:
+        raise SystemExit(_launch(choice.processes))
+    main = os.environ.get("RANK", "0") == "0"
+    quiet_libraries()
+    with progress_bar("preparing", show=main and not arguments.json) as progress:
+        from imprompt.train import begin, recorded
+
+        loop, report = begin(choice)
+        if main and report:
+            for note in report.notes:
+                progress.say(f"note: {note}")
+            progress.say(
+                f"{report.trainable / 1e6:.1f} M trainable parameters; one batch: loss {report.before:.4f} → {report.after:.4f}; "
+                f"about {_time(report.seconds_per_step * choice.steps * choice.accumulate)} for {choice.steps} steps"
+            )
+        progress.rename("training")
+        last = None
+        for step in recorded(choice, loop) if main else loop:
+            progress.advance(step.index, step.steps, f"loss {step.loss:.4f} · {step.images_per_second:.1f} images/s")
+            if step.findings:
+                progress.say(f"step {step.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in step.findings.figures.items()))
+            last = step
+    if not main:
+        return
+    folder = Path(choice.out)
+    result = {
+        "adapter": str(folder / "adapter.safetensors"),
+        "page": str(folder / "index.html"),
+        "step": last.index if last else choice.steps,
+    }
+    if arguments.json:
+        print(json.dumps(result | (last.findings.figures if last and last.findings else {})))
+        return
+    print(folder / "adapter.safetensors")
+    if (folder / "index.html").exists():
+        print(folder / "index.html")
+
+
+def _launch(processes: int) -> int:
+    """The same command once for each process."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "imprompt",
+        *sys.argv[1:],
+    ]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))}
+    return subprocess.run(command, env=os.environ | threads).returncode
+
+
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,62 @@
+"""IP-Adapter (arXiv:2308.06721): decoupled cross-attention, with global or fine-grained features."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from imprompt.core.adapter import Adapter
+from imprompt.core.attention import KeyValues
+from imprompt.core.projectors import LinearProjector, Projector, Resampler
+from imprompt.encoders import ImageEncoder
+from imprompt.hosts.unet import Processors, adapter_shape, attach, initialise, layer_inputs
+from imprompt.prompter import ImagePrompt
+
+
+class IPAdapter:
+    """Extra keys and values for every cross-attention layer."""
+
+    name = "ip-adapter"
+
+    def __init__(self, unet: Any, adapter: Adapter):
+        self.unet, self.module = unet, cast(nn.Module, adapter)
+        self.adapter = adapter
+        self.grid = not isinstance(adapter.image_proj, LinearProjector)
+        self.processors: Processors | None = None
+
+    @classmethod
+    def create(cls, unet: Any, encoder: ImageEncoder, grid: bool = False, tokens: int = 0) -> "IPAdapter":
+        """Untrained: the projector at random, keys and values started from the UNet's own."""
+        layers, cross = adapter_shape(unet)
+        adapter = Adapter(projector(encoder.width(grid), cross, grid, tokens), layers, cross)
+        initialise(adapter, unet)
+        return cls(unet, adapter)
+
+    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
+        if self.processors is None:
+            self.processors = Processors(self.unet)
+        found = self.module(image.to(next(self.module.parameters()).dtype))
+        found = {n: KeyValues(pair.key.to(x.dtype), pair.value.to(x.dtype)) for n, pair in found.items()}
+        keys = layer_inputs(self.processors.layers, found)
+        return self.unet(x, time, text, cross_attention_kwargs=keys, **extra).sample
+
+    def release(self) -> None:
+        if self.processors is not None:
+            self.processors.restore()
+            self.processors = None
+
+    def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> AbstractContextManager[Any]:
+        self.release()
+        return attach(pipe, ImagePrompt(self.adapter, image, null, scale))
+
+    def public(self, module: nn.Module) -> Mapping[str, Tensor]:
+        return module.state_dict()
+
+
+def projector(features: int, cross: int, grid: bool, tokens: int = 0) -> Projector:
+    """The projectors of the public releases; narrower for narrow text states, as mini's are."""
+    if not grid:
+        return LinearProjector(features, cross, tokens or 4)
+    width = {2048: 1280}.get(cross, cross)
+    return Resampler(features, cross, tokens or 16, width, heads=max(2, width // 64), depth=4)

@@ -1,0 +1,29 @@
+"""Training an adapter: the objective, the loop, what is kept, what is shown."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from imprompt.config import Train
+from imprompt.train.journal import recorded as recorded
+from imprompt.train.loop import Step, accelerate, loop
+from imprompt.train.preflight import Report, preflight
+from imprompt.train.setting import build
+
+
+def train(choice: Train) -> Iterator[Step]:
+    """Train as `choice` says; every step is handed out. The adapter is in `choice.out` when the generator ends.
+
+    A run found in that folder is continued (`resume`). Raises UserError for what the user can mend.
+    """
+    steps, _ = begin(choice)
+    yield from steps
+
+
+def begin(choice: Train) -> tuple[Iterator[Step], Report | None]:
+    """Everything up to the first step, and what the preflight of a new run found."""
+    choice = choice.settled()
+    accelerator = accelerate(choice)
+    setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    fresh = choice.resume == "never" or not any((Path(choice.out) / "state").glob("step-*"))
+    report = preflight(choice, setting) if choice.preflight and fresh else None
+    return loop(choice, accelerator, setting), report

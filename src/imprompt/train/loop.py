@@ -1,0 +1,164 @@
+"""The loop: a generator of steps over Accelerate. Whoever wants a log takes it from there."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from imprompt.config import Train
+from imprompt.errors import UserError
+from imprompt.pipelines import pick_device, pick_precision
+from imprompt.train.examine import Examiner, Findings
+from imprompt.train.objective import Objective, losses
+from imprompt.train.setting import Setting
+from imprompt.train.state import Keeper, Memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step was like."""
+
+    index: int  # steps done
+    steps: int
+    loss: float  # mean over all processes
+    lr: float
+    norm: float  # of the gradient, before clipping
+    images_per_second: float  # since the run was begun or continued
+    skipped: int  # steps left out so far because a number was not finite
+    unreadable: int  # records left out so far
+    findings: Findings | None  # of an examination at this step
+    saved: Path | None  # the adapter's file, where one was written
+
+
+def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[Step]:
+    """From batch to step."""
+    method, memory = setting.method, Memory()
+    bare = method.module.float().train()
+    method.module, optimiser = accelerator.prepare(bare, optimiser_of(choice, bare))
+    average = EMAModel(bare.parameters(), decay=choice.ema, foreach=True) if choice.ema else None
+    accelerator.register_for_checkpointing(memory, *([average] if average else []))
+    keeper = Keeper(choice, accelerator, setting)
+    if choice.resume == "auto":
+        keeper.resume()
+    examiner = Examiner(choice, setting) if setting.examined and accelerator.is_main_process else None
+    objective = objective_of(choice)
+    batches = iter(setting.batches())
+    began, before = time.monotonic(), memory.step
+    try:
+        while memory.step < choice.steps:
+            rate = choice.lr * share(memory.step, choice)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            total, norm = torch.zeros((), device=accelerator.device), 0.0
+            for _ in range(choice.accumulate):
+                encoded = next(batches)
+                with accelerator.accumulate(method.module):
+                    with accelerator.autocast():
+                        loss = losses(method, setting.unet, setting.schedule, encoded, setting.nulls, objective).mean()
+                    accelerator.backward(loss)
+                    total += loss.detach() / choice.accumulate
+                    if accelerator.sync_gradients:
+                        norm = clipped(accelerator, method.module, choice.clip)
+                    if math.isfinite(norm):
+                        optimiser.step()
+                    optimiser.zero_grad(set_to_none=True)
+            memory.step += 1
+            memory.skipped += not math.isfinite(norm)
+            if average:
+                average.step(bare.parameters())
+            last = memory.step == choice.steps
+            findings = saved = None
+            with averaged(average, bare, last or memory.step % choice.validate_every == 0 or memory.step % choice.save_every == 0):
+                if examiner and (last or memory.step % choice.validate_every == 0):
+                    findings = examiner.examine()
+                if last or memory.step % choice.save_every == 0:
+                    saved = keeper.adapter(method, bare, memory.step)
+                if findings:
+                    keeper.best(method, bare, memory, findings)
+            if last or memory.step % choice.save_every == 0:
+                keeper.state(memory)
+            images = (memory.step - before) * choice.batch * choice.accumulate * accelerator.num_processes
+            yield Step(
+                memory.step, choice.steps, float(accelerator.reduce(total, "mean")), rate, norm, images / (time.monotonic() - began),
+                memory.skipped, setting.skipped.count, findings, saved,
+            )  # fmt: skip
+    finally:
+        method.release()
+
+
+def accelerate(choice: Train) -> Accelerator:
+    """Devices, processes and precision."""
+    deepspeed = None
+    if choice.deepspeed:
+        deepspeed = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=choice.accumulate, gradient_clipping=choice.clip or None)
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = choice.batch
+    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    device = pick_device(choice.device)
+    precision = str(pick_precision(choice.precision, device)).removeprefix("torch.")
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=mixed[precision],
+        gradient_accumulation_steps=choice.accumulate,
+        deepspeed_plugin=deepspeed,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def optimiser_of(choice: Train, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with P1's settings (arXiv:2308.06721, section 4.1.2), in eight bits where asked."""
+    settings: dict[str, Any] = {"lr": choice.lr, "weight_decay": choice.weight_decay}
+    if choice.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError("adamw8bit needs bitsandbytes; install it with: pip install 'imprompt[8bit]'") from error
+        return AdamW8bit(module.parameters(), **settings)
+    return torch.optim.AdamW(module.parameters(), fused=True, **settings)
+
+
+def objective_of(choice: Train) -> Objective:
+    return Objective(
+        choice.drop_text, choice.drop_image, choice.drop_both, choice.timesteps or "uniform", choice.min_snr, choice.noise_offset
+    )
+
+
+def share(step: int, choice: Train) -> float:
+    """Share of the learning rate at a step: linear warm-up, then as the schedule says."""
+    if step < choice.warmup:
+        return (step + 1) / choice.warmup
+    left = 1 - (step - choice.warmup) / max(1, choice.steps - choice.warmup)
+    match choice.schedule:
+        case "cosine":
+            return 0.5 * (1 - math.cos(math.pi * left))
+        case "linear":
+            return left
+    return 1.0
+
+
+def clipped(accelerator: Accelerator, module: nn.Module, most: float) -> float:
+    """Clip the gradient; its norm before."""
+    norm = accelerator.clip_grad_norm_(module.parameters(), most or math.inf)
+    return 0.0 if norm is None else float(norm)  # DeepSpeed clips by itself
+
+
+@contextmanager
+def averaged(average: EMAModel | None, module: nn.Module, now: bool) -> Iterator[None]:
+    """Within the context the module has its averaged weights."""
+    if average is None or not now:
+        yield
+        return
+    average.store(module.parameters())
+    average.copy_to(module.parameters())
+    try:
+        yield
+    finally:
+        average.restore(module.parameters())

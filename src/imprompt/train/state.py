@@ -1,0 +1,106 @@
+"""What a run keeps: its whole state, to go on exactly there, and the adapter as a public file."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from imprompt import checkpoints
+from imprompt.config import Train
+from imprompt.errors import UserError, brief
+from imprompt.methods import Method
+from imprompt.train.examine import Findings
+from imprompt.train.setting import Setting
+
+
+@dataclass
+class Memory:
+    """What a run knows of itself."""
+
+    step: int = 0
+    skipped: int = 0
+    best: float = float("inf")  # validation loss of the best adapter so far
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Keeper:
+    """Writes states to `state/step-N` and adapters to `adapter-N.safetensors`; whole, or not at all."""
+
+    def __init__(self, choice: Train, accelerator: Accelerator, setting: Setting):
+        self.folder, self.keep = Path(choice.out), choice.keep
+        self.accelerator, self.loader = accelerator, setting.loader
+        self.about = {"base": choice.base, "method": choice.method, "encoder": choice.encoder or str(choice.base), "data": choice.data}
+
+    # The state
+
+    def states(self) -> list[Path]:
+        """The states that are there, the newest last."""
+        return sorted((self.folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+    def state(self, memory: Memory) -> None:
+        """Keep all that the run needs to go on. A folder with its final name is complete."""
+        accelerator = self.accelerator
+        target = self.folder / "state" / f"step-{memory.step}"
+        partial = target.with_name(f".{target.name}")
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(partial))
+            torch.save(self.loader.state(), partial / f"data-{accelerator.process_index}.pt")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise UserError(
+                f"cannot keep the state in {target} ({brief(error)}); make room, then continue with the same command"
+            ) from error
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.replace(target)
+            for old in self.states()[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Go on from the newest state, if there is one."""
+        states = self.states()
+        if not states:
+            return False
+        try:
+            self.accelerator.load_state(str(states[-1]))
+            self.loader.load_state(torch.load(states[-1] / f"data-{self.accelerator.process_index}.pt", weights_only=True))
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the run in {self.folder} cannot be continued from {states[-1].name} ({brief(error)}); "
+                "use the settings it was begun with, or another --out"
+            ) from error
+        return True
+
+    # Adapters
+
+    def adapter(self, method: Method, module: nn.Module, step: int) -> Path:
+        """Write the adapter of this step and as the last one; of earlier steps the newest stay."""
+        path = self.folder / f"adapter-{step}.safetensors"
+        if self.accelerator.is_main_process:
+            for target in (path, self.folder / "adapter.safetensors"):
+                checkpoints.write(method.public(module), target, self.about | {"step": step})
+            numbered = sorted(self.folder.glob("adapter-*.safetensors"), key=lambda p: int(p.stem.removeprefix("adapter-")))
+            for old in numbered[: -self.keep]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def best(self, method: Method, module: nn.Module, memory: Memory, findings: Findings) -> None:
+        """Write the adapter once more if none was as good."""
+        if findings.figures["validation"] < memory.best:
+            memory.best = findings.figures["validation"]
+            checkpoints.write(method.public(module), self.folder / "best.safetensors", self.about | {"step": memory.step})
