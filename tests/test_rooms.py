@@ -14,22 +14,22 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
     ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe"),
     ("similarity", "methods"),
-    ("generating", "mini.judging", "train"),
+    ("generating", "mini.judging", "training"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
 ]
 
 # Which outside package may be imported where.
 OUTSIDE = {
-    "diffusers": ("hosts", "pipelines", "mini", "train"),
+    "diffusers": ("hosts", "pipelines", "mini", "training"),
     "transformers": ("encoders", "pipelines", "mini", "similarity"),
     "safetensors": ("checkpoints",),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
     "webdataset": ("data",),
     "pyarrow": ("data",),
-    "accelerate": ("train",),
-    "matplotlib": ("train",),
+    "accelerate": ("training",),
+    "matplotlib": ("training",),
 }
 
 

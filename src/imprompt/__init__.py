@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from imprompt.hub import MINI as MINI
     from imprompt.prompter import ImagePrompt as ImagePrompt
     from imprompt.prompter import load as load
+    from imprompt.training import train as train
 
 _PUBLIC = {
     "LAYOUT": "core.scales",
@@ -35,6 +36,7 @@ _PUBLIC = {
     "generate": "api",
     "load": "prompter",
     "save": "checkpoints",
+    "train": "training",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     main = os.environ.get("RANK", "0") == "0"
     quiet_libraries()
     with progress_bar("preparing", show=main and not arguments.json) as progress:
-        from imprompt.train import begin, recorded
+        from imprompt.training import begin, recorded
 
         loop, report = begin(choice)
         if main and report:

@@ -417,8 +417,8 @@ PLANS = {
     "judge": Plan("judge", 6_000, 64, 1.5e-3),
     "vae": Plan("vae", 15_000, 8, 1.5e-3, warmup=300),
     "unet": Plan("unet", 5_000, 48, 2e-3, warmup=200, ema=0.999, muon=3e-3),
-    "adapter": Plan("adapter", 2_500, 48, 1e-3, ema=0.998),
-    "adapter-plus": Plan("adapter-plus", 2_500, 48, 1e-3, ema=0.998),
+    "adapter": Plan("adapter", 1_100, 48, 1e-3, ema=0.998),
+    "adapter-plus": Plan("adapter-plus", 1_100, 48, 1e-3, ema=0.998),
 }
 POOL, JUDGE_POOL = 160_000, 80_000  # pictures
 

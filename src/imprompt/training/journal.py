@@ -12,7 +12,7 @@ from typing import Any
 
 from imprompt.config import Train
 from imprompt.files import atomic_path
-from imprompt.train.loop import Step
+from imprompt.training.loop import Step
 
 EVERY = 2.0  # seconds between two lines
 SHEETS = 6  # on the page

@@ -13,8 +13,8 @@ import torch
 from imprompt.config import Train
 from imprompt.data.frame import stack
 from imprompt.errors import UserError
-from imprompt.train.objective import Chance, Objective, errors
-from imprompt.train.setting import Setting
+from imprompt.training.objective import Chance, Objective, errors
+from imprompt.training.setting import Setting
 
 STEPS = 12
 

@@ -13,8 +13,8 @@ from imprompt import checkpoints
 from imprompt.config import Train
 from imprompt.errors import UserError, brief
 from imprompt.methods import Method
-from imprompt.train.examine import Findings
-from imprompt.train.setting import Setting
+from imprompt.training.examine import Findings
+from imprompt.training.setting import Setting
 
 
 @dataclass

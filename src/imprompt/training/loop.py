@@ -17,10 +17,10 @@ from torch import nn
 from imprompt.config import Train
 from imprompt.errors import UserError
 from imprompt.pipelines import pick_device, pick_precision
-from imprompt.train.examine import Examiner, Findings
-from imprompt.train.objective import Objective, losses
-from imprompt.train.setting import Setting
-from imprompt.train.state import Keeper, Memory
+from imprompt.training.examine import Examiner, Findings
+from imprompt.training.objective import Objective, losses
+from imprompt.training.setting import Setting
+from imprompt.training.state import Keeper, Memory
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 
 from imprompt.config import Train
 from imprompt.errors import UserError
-from imprompt.train.preflight import preflight
-from imprompt.train.setting import build
+from imprompt.training.preflight import preflight
+from imprompt.training.setting import build
 
 CHOICE = Train(batch=6, validation=0, precision="float32").settled()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from imprompt.core.diffusion import Schedule, add_noise, min_snr_weight, target_of
-from imprompt.train.frozen import Encoded, Nulls, Text, extras
+from imprompt.training.frozen import Encoded, Nulls, Text, extras
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imprompt.config import Train
-from imprompt.train.journal import recorded as recorded
-from imprompt.train.loop import Step, accelerate, loop
-from imprompt.train.preflight import Report, preflight
-from imprompt.train.setting import build
+from imprompt.training.journal import recorded as recorded
+from imprompt.training.loop import Step, accelerate, loop
+from imprompt.training.preflight import Report, preflight
+from imprompt.training.setting import build
 
 
 def train(choice: Train) -> Iterator[Step]:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import imprompt
 from imprompt.config import Train
 from imprompt.errors import UserError
-from imprompt.train import recorded, train
-from imprompt.train.loop import share
+from imprompt.training import recorded, train
+from imprompt.training.loop import share
 
 SMALL = Train(
     steps=6, batch=4, warmup=2, lr=3e-3, ema=0.5, validation=3, validation_steps=2, validate_every=4, save_every=2, keep=2, preflight=False,

@@ -27,7 +27,7 @@ from imprompt.methods import METHODS, Method
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.pipelines import check_size, load_base, own_size, pick_precision, schedule_of
 from imprompt.prompter import Prompter
-from imprompt.train.frozen import Encoded, Frozen, Nulls
+from imprompt.training.frozen import Encoded, Frozen, Nulls
 
 HELD_OUT_SEED = 7_919  # chooses what is examined
 

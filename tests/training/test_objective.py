@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from imprompt.core.diffusion import variance_preserving
-from imprompt.train.frozen import Encoded, Nulls, Text
-from imprompt.train.objective import Chance, Objective, kept, losses
+from imprompt.training.frozen import Encoded, Nulls, Text
+from imprompt.training.objective import Chance, Objective, kept, losses
 
 
 def encoded(seeds, weight=None):

@@ -14,9 +14,9 @@ from imprompt.data.frame import stack
 from imprompt.images import sheet
 from imprompt.pipelines import drawing, guidance_of
 from imprompt.similarity import OwnEyes, Similarity
-from imprompt.train.frozen import Encoded
-from imprompt.train.objective import Chance, Objective, errors
-from imprompt.train.setting import Setting
+from imprompt.training.frozen import Encoded
+from imprompt.training.objective import Chance, Objective, errors
+from imprompt.training.setting import Setting
 
 NOISES = 4  # timesteps for each picture
 PICTURES = 8  # drawn
