@@ -77,6 +77,11 @@ def test_a_finished_run_is_left_alone_and_never_starts_anew_only_when_told(whole
     assert len(run(tmp_path, steps=2, resume="never")) == 2
 
 
+def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path):
+    for precision in ("bfloat16", "float32"):
+        assert len(run(tmp_path / precision, steps=1, validation=0, precision=precision)) == 1
+
+
 def test_another_method_does_not_continue_the_run(tmp_path):
     run(tmp_path, steps=2)
     with pytest.raises(UserError, match="cannot be continued from step-2"):

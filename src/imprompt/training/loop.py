@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -104,6 +105,8 @@ def accelerate(choice: Train) -> Accelerator:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     device = pick_device(choice.device)
     precision = str(pick_precision(choice.precision, device)).removeprefix("torch.")
+    AcceleratorState._reset_state()  # of an earlier training in this process, perhaps in another precision
+    GradientState._reset_state()
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=mixed[precision],
