@@ -81,7 +81,7 @@ _PAPER: dict[str, Any] = {"steps": 20_000, "batch": 8, "lr": 1e-4, "schedule": "
 class Train:
     """Train an adapter. Fields left open depend on the base: see `settled`."""
 
-    data: str = _option("mini", "training data: mini, a folder, a list (.jsonl, .csv, .parquet), .tar shards, or a feature cache")
+    data: str = _option("mini", "training data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards")
     base: str = _option("mini", "base model: mini, a folder or a hub id")
     method: str = _option("ip-adapter", f"one of {', '.join(METHODS)}")
     out: str = _option("run", "folder of the run")
@@ -123,8 +123,7 @@ class Train:
     judge: str | None = _option(None, "CLIP model for CLIP-I and CLIP-T: mini, a folder or a hub id (default: mini's on mini)")
     resume: str = _option("auto", "auto continues what is in the folder; never starts anew")
     processes: int = _option(1, "processes on this machine")
-    deepspeed: bool = _option(False, "DeepSpeed ZeRO-2")
-    tracker: tuple[str, ...] = _option((), "tensorboard or wandb; repeat it for several")
+    deepspeed: bool = _option(False, "DeepSpeed ZeRO-2 (experimental: not tried yet)")
     preflight: bool = _option(True, "overfit one batch first, and say what is wrong")
     seed: int = _option(0, "of everything random")
     device: str = _option("auto", "auto, cpu, cuda, mps …")
@@ -150,8 +149,6 @@ class Train:
         _one_of(("auto", "uniform", "logit-normal"), timesteps=self.timesteps)
         if not self.ema < 1:
             raise UserError(f"ema: expected less than 1, received {self.ema}")
-        for name in self.tracker:
-            _one_of(("tensorboard", "wandb"), tracker=name)
 
     def settled(self) -> "Train":
         """With every open field filled in."""
