@@ -27,7 +27,7 @@ _OTHER_NAMES = {  # columns of other tools → ours
 }  # fmt: skip
 
 
-def open_data(source: str | Path, shuffle_buffer: int = 1000) -> Records:
+def open_data(source: str | Path) -> Records:
     """The records at a place: `mini`, a folder, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
 
     Raises UserError where there is nothing, or nothing that is understood.
@@ -289,7 +289,7 @@ class Mini:
         if not 0 <= i < self.count:
             raise IndexError(i)
         subject = world.subject(self._seeds[i // self.PHOTOS])
-        where = world.scene(i + (20_000_000 if self.held_out else 0))
+        where = world.scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
         rng = random.Random(f"mini {i}")
         text = world.photo_caption(subject, where, rng) if rng.random() < 0.15 else world.caption(subject, where, rng)
         return Record(f"mini:{i}", world.draw(subject, where), text, subject=str(subject.seed))

@@ -1,6 +1,5 @@
 """What a method is: it rewrites a call of the denoiser. Trainer and evaluator know only this."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 class Method(Protocol):
     """One system in training and in use.
 
-    `module` holds all that is trained; its `state_dict` is the file. `grid` says which features of the image encoder it reads.
+    `module` holds all that is trained; its `state_dict` is the file, in the layout that others read.
+    `grid` says which features of the image encoder it reads.
     """
 
     name: str
@@ -27,8 +27,4 @@ class Method(Protocol):
 
     def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> AbstractContextManager[Any]:
         """In use: within the context the pipeline draws after these features."""
-        ...
-
-    def public(self, module: nn.Module) -> Mapping[str, Tensor]:
-        """The tensors as they are saved, in the layout that others read."""
         ...

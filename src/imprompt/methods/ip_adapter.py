@@ -1,6 +1,5 @@
 """IP-Adapter (arXiv:2308.06721): decoupled cross-attention, with global or fine-grained features."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -49,9 +48,6 @@ class IPAdapter:
     def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> AbstractContextManager[Any]:
         self.release()
         return attach(pipe, ImagePrompt(self.adapter, image, null, scale))
-
-    def public(self, module: nn.Module) -> Mapping[str, Tensor]:
-        return module.state_dict()
 
 
 def projector(features: int, cross: int, grid: bool, tokens: int = 0) -> Projector:

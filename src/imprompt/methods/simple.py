@@ -3,7 +3,7 @@
 Only the projector trains. There is no λ of its own; `scale` shrinks the tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,3 @@ class Simple:
             yield
         finally:
             handle.remove()
-
-    def public(self, module: nn.Module) -> Mapping[str, Tensor]:
-        return module.state_dict()

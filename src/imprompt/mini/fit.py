@@ -17,6 +17,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from imprompt.core.gradients import without_gradient
 from imprompt.files import atomic_path
 
 
@@ -108,7 +109,7 @@ def _check_gradients(module: nn.Module) -> None:
 
     (torch.compile did that to everything below an upsampler, on CPU, under autocast: docs/log.md.)
     """
-    dead = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    dead = without_gradient(module)
     if dead:
         raise RuntimeError(f"{len(dead)} tensors receive no gradient, {dead[0]} among them: they would not be trained")
 

@@ -23,7 +23,6 @@ from imprompt.mini.tokenizer import tokenise
 from imprompt.prompter import ImagePrompt, Prompter, load
 
 Progress = Callable[[int, int], None]
-HELD_OUT_SCENES = 20_000_000  # seeds of the scenes that prompts are taken from
 BATCH = 50
 
 # mini-world.md: task → what is scored → the least share that counts as reached.
@@ -66,7 +65,7 @@ def cases(count: int) -> list[Case]:
     for i in range(count):
         subject = next(draws)
         other = world.KINDS[(world.KINDS.index(subject.kind) + 1 + i % (len(world.KINDS) - 1)) % len(world.KINDS)]
-        found.append(Case(subject, world.scene(HELD_OUT_SCENES + i), other))
+        found.append(Case(subject, world.scene(world.HELD_OUT_SCENES + i), other))
     return found
 
 

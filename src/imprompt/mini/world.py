@@ -40,6 +40,7 @@ PALETTE: dict[str, Colour] = {
 COLOURS = tuple(name for name in PALETTE if name not in ("white", "black"))  # main colours; the two serve as second
 
 _HELD_OUT_FROM = 1_000_000  # seeds of held-out subjects start here
+HELD_OUT_SCENES = 20_000_000  # and those of the scenes that they are shown in
 _INK, _CREAM, _GLASS = (40, 34, 38), (240, 226, 200), (205, 230, 245)
 
 

@@ -8,6 +8,7 @@ from imprompt.training.journal import recorded as recorded
 from imprompt.training.loop import Step, accelerate, loop
 from imprompt.training.preflight import Report, preflight
 from imprompt.training.setting import build
+from imprompt.training.state import states
 
 
 def train(choice: Train) -> Iterator[Step]:
@@ -24,6 +25,6 @@ def begin(choice: Train) -> tuple[Iterator[Step], Report | None]:
     choice = choice.settled()
     accelerator = accelerate(choice)
     setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
-    fresh = choice.resume == "never" or not any((Path(choice.out) / "state").glob("step-*"))
+    fresh = choice.resume == "never" or not states(Path(choice.out))
     report = preflight(choice, setting) if choice.preflight and fresh else None
     return loop(choice, accelerator, setting), report

@@ -82,9 +82,9 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
                 if examiner and (last or memory.step % choice.validate_every == 0):
                     findings = examiner.examine()
                 if last or memory.step % choice.save_every == 0:
-                    saved = keeper.adapter(method, bare, memory.step)
+                    saved = keeper.adapter(bare, memory.step)
                 if findings:
-                    keeper.best(method, bare, memory, findings)
+                    keeper.best(bare, memory, findings)
             if last or memory.step % choice.save_every == 0:
                 keeper.state(memory)
             images = (memory.step - before) * choice.batch * choice.accumulate * accelerator.num_processes

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 
 from imprompt.config import Train
-from imprompt.data.frame import stack
+from imprompt.core.gradients import without_gradient
+from imprompt.data.frame import Example, stack
 from imprompt.errors import UserError
+from imprompt.training.frozen import Encoded
 from imprompt.training.objective import Chance, Objective, errors
 from imprompt.training.setting import Setting
 
@@ -38,7 +40,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
     items = next(iter(setting.loader))
     setting.loader.load_state(place)
     encoded = setting.frozen.encode(stack(items)).to(device)
-    notes = _data_notes(choice, items, encoded)
+    notes = _data_notes(items, encoded)
     module = method.module.float().train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=10 * choice.lr)
@@ -70,12 +72,12 @@ def preflight(choice: Train, setting: Setting) -> Report:
 
 
 def _check_gradients(module: torch.nn.Module) -> None:
-    dead = [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    dead = without_gradient(module)
     if dead:
         raise UserError(f"{len(dead)} tensors of the adapter receive no gradient ({dead[0]} among them): the base does not use them")
 
 
-def _data_notes(choice: Train, items: list, encoded) -> list[str]:
+def _data_notes(items: list[Example], encoded: Encoded) -> list[str]:
     notes = []
     features = encoded.image.float().flatten(1)
     if len(items) > 1 and (features - features[:1]).abs().max() < 1e-4 * features.abs().max():

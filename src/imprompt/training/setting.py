@@ -90,7 +90,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
 
 
 def _example(record: Record, seed: int, framing: Framing, encoder: ImageEncoder) -> Example:
-    return example(record, seed, framing, lambda images: encoder.prepare(images))
+    return example(record, seed, framing, encoder.prepare)
 
 
 def _readable(records: list[Record], make: Any) -> list[Example]:

@@ -12,7 +12,6 @@ from torch import nn
 from imprompt import checkpoints
 from imprompt.config import Train
 from imprompt.errors import UserError, brief
-from imprompt.methods import Method
 from imprompt.training.examine import Findings
 from imprompt.training.setting import Setting
 
@@ -33,6 +32,11 @@ class Memory:
             setattr(self, name, value)
 
 
+def states(folder: Path) -> list[Path]:
+    """The states of a run, the newest last."""
+    return sorted((folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+
 class Keeper:
     """Writes states to `state/step-N` and adapters to `adapter-N.safetensors`; whole, or not at all."""
 
@@ -42,10 +46,6 @@ class Keeper:
         self.about = {"base": choice.base, "method": choice.method, "encoder": choice.encoder or str(choice.base), "data": choice.data}
 
     # The state
-
-    def states(self) -> list[Path]:
-        """The states that are there, the newest last."""
-        return sorted((self.folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
     def state(self, memory: Memory) -> None:
         """Keep all that the run needs to go on. A folder with its final name is complete."""
@@ -67,40 +67,40 @@ class Keeper:
         if accelerator.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
             partial.replace(target)
-            for old in self.states()[: -self.keep]:
+            for old in states(self.folder)[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
         """Go on from the newest state, if there is one."""
-        states = self.states()
-        if not states:
+        found = states(self.folder)
+        if not found:
             return False
         try:
-            self.accelerator.load_state(str(states[-1]))
-            self.loader.load_state(torch.load(states[-1] / f"data-{self.accelerator.process_index}.pt", weights_only=True))
+            self.accelerator.load_state(str(found[-1]))
+            self.loader.load_state(torch.load(found[-1] / f"data-{self.accelerator.process_index}.pt", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"the run in {self.folder} cannot be continued from {states[-1].name} ({brief(error)}); "
+                f"the run in {self.folder} cannot be continued from {found[-1].name} ({brief(error)}); "
                 "use the settings it was begun with, or another --out"
             ) from error
         return True
 
     # Adapters
 
-    def adapter(self, method: Method, module: nn.Module, step: int) -> Path:
+    def adapter(self, module: nn.Module, step: int) -> Path:
         """Write the adapter of this step and as the last one; of earlier steps the newest stay."""
         path = self.folder / f"adapter-{step}.safetensors"
         if self.accelerator.is_main_process:
             for target in (path, self.folder / "adapter.safetensors"):
-                checkpoints.write(method.public(module), target, self.about | {"step": step})
+                checkpoints.write(module.state_dict(), target, self.about | {"step": step})
             numbered = sorted(self.folder.glob("adapter-*.safetensors"), key=lambda p: int(p.stem.removeprefix("adapter-")))
             for old in numbered[: -self.keep]:
                 old.unlink(missing_ok=True)
         return path
 
-    def best(self, method: Method, module: nn.Module, memory: Memory, findings: Findings) -> None:
+    def best(self, module: nn.Module, memory: Memory, findings: Findings) -> None:
         """Write the adapter once more if none was as good."""
         if findings.figures["validation"] < memory.best:
             memory.best = findings.figures["validation"]
-            checkpoints.write(method.public(module), self.folder / "best.safetensors", self.about | {"step": memory.step})
+            checkpoints.write(module.state_dict(), self.folder / "best.safetensors", self.about | {"step": memory.step})
