@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
 OUTSIDE = {
     "diffusers": ("hosts", "pipelines", "mini", "training"),
     "transformers": ("encoders", "pipelines", "mini", "similarity"),
-    "safetensors": ("checkpoints",),
+    "safetensors": ("checkpoints", "data"),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
     "webdataset": ("data",),

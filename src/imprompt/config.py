@@ -87,6 +87,7 @@ class Train:
     out: str = _option("run", "folder of the run")
     adapter: str | None = _option(None, "fine-tune from this adapter file instead of starting anew")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's or the adapter's own)")
+    cache: str | None = _option(None, "feature cache to train from; encoded from the data first, where it is not complete")
     steps: int = _option(0, "optimiser steps (default: 2500 on mini, 20000 elsewhere)")
     batch: int = _option(0, "pictures a step and process (default: 48 on mini, 8 elsewhere)")
     accumulate: int = _option(1, "batches for one step")
@@ -95,7 +96,7 @@ class Train:
     warmup: int = _option(-1, "steps until the full learning rate")
     weight_decay: float = _option(0.01, "of AdamW")
     clip: float = _option(1.0, "largest norm of the gradient; 0 for none")
-    optimizer: str = _option("adamw", "adamw or adamw8bit")
+    optimizer: str = _option("adamw", "adamw, muon or adamw8bit")
     ema: float = _option(-1.0, "decay of the weights' moving average, which is what is saved; 0 for none")
     drop_text: float = _option(0.05, "share of pictures trained without their text")
     drop_image: float = _option(0.05, "share trained without their image")
@@ -134,14 +135,11 @@ class Train:
         _at_least(0, steps=self.steps, batch=self.batch, seed=self.seed, validation=self.validation, least=self.least)
         _at_least(1, size=1 if self.size is None else self.size, validation_steps=self.validation_steps)
         _finite(lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, min_snr=self.min_snr, noise_offset=self.noise_offset)
-        shares = {name: getattr(self, name) for name in ("drop_text", "drop_image", "drop_both", "augment", "max_unreadable")}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{name}: expected 0 … 1, received {value}")
+        _shares(**{name: getattr(self, name) for name in ("drop_text", "drop_image", "drop_both", "augment", "max_unreadable")})
         if self.drop_text + self.drop_image + self.drop_both > 1:
             raise UserError("drop_text, drop_image and drop_both: expected at most 1 together")
         _one_of(METHODS, method=self.method)
-        _one_of(("adamw", "adamw8bit"), optimizer=self.optimizer)
+        _one_of(("adamw", "muon", "adamw8bit"), optimizer=self.optimizer)
         _one_of(("centre", "random"), crop=self.crop)
         _one_of(("auto", "never"), resume=self.resume)
         _one_of(("auto", "float32", "bfloat16", "float16"), precision=self.precision)
@@ -157,10 +155,60 @@ class Train:
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 
 
+@dataclass(frozen=True)
+class Encode:
+    """Encode data into a feature cache, to train from again and again."""
+
+    data: str = _option("mini", "data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
+    out: str = _option("cache", "folder of the cache; one begun there is continued", place=True)
+    base: str = _option("mini", "base model whose VAE and text encoders are used: mini, a folder or a hub id")
+    method: str = _option("ip-adapter", f"what it is for, one of {', '.join(METHODS)}: the -plus ones read the grid of features")
+    encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's own, or the releases')")
+    batch: int = _option(0, "pictures at a time (default: 64 on mini, 8 elsewhere)")
+    size: int | None = _option(None, "side of the training pictures (default: the base's own)")
+    crop: str = _option("centre", "centre or random")
+    flip: bool = _option(False, "mirror half of the pictures")
+    buckets: bool = _option(False, "several shapes instead of squares")
+    references: int = _option(1, "references for one picture")
+    augment: float = _option(0.0, "how much references are altered, 0 … 1")
+    own_crop: bool = _option(False, "crop references on their own, not as the target")
+    least: int = _option(0, "pictures with a shorter side than this many pixels are left out")
+    max_unreadable: float = _option(0.1, "share of unreadable records that ends the work")
+    precision: str = _option("auto", "auto, float32, bfloat16 or float16: what the encoders compute in")
+    workers: int = _option(2, "threads that read and prepare pictures")
+    processes: int = _option(1, "processes on this machine")
+    seed: int = _option(0, "of crops, flips and augmentation")
+    device: str = _option("auto", "auto, cpu, cuda, mps …")
+
+    def __post_init__(self) -> None:
+        _at_least(1, references=self.references, workers=self.workers, processes=self.processes, size=1 if self.size is None else self.size)
+        _at_least(0, batch=self.batch, seed=self.seed, least=self.least)
+        _shares(augment=self.augment, max_unreadable=self.max_unreadable)
+        _one_of(METHODS, method=self.method)
+        _one_of(("centre", "random"), crop=self.crop)
+        _one_of(("auto", "float32", "bfloat16", "float16"), precision=self.precision)
+
+    @classmethod
+    def of(cls, train: Train) -> "Encode":
+        """What a training needs in its cache."""
+        shared = {f.name for f in fields(cls)} & {f.name for f in fields(train)} - {"out", "batch"}
+        return cls(out=train.cache or cls.out, **{name: getattr(train, name) for name in shared})
+
+    def settled(self) -> "Encode":
+        """With every open field filled in."""
+        return replace(self, batch=self.batch or (64 if self.base == "mini" else 8))
+
+
 def _at_least(low: int, **values: int) -> None:
     for name, value in values.items():
         if value < low:
             raise UserError(f"{name}: expected at least {low}, received {value}")
+
+
+def _shares(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}: expected 0 … 1, received {value}")
 
 
 def _finite(**values: float | None) -> None:

@@ -97,6 +97,19 @@ def test_the_other_methods_train(tmp_path, method):
     assert kinds[method] in tensors and ("simple" not in method or not any(k.startswith("ip_adapter") for k in tensors))
 
 
+def test_muon_trains_the_matrices_and_resumes_to_the_bit(tmp_path):
+    settings = {"optimizer": "muon", "validation": 0, "method": "ip-adapter-plus", "steps": 4}
+    whole = run(tmp_path / "a", **settings)
+    first = run(tmp_path / "b", stop=2, **settings)
+    assert [s.loss for s in first + run(tmp_path / "b", **settings)] == [s.loss for s in whole]
+    assert len(list((tmp_path / "a" / "state" / "step-4").glob("optimizer*"))) == 2
+
+
+def test_muon_in_float16_is_refused(tmp_path):
+    with pytest.raises(UserError, match="muon trains in bfloat16 or float32"):
+        run(tmp_path, optimizer="muon", precision="float16")
+
+
 def test_fine_tunes_from_a_file(whole, tmp_path):
     folder, _ = whole
     tuned = run(tmp_path, adapter=str(folder / "adapter.safetensors"), steps=1, lr=1e-9, ema=0.0)

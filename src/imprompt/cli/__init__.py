@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     _fields(train, config.Train)
     train.add_argument("--json", action="store_true", help="print the result for a program")
 
+    encode = _verb(verbs, "encode", "encode data into a feature cache, to train from", "train:encode")
+    _fields(encode, config.Encode)
+    encode.add_argument("--json", action="store_true", help="print the result for a program")
+
     inspect = _verb(verbs, "inspect", "tell what an adapter file is", "files:inspect")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="print the result for a program")
@@ -94,6 +98,9 @@ def _fields(parser: argparse.ArgumentParser, kind: type) -> None:
     for f, one, many in config.options(kind):
         default = "" if f.default in (None, (), "", "auto", 0, -1) or "default" in f.metadata["help"] else f" (default: {f.default})"
         text = (f.metadata["help"] + default).replace("%", "%%")
+        if f.metadata.get("place"):
+            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, metavar=f.name.upper(), help=text)
+            continue
         if one is bool:
             flag = "--" + f.name.replace("_", "-")
             parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)

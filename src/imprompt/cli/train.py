@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
-from imprompt.config import Train
+from imprompt.config import Encode, Train
+
+NAMED = 10  # records left out that are named on the screen
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,9 +23,13 @@ def run(arguments: argparse.Namespace) -> None:
     main = os.environ.get("RANK", "0") == "0"
     quiet_libraries()
     with progress_bar("preparing", show=main and not arguments.json) as progress:
-        from imprompt.training import begin, recorded
+        from imprompt.training import Progress, begin, recorded
 
-        loop, report = begin(choice)
+        def told(at: Progress) -> None:
+            progress.rename("encoding")
+            progress.advance(at.chunks, at.total, f"{at.records} records")
+
+        loop, report = begin(choice, told)
         if main and report:
             for note in report.notes:
                 progress.say(f"note: {note}")
@@ -51,6 +58,40 @@ def run(arguments: argparse.Namespace) -> None:
     print(folder / "adapter.safetensors")
     if (folder / "index.html").exists():
         print(folder / "index.html")
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """Fill a feature cache, and say what is in it."""
+    choice = chosen_fields(arguments, Encode).settled()
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if choice.processes > 1 and "LOCAL_RANK" not in os.environ:
+        if code := _launch(choice.processes):
+            raise SystemExit(code)
+    else:
+        _encode(choice, rank, ranks, show=not arguments.json)
+        if ranks > 1:
+            return
+    from imprompt.data.cache import contents
+
+    found = contents(Path(choice.out))
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"{choice.out}: {found['records']:,} records in {found['chunks']:,} chunks, {found['bytes'] / 2**20:,.0f} MiB")
+    for key, why in list(found["lost"].items())[:NAMED]:
+        print(f"left out: {key}: {why}")
+    if len(found["lost"]) > NAMED:
+        print(f"… and {len(found['lost']) - NAMED} more: {choice.out}/unreadable-*.tsv")
+
+
+def _encode(choice: Encode, rank: int, ranks: int, show: bool) -> None:
+    quiet_libraries()
+    with progress_bar("encoding", show=show and rank == 0) as progress:
+        from imprompt import training
+
+        began = time.monotonic()
+        for at in training.encode(choice, rank, ranks):
+            progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - began):.1f}/s")
 
 
 def _launch(processes: int) -> int:

@@ -1,9 +1,10 @@
 """Batches, prepared ahead in threads; unreadable records are left out, counted and named."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,8 @@ from imprompt.data.records import Record, Records
 from imprompt.errors import UserError, brief
 
 Item = TypeVar("Item")
+Tag = TypeVar("Tag")
+UNREADABLE = (UserError, OSError, ValueError)  # what reading a damaged record raises
 
 
 class Skipped:
@@ -41,6 +44,22 @@ class Skipped:
                 f"{self.count} of {self.total} records could not be read, more than the {self.most:.0%} allowed ({last}){where}; "
                 "mend the data (imprompt data validate) or allow more with --max-unreadable"
             )
+
+
+def ahead(work: Iterable[tuple[Tag, Callable[[], Item]]], workers: int, window: int) -> Iterator[tuple[Tag, "Future[Item]"]]:
+    """Do the work in threads, up to `window` pieces ahead, and hand it out in its own order."""
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="imprompt-data") as pool:
+        waiting: deque[tuple[Tag, Future[Item]]] = deque()
+        try:
+            for tag, call in work:
+                waiting.append((tag, pool.submit(call)))
+                if len(waiting) >= window:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 class Loader(Generic[Item]):
@@ -79,16 +98,10 @@ class Loader(Generic[Item]):
         self._waiting = {key: [self.revive(*item) for item in items] for key, items in state["waiting"]}
 
     def __iter__(self) -> Iterator[list[Item]]:
-        with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="imprompt-data") as pool:
-            ahead: deque[tuple[Drawn, Future[Item]]] = deque()
-            try:
-                for drawn in ordered(self.records, self.seed, self._place, self.rank, self.ranks):
-                    ahead.append((drawn, pool.submit(self._make, drawn)))
-                    if len(ahead) >= 2 * self.batch + self.workers:
-                        yield from self._take(*ahead.popleft())
-            finally:
-                for _, future in ahead:
-                    future.cancel()
+        drawn = ordered(self.records, self.seed, self._place, self.rank, self.ranks)
+        work = ((d, partial(self._make, d)) for d in drawn)
+        for one, future in ahead(work, self.workers, 2 * self.batch + self.workers):
+            yield from self._take(one, future)
 
     def _make(self, drawn: Drawn) -> Item:
         return self.make(drawn.read(), drawn.seed)
@@ -96,9 +109,9 @@ class Loader(Generic[Item]):
     def _take(self, drawn: Drawn, future: "Future[Item]") -> Iterator[list[Item]]:
         try:
             item = future.result()
-        except (UserError, OSError, ValueError) as error:
+        except UNREADABLE as error:
             self._place = drawn.after
-            self.skipped.lost(_named(error, drawn), brief(error))
+            self.skipped.lost(name_of(drawn.read, error), brief(error))
             return
         self._place = drawn.after
         self.skipped.seen()
@@ -110,8 +123,9 @@ class Loader(Generic[Item]):
             yield waiting
 
 
-def _named(error: Exception, drawn: Drawn) -> str:
+def name_of(read: Callable[[], Record], error: Exception) -> str:
+    """What a log calls a record that could not be used."""
     try:
-        return drawn.read().key
+        return read().key
     except Exception:
         return brief(error)

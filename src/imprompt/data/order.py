@@ -56,7 +56,7 @@ def _from_counted(records: Counted, seed: int, place: Place, rank: int, ranks: i
         at += ranks
         next_epoch, done = divmod(at - rank, count)
         chosen = int(_permutation(seed, epoch, count)[i])
-        yield Drawn(partial(records.__getitem__, chosen), _mix(seed, epoch, i), Place(next_epoch, 0, done))
+        yield Drawn(partial(records.__getitem__, chosen), mixed_seed(seed, epoch, i), Place(next_epoch, 0, done))
 
 
 def _itself(record: Record) -> Record:
@@ -83,7 +83,7 @@ def _from_shards(records: Sharded, seed: int, place: Place, rank: int, ranks: in
             for done, record in enumerate(_mixed(records, groups[group], seed, epoch)):
                 seen = True
                 if done >= skip:
-                    own = _mix(seed, epoch, zlib.crc32(record.key.encode()))
+                    own = mixed_seed(seed, epoch, zlib.crc32(record.key.encode()))
                     yield Drawn(partial(_itself, record), own, Place(epoch, group, done + 1))
             skip = 0
         if not seen and first == 0:
@@ -107,6 +107,6 @@ def _mixed(records: Sharded, shards: list[str], seed: int, epoch: int) -> Iterat
     yield from buffer
 
 
-def _mix(seed: int, epoch: int, i: int) -> int:
-    """One seed from three numbers."""
+def mixed_seed(seed: int, epoch: int, i: int) -> int:
+    """One seed from three numbers: that of record i in an epoch."""
     return int(np.random.SeedSequence((seed, epoch, i)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,9 +1,11 @@
 """Training an adapter: the objective, the loop, what is kept, what is shown."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from imprompt.config import Train
+from imprompt.training.encoding import Progress, cached
+from imprompt.training.encoding import encode as encode
 from imprompt.training.journal import recorded as recorded
 from imprompt.training.loop import Step, accelerate, loop
 from imprompt.training.preflight import Report, preflight
@@ -20,10 +22,14 @@ def train(choice: Train) -> Iterator[Step]:
     yield from steps
 
 
-def begin(choice: Train) -> tuple[Iterator[Step], Report | None]:
-    """Everything up to the first step, and what the preflight of a new run found."""
+def begin(choice: Train, told: Callable[[Progress], None] | None = None) -> tuple[Iterator[Step], Report | None]:
+    """Everything up to the first step, and what the preflight of a new run found. `told` hears of the cache being filled."""
     choice = choice.settled()
     accelerator = accelerate(choice)
+    for progress in cached(choice, accelerator.process_index, accelerator.num_processes):
+        if told:
+            told(progress)
+    accelerator.wait_for_everyone()
     setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
     fresh = choice.resume == "never" or not states(Path(choice.out))
     report = preflight(choice, setting) if choice.preflight and fresh else None

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.config import Train
-from imprompt.data.frame import stack
 from imprompt.images import sheet
 from imprompt.pipelines import drawing, guidance_of
 from imprompt.similarity import OwnEyes, Similarity
@@ -37,8 +36,6 @@ class Examiner:
         judge = choice.judge or ("mini" if choice.base == "mini" else None)
         self.similarity = Similarity.load(judge) if judge else OwnEyes(setting.encoder)
         self.steps, self.guidance = choice.validation_steps, guidance_of(choice.base)
-        batches = [setting.examined[i : i + choice.batch] for i in range(0, len(setting.examined), choice.batch)]
-        self.encoded = [setting.frozen.encode(stack(b)).to(setting.device) for b in batches]
 
     @torch.no_grad()
     def examine(self) -> Findings:
@@ -46,20 +43,22 @@ class Examiner:
         self.setting.method.module.eval()
         try:
             figures = self._losses()
-            drawn, references, texts = self._draw()
-            figures |= self.similarity.figures(drawn, references, texts)
+            with self.setting.frozen.present():
+                drawn = self._draw()
+                references, texts = self.setting.examined.targets[: len(drawn)], self.setting.examined.texts[: len(drawn)]
+                figures |= self.similarity.figures(drawn, references, texts)
         finally:
             self.setting.method.module.train()
         return Findings(figures, sheet([], [*references, *drawn], columns=len(drawn), cell=160))
 
     def _losses(self) -> dict[str, float]:
         sums = torch.zeros(3)
-        for encoded in self.encoded:
+        for encoded in self.setting.examined.batches:
             null = self.setting.nulls.image.to(encoded.image).expand_as(encoded.image)
             wrong = encoded.image.roll(1, 0)
             for number in range(NOISES):
                 sums += torch.stack([self._loss(encoded, image, number) for image in (encoded.image, null, wrong)])
-        own, none, other = (sums / (NOISES * len(self.setting.examined))).tolist()
+        own, none, other = (sums / (NOISES * len(self.setting.examined.texts))).tolist()
         return {"validation": own, "gap to no reference": none - own, "gap to a wrong reference": other - own}
 
     def _loss(self, encoded: Encoded, image: Tensor, number: int) -> Tensor:
@@ -70,11 +69,10 @@ class Examiner:
         t = ((torch.arange(count, device=s.device) / count + number / NOISES + 0.5 / (NOISES * count)) % 1 * total).long()
         return errors(s.method, s.unet, s.schedule, encoded, encoded.text, image, t, chance, Objective()).sum().cpu()
 
-    def _draw(self) -> tuple[list[Image.Image], list[Image.Image], list[str]]:
-        """After the first references alone: empty text, λ = 1."""
-        s, examples = self.setting, self.setting.examined[:PICTURES]
-        targets = [Image.fromarray(e.pixels.permute(1, 2, 0).numpy()) for e in examples]
-        image = s.frozen.image(torch.stack([e.references for e in examples]))
+    def _draw(self) -> list[Image.Image]:
+        """After the references alone: empty text, λ = 1."""
+        s = self.setting
+        image = torch.cat([b.image for b in s.examined.batches])[:PICTURES]
+        width, height = s.examined.targets[0].size
         with s.method.attached(s.pipe, image, s.nulls.image):
-            drawn = drawing(s.pipe, [""] * len(examples), self.steps, range(len(examples)), examples[0].side, self.guidance)
-        return drawn, targets, [e.text for e in examples]
+            return drawing(s.pipe, [""] * len(image), self.steps, range(len(image)), (height, width), self.guidance)

@@ -1,11 +1,14 @@
 """The frozen parts of a base model: pixels, references and texts become what the denoiser is trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from imprompt.data.cache import Row
 from imprompt.data.frame import Batch
 from imprompt.encoders import ImageEncoder
 
@@ -35,6 +38,20 @@ class Encoded(NamedTuple):
     weight: Tensor | None  # (batch, 1, height, width): the mask
     seeds: list[int]
 
+    @classmethod
+    def of(cls, rows: Sequence[Row], dtype: torch.dtype) -> "Encoded":
+        """Rows of a feature cache, of one shape, as they were encoded: text and image features in this dtype."""
+        pooled = None if rows[0].pooled is None else torch.stack([r.pooled for r in rows if r.pooled is not None]).to(dtype)
+        weight = None
+        if any(r.weight is not None for r in rows):
+            everywhere = torch.ones(1, *rows[0].shape[1:])
+            weight = torch.stack([everywhere if r.weight is None else r.weight.float() for r in rows])
+        return cls(
+            torch.stack([r.mean for r in rows]).float(), torch.stack([r.std for r in rows]).float(),
+            Text(torch.stack([r.states for r in rows]).to(dtype), pooled), torch.stack([r.image for r in rows]).to(dtype),
+            torch.stack([r.sizes for r in rows]), weight, [r.seed for r in rows],
+        )  # fmt: skip
+
     def to(self, device: torch.device | str) -> "Encoded":
         """On another device."""
         text = Text(self.text.states.to(device), None if self.text.pooled is None else self.text.pooled.to(device))
@@ -53,11 +70,30 @@ class Frozen:
     """VAE, text encoders and image encoder of a base, none of them trained."""
 
     def __init__(self, pipe: Any, encoder: ImageEncoder, grid: bool):
-        self.pipe, self.encoder, self.grid = pipe, encoder, grid
+        self.pipe, self.encoder, self.grid, self.device = pipe, encoder, grid, pipe.unet.device
+        self._parts = [encoder.model]
         for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
             part = getattr(pipe, name, None)
             if part is not None:
                 part.eval().requires_grad_(False)
+                self._parts += [part] if name != "unet" else []
+
+    def park(self) -> None:
+        """Move everything but the UNet off the device: a training from a cache needs it at examinations only."""
+        for part in self._parts:
+            part.to("cpu")
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Within the context all parts are on the device; afterwards where they were."""
+        before = [part.device for part in self._parts]
+        for part in self._parts:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part, device in zip(self._parts, before, strict=True):
+                part.to(device)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
@@ -81,9 +117,7 @@ class Frozen:
     def text(self, texts: Sequence[str]) -> Text:
         """As the pipeline encodes prompts. Equal captions are encoded once."""
         distinct = list(dict.fromkeys(texts))
-        found = self.pipe.encode_prompt(
-            prompt=distinct, device=self.pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        found = self.pipe.encode_prompt(prompt=distinct, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         rows = torch.tensor([distinct.index(t) for t in texts], device=found[0].device)
         return Text(found[0][rows], found[2][rows] if len(found) == 4 else None)
 
@@ -97,6 +131,28 @@ class Frozen:
     @torch.no_grad()
     def nulls(self) -> Nulls:
         return Nulls(self.text([""]), self.encoder.null(self.grid)[None])
+
+    @torch.no_grad()
+    def pictures(self, mean: Tensor) -> list[Image.Image]:
+        """What the VAE makes of latents, (batch, channels, height, width), as `encode` gives them."""
+        vae, config = self.pipe.vae, self.pipe.vae.config
+        latents = mean.to(vae.device, vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.pipe.image_processor.postprocess(vae.decode(latents).sample)
+
+    @torch.no_grad()
+    def signature(self) -> dict[str, Tensor]:
+        """What each part says to the same small input: two sets of encoders are alike when these are."""
+        vae, model = self.pipe.vae, self.encoder.model
+        ramp = torch.linspace(-1, 1, 64)
+        picture = torch.stack([ramp[:, None].expand(64, 64), ramp[None].expand(64, 64), ramp[:, None] * ramp])[None]
+        side = model.config.image_size
+        seen = torch.nn.functional.interpolate(picture, (side, side), mode="bilinear")
+        found = {
+            "VAE": self._latent(vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mean),
+            "text encoder": self.text(["a cat on a beach"]).states,
+            "image encoder": self.encoder.features(seen.to(model.device, model.dtype), self.grid),
+        }
+        return {name: tensor.half().cpu() for name, tensor in found.items()}
 
 
 def extras(unet: Any, encoded: Encoded, text: Text) -> dict[str, Any]:

@@ -44,21 +44,22 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
     """From batch to step."""
     method, memory = setting.method, Memory()
     bare = method.module.float().train()
-    method.module, optimiser = accelerator.prepare(bare, optimiser_of(choice, bare))
+    method.module, *optimisers = accelerator.prepare(bare, *optimisers_of(choice, bare))
     average = EMAModel(bare.parameters(), decay=choice.ema, foreach=True) if choice.ema else None
     accelerator.register_for_checkpointing(memory, *([average] if average else []))
     keeper = Keeper(choice, accelerator, setting)
     if choice.resume == "auto":
         keeper.resume()
-    examiner = Examiner(choice, setting) if setting.examined and accelerator.is_main_process else None
+    examiner = Examiner(choice, setting) if setting.examined.texts and accelerator.is_main_process else None
     objective = objective_of(choice)
     batches = iter(setting.batches())
     began, before = time.monotonic(), memory.step
     try:
         while memory.step < choice.steps:
             rate = choice.lr * share(memory.step, choice)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
             total, norm = torch.zeros((), device=accelerator.device), 0.0
             for _ in range(choice.accumulate):
                 encoded = next(batches)
@@ -69,9 +70,10 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
                     total += loss.detach() / choice.accumulate
                     if accelerator.sync_gradients:
                         norm = clipped(accelerator, method.module, choice.clip)
-                    if math.isfinite(norm):
-                        optimiser.step()
-                    optimiser.zero_grad(set_to_none=True)
+                    for optimiser in optimisers:
+                        if math.isfinite(norm):
+                            optimiser.step()
+                        optimiser.zero_grad(set_to_none=True)
             memory.step += 1
             memory.skipped += not math.isfinite(norm)
             if average:
@@ -116,16 +118,29 @@ def accelerate(choice: Train) -> Accelerator:
     )
 
 
-def optimiser_of(choice: Train, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with P1's settings (arXiv:2308.06721, section 4.1.2), in eight bits where asked."""
+def optimisers_of(choice: Train, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW with P1's settings (arXiv:2308.06721, section 4.1.2), in eight bits where asked; or Muon (Jordan et al., 2024).
+
+    Muon takes the matrices, with steps as large as AdamW's would be, and AdamW the rest.
+    """
     settings: dict[str, Any] = {"lr": choice.lr, "weight_decay": choice.weight_decay}
+    parameters = list(module.parameters())
     if choice.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise UserError("adamw8bit needs bitsandbytes; install it with: pip install 'imprompt[8bit]'") from error
-        return AdamW8bit(module.parameters(), **settings)
-    return torch.optim.AdamW(module.parameters(), fused=True, **settings)
+        return [AdamW8bit(parameters, **settings)]
+    if choice.optimizer == "muon":
+        if choice.precision == "float16" or choice.deepspeed:
+            raise UserError("muon trains in bfloat16 or float32, and not under DeepSpeed; choose another --precision or --optimizer adamw")
+        matrices = [p for p in parameters if p.ndim == 2]
+        others = [p for p in parameters if p.ndim != 2]
+        return [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+            torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings),
+        ]
+    return [torch.optim.AdamW(parameters, fused=True, **settings)]
 
 
 def objective_of(choice: Train) -> Objective:

@@ -6,13 +6,12 @@ seconds, and is named.
 
 import copy
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from imprompt.config import Train
 from imprompt.core.gradients import without_gradient
-from imprompt.data.frame import Example, stack
 from imprompt.errors import UserError
 from imprompt.training.frozen import Encoded
 from imprompt.training.objective import Chance, Objective, errors
@@ -39,7 +38,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
     place = setting.loader.state()
     items = next(iter(setting.loader))
     setting.loader.load_state(place)
-    encoded = setting.frozen.encode(stack(items)).to(device)
+    encoded = setting.encode(items)
     notes = _data_notes(items, encoded)
     module = method.module.float().train()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -77,7 +76,7 @@ def _check_gradients(module: torch.nn.Module) -> None:
         raise UserError(f"{len(dead)} tensors of the adapter receive no gradient ({dead[0]} among them): the base does not use them")
 
 
-def _data_notes(items: list[Example], encoded: Encoded) -> list[str]:
+def _data_notes(items: list[Any], encoded: Encoded) -> list[str]:
     notes = []
     features = encoded.image.float().flatten(1)
     if len(items) > 1 and (features - features[:1]).abs().max() < 1e-4 * features.abs().max():

@@ -1,22 +1,23 @@
 """What a run works with: the base and its frozen parts, the method, the data. Everything that can be wrong is found here."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 
-from imprompt import checkpoints, hub
+from imprompt import checkpoints
 from imprompt.checkpoints import Spec
 from imprompt.config import Train
 from imprompt.core.adapter import Adapter
 from imprompt.core.diffusion import Schedule
+from imprompt.data.cache import Cache, Row
 from imprompt.data.frame import Example, Framing, example, stack
-from imprompt.data.loader import Loader, Skipped
+from imprompt.data.loader import UNREADABLE, Loader, Skipped
 from imprompt.data.readers import Mini, Shards, open_data
 from imprompt.data.records import Counted, Record, Records, Without
 from imprompt.encoders import ImageEncoder
@@ -25,11 +26,20 @@ from imprompt.files import writable_folder
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import METHODS, Method
 from imprompt.methods.ip_adapter import IPAdapter
-from imprompt.pipelines import check_size, load_base, own_size, pick_precision, schedule_of
+from imprompt.pipelines import load_base, pick_precision, schedule_of
 from imprompt.prompter import Prompter
+from imprompt.training.encoding import check, find_encoder, framing_of
 from imprompt.training.frozen import Encoded, Frozen, Nulls
 
 HELD_OUT_SEED = 7_919  # chooses what is examined
+
+
+class Examined(NamedTuple):
+    """What is examined again and again, and never trained on where the data can be counted."""
+
+    batches: list[Encoded]  # on the device
+    targets: list[Image.Image]
+    texts: list[str]
 
 
 @dataclass
@@ -42,9 +52,10 @@ class Setting:
     frozen: Frozen
     schedule: Schedule
     loader: Loader[Any]
+    encode: Callable[[list[Any]], Encoded]  # what the loader gives → a batch on the device
     skipped: Skipped
     nulls: Nulls
-    examined: list[Example]  # never trained on, where the data can be counted
+    examined: Examined
     device: torch.device
     precision: torch.dtype
 
@@ -54,20 +65,65 @@ class Setting:
 
     def batches(self) -> Iterator[Encoded]:
         """Encoded batches without end, on the device."""
-        for items in self.loader:
-            yield self.frozen.encode(stack(items)).to(self.device)
+        return map(self.encode, self.loader)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, what a loader makes of each, and how such items become a batch and pictures."""
+
+    records: Records
+    make: Callable[[Any, int], Any]
+    revive: Callable[..., Any]
+    encode: Callable[[list[Any]], Encoded]
+    pictures: Callable[[list[Any], Encoded], list[Image.Image]]
+
+    @classmethod
+    def fresh(cls, data: str, framing: Framing, frozen: Frozen) -> "Source":
+        """Pictures and texts, encoded at every step."""
+        return cls(
+            open_data(data),
+            lambda record, seed: example(record, seed, framing, frozen.encoder.prepare),
+            Example,
+            lambda items: frozen.encode(stack(items)).to(frozen.device),
+            lambda items, _: [Image.fromarray(e.pixels.permute(1, 2, 0).numpy()) for e in items],
+        )
+
+    @classmethod
+    def cached(cls, cache: Cache, frozen: Frozen, precision: torch.dtype) -> "Source":
+        """Rows of a feature cache; their pictures are what the VAE makes of the latents."""
+        return cls(
+            cast(Records, cache),
+            lambda stored, seed: cache.row(stored.at, seed),
+            Row,
+            lambda rows: Encoded.of(rows, precision).to(frozen.device),
+            lambda _, encoded: frozen.pictures(encoded.mean),
+        )
+
+    def examined(self, records: Sequence[Record], batch: int) -> Examined:
+        """Those of the records that can be read, in batches of one shape."""
+        shapes: dict[Any, list[Any]] = {}
+        for seed, record in enumerate(records):
+            with suppress(*UNREADABLE):
+                item = self.make(record, seed)
+                shapes.setdefault(item.shape, []).append(item)
+        groups = [group[i : i + batch] for group in shapes.values() for i in range(0, len(group), batch)]
+        batches = [self.encode(group) for group in groups]
+        targets = [picture for group, encoded in zip(groups, batches, strict=True) for picture in self.pictures(group, encoded)]
+        return Examined(batches, targets, [item.text for group in groups for item in group])
 
 
 def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) -> Setting:
     """Load and open everything. Raises UserError with the next move for whatever does not fit."""
     out = writable_folder(choice.out)
-    records = open_data(choice.data)
+    cache = Cache(choice.cache) if choice.cache else None
+    data = cache.about["data"] if cache else choice.data
+    if cache is None:
+        open_data(data)  # fails before anything large is loaded
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
-    size = choice.size or own_size(pipe)
-    check_size(pipe, size, size)
     given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
-    encoder = find_encoder(choice, given[1] if given else None)
+    encoder = find_encoder(choice.base, choice.encoder, given[1] if given else None)
     encoder.model.to(device, precision)
     if choice.checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -75,41 +131,26 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     method = tuned(choice, pipe.unet, *given, encoder) if given else METHODS[choice.method](pipe.unet, encoder)
     method.module.to(device).requires_grad_(True)
     frozen = Frozen(pipe, encoder, method.grid)
+    framing = framing_of(choice, pipe)
+    if cache is None:
+        source = shown = Source.fresh(data, framing, frozen)
+    else:
+        check(cache, choice, frozen)
+        source = Source.cached(cache, frozen, precision)
+        shown = Source.fresh(data, framing, frozen) if data == "mini" else source  # the world has held-out subjects of its own
+    held, rest = held_out(shown.records, choice.validation)
+    examined = shown.examined(held, choice.batch)
     skipped = Skipped(choice.max_unreadable, out / f"unreadable-{rank}.tsv")
+    records = rest if shown is source else source.records
     if isinstance(records, Shards):
         records.lost = skipped.lost
-    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    framing = Framing(
-        size, choice.crop, choice.flip, choice.buckets, multiple, choice.own_crop, choice.augment, choice.references, choice.least
+    loader: Loader[Any] = Loader(
+        records, source.make, choice.batch, choice.seed, rank, ranks, choice.workers, skipped, lambda item: item.shape, source.revive
     )
-    make = partial(_example, framing=framing, encoder=encoder)
-    held, rest = held_out(records, choice.validation)
-    loader = Loader(rest, make, choice.batch, choice.seed, rank, ranks, choice.workers, skipped, lambda e: e.shape, Example)  # type: ignore[arg-type]
-    schedule = schedule_of(pipe.scheduler).to(device)
-    return Setting(pipe, encoder, method, frozen, schedule, loader, skipped, frozen.nulls(), _readable(held, make), device, precision)
-
-
-def _example(record: Record, seed: int, framing: Framing, encoder: ImageEncoder) -> Example:
-    return example(record, seed, framing, encoder.prepare)
-
-
-def _readable(records: list[Record], make: Any) -> list[Example]:
-    found = []
-    for seed, record in enumerate(records):
-        with suppress(UserError, OSError):
-            found.append(make(record, seed))
-    return found
-
-
-def find_encoder(choice: Train, spec: Spec | None) -> ImageEncoder:
-    """The image encoder: the one named, the base's own, or the one the adapter was trained with."""
-    if choice.encoder:
-        return ImageEncoder.load(choice.encoder)
-    if choice.base == "mini":
-        return ImageEncoder.load(hub.MINI / "image_encoder")
-    if spec is not None:
-        return ImageEncoder.load(*hub.default_encoder(spec))
-    return ImageEncoder.load(*hub.RELEASED_ENCODER)
+    schedule, nulls = schedule_of(pipe.scheduler).to(device), frozen.nulls()
+    if cache is not None:
+        frozen.park()
+    return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, device, precision)
 
 
 def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:

@@ -1,0 +1,194 @@
+"""From data to a feature cache: every record goes through the frozen parts once."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from imprompt import hub
+from imprompt.checkpoints import Spec
+from imprompt.config import Encode, Train
+from imprompt.data.cache import Cache, Chunk, Row, begin, complete, missing
+from imprompt.data.frame import Example, Framing, example, stack
+from imprompt.data.loader import UNREADABLE, Skipped, ahead, name_of
+from imprompt.data.order import mixed_seed
+from imprompt.data.readers import Shards, open_data
+from imprompt.data.records import Record, Records, Sharded
+from imprompt.encoders import ImageEncoder
+from imprompt.errors import UserError, brief
+from imprompt.files import writable_folder
+from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_precision
+from imprompt.training.frozen import Encoded, Frozen
+
+CHUNK = 256  # records of a list; of shards each is a chunk
+LIKENESS = 0.02  # relative difference of two probes of the same encoders, in whatever precision
+
+
+class Progress(NamedTuple):
+    """How far an encoding is."""
+
+    chunks: int  # done
+    total: int  # chunks that were to be done, by this process
+    records: int  # encoded
+    lost: int
+
+
+class _Tag(NamedTuple):
+    """Which chunk a piece of work belongs to; no record marks the chunk's end."""
+
+    chunk: int
+    read: Callable[[], Record] | None
+
+
+def encode(choice: Encode, rank: int = 0, ranks: int = 1) -> Iterator[Progress]:
+    """Encode the chunks of process `rank` that are missing. Raises UserError for what the user can mend.
+
+    Whatever is random about a record (crop, flip, augmentation) is drawn once, and stays.
+    """
+    choice = choice.settled()
+    folder = writable_folder(choice.out)
+    records = open_data(choice.data)
+    device = pick_device(choice.device)
+    precision = pick_precision(choice.precision, device)
+    pipe = load_base(choice.base, device, precision)
+    encoder = find_encoder(choice.base, choice.encoder)
+    encoder.model.to(device, precision)  # type: ignore[arg-type]
+    framing = framing_of(choice, pipe)
+    frozen = Frozen(pipe, encoder, choice.method.endswith("plus"))
+    chunks = len(records.shards) if isinstance(records, Sharded) else -(-len(records) // CHUNK)
+    begin(folder, facts(choice, framing, chunks), frozen.signature())
+    mine = [i for i in missing(folder, chunks) if i % ranks == rank]
+    skipped = Skipped(choice.max_unreadable, folder / f"unreadable-{rank}.tsv")
+    lost: dict[int, dict[str, str]] = defaultdict(dict)
+
+    def make(read: Callable[[], Record], seed: int) -> Example:
+        return example(read(), seed, framing, encoder.prepare)
+
+    def work() -> Iterator[tuple[_Tag, Callable[[], Example | None]]]:
+        for chunk in mine:
+            if isinstance(records, Shards):
+                records.lost = partial(_note, skipped, lost[chunk])
+            for read, seed in _records_of(records, chunk, choice.seed):
+                yield _Tag(chunk, read), partial(make, read, seed)
+            yield _Tag(chunk, None), lambda: None
+
+    writers: dict[int, Chunk] = {}
+    waiting: dict[Any, list[Example]] = {}
+    closed = count = 0
+    for tag, future in ahead(work(), choice.workers, 2 * choice.batch + choice.workers):
+        writer = writers.setdefault(tag.chunk, Chunk(folder, tag.chunk, CHUNK))
+        if tag.read is None:
+            for items in waiting.values():
+                count += _write(writer, frozen, items)
+            waiting.clear()
+            writer.lost = lost.pop(tag.chunk, {})
+            writers.pop(tag.chunk).close()
+            closed += 1
+        else:
+            try:
+                item = future.result()
+                assert item is not None
+            except UNREADABLE as error:
+                _note(skipped, lost[tag.chunk], name_of(tag.read, error), brief(error))
+                continue
+            skipped.seen()
+            items = waiting.setdefault((item.shape, item.mask is not None), [])
+            items.append(item)
+            if len(items) < choice.batch:
+                continue
+            count += _write(writer, frozen, waiting.pop((item.shape, item.mask is not None)))
+        yield Progress(closed, len(mine), count, skipped.count)
+
+
+def cached(choice: Train, rank: int, ranks: int) -> Iterator[Progress]:
+    """Fill the cache that a training is to use; nothing, where it is finished."""
+    if choice.cache is None or complete(Path(choice.cache)):
+        return
+    yield from encode(Encode.of(choice), rank, ranks)
+
+
+def facts(choice: Encode, framing: Framing, chunks: int) -> dict[str, Any]:
+    """What a cache remembers of its making, and what a second run must have in common with the first."""
+    return {
+        "data": str(choice.data), "base": choice.base, "encoder": choice.encoder or choice.base,
+        "features": "grid" if choice.method.endswith("plus") else "pooled", "chunks": chunks, "seed": choice.seed,
+        "size": framing.size, "crop": framing.crop, "flip": framing.flip, "buckets": framing.buckets, "own_crop": framing.own_crop,
+        "augment": framing.augment, "references": framing.references, "least": framing.least,
+    }  # fmt: skip
+
+
+def check(cache: Cache, choice: Train, frozen: Frozen) -> None:
+    """Raise UserError where a cache was made for another kind of features, or by other encoders than these."""
+    folder, made, found = cache.folder, cache.about, cache.probe()
+    wanted = "grid" if frozen.grid else "pooled"
+    if made["features"] != wanted:
+        raise UserError(f"{choice.method} reads {wanted} features, and the cache in {folder} holds {made['features']} ones; encode anew")
+    for name, here in frozen.signature().items():
+        if name not in found or found[name].shape != here.shape or _difference(found[name], here) > LIKENESS:
+            raise UserError(f"the cache in {folder} was made with another {name} than that of {choice.base} here; encode anew")
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6))
+
+
+def find_encoder(base: str, named: str | None, spec: Spec | None = None) -> ImageEncoder:
+    """The image encoder: the one named, the base's own, or the one the adapter was trained with."""
+    if named:
+        return ImageEncoder.load(named)
+    if base == "mini":
+        return ImageEncoder.load(hub.MINI / "image_encoder")
+    if spec is not None:
+        return ImageEncoder.load(*hub.default_encoder(spec))
+    return ImageEncoder.load(*hub.RELEASED_ENCODER)
+
+
+def framing_of(choice: Train | Encode, pipe: Any) -> Framing:
+    """How pictures are framed for this base. Raises UserError for a size that it cannot take."""
+    size = choice.size or own_size(pipe)
+    check_size(pipe, size, size)
+    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    return Framing(
+        size, choice.crop, choice.flip, choice.buckets, multiple, choice.own_crop, choice.augment, choice.references, choice.least
+    )
+
+
+def rows_of(encoded: Encoded, items: Iterable[Example]) -> list[Row]:
+    """An encoded batch, record by record."""
+    text = encoded.text
+    return [
+        Row(
+            encoded.mean[i], encoded.std[i], text.states[i], None if text.pooled is None else text.pooled[i], encoded.image[i],
+            encoded.sizes[i], None if encoded.weight is None else encoded.weight[i], item.text, item.key, item.seed,
+        )
+        for i, item in enumerate(items)
+    ]  # fmt: skip
+
+
+def _records_of(records: Records, chunk: int, seed: int) -> Iterator[tuple[Callable[[], Record], int]]:
+    if isinstance(records, Sharded):
+        for record in records.read(records.shards[chunk]):
+            yield partial(_itself, record), mixed_seed(seed, 0, zlib.crc32(record.key.encode()))
+    else:
+        for i in range(chunk * CHUNK, min(len(records), (chunk + 1) * CHUNK)):
+            yield partial(records.__getitem__, i), mixed_seed(seed, 0, i)
+
+
+def _itself(record: Record) -> Record:
+    return record
+
+
+def _write(writer: Chunk, frozen: Frozen, items: list[Example]) -> int:
+    encoded = frozen.encode(stack(items)).to("cpu")
+    for row in rows_of(encoded, items):
+        writer.add(row)
+    return len(items)
+
+
+def _note(skipped: Skipped, lost: dict[str, str], key: str, why: str) -> None:
+    lost[key] = why
+    skipped.lost(key, why)
