@@ -199,6 +199,20 @@ class Encode:
         return replace(self, batch=self.batch or (64 if self.base == "mini" else 8))
 
 
+@dataclass(frozen=True)
+class Validate:
+    """Look at training data."""
+
+    data: str = _option("mini", "data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
+    out: str = _option("data-report", "folder of the report")
+    least: int = _option(512, "pictures with a shorter side than this many pixels are called too small")
+    workers: int = _option(2, "threads that read pictures")
+
+    def __post_init__(self) -> None:
+        _at_least(1, workers=self.workers)
+        _at_least(0, least=self.least)
+
+
 def _at_least(low: int, **values: int) -> None:
     for name, value in values.items():
         if value < low:

@@ -52,6 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     _fields(encode, config.Encode)
     encode.add_argument("--json", action="store_true", help="print the result for a program")
 
+    data = verbs.add_parser("data", help="look at training data")
+    data.set_defaults(parser=data)
+    validate = _verb(
+        data.add_subparsers(title="verbs", metavar="VERB"),
+        "validate",
+        "report what is in the data, and what is wrong with it",
+        "data:validate",
+    )
+    _fields(validate, config.Validate)
+    validate.add_argument("--json", action="store_true", help="print the whole report for a program")
+
     inspect = _verb(verbs, "inspect", "tell what an adapter file is", "files:inspect")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="print the result for a program")

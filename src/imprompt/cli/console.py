@@ -16,7 +16,7 @@ class Shown:
     def __init__(self, bar: Progress, name: str):
         self._bar, self._task, self._name = bar, bar.add_task(name, total=None, note=""), name
 
-    def advance(self, done: int, total: int, note: str = "") -> None:
+    def advance(self, done: int, total: int | None, note: str = "") -> None:
         self._bar.update(self._task, completed=done, total=total, note=note)
 
     def rename(self, name: str) -> None:

@@ -48,6 +48,17 @@ def ordered(records: Records, seed: int, place: Place, rank: int = 0, ranks: int
     return _from_counted(records, seed, place, rank, ranks)
 
 
+def once(records: Records) -> Iterator[Callable[[], Record]]:
+    """Every record one time, in the order in which it lies there; read when asked."""
+    if isinstance(records, Sharded):
+        for shard in records.shards:
+            for record in records.read(shard):
+                yield partial(itself, record)
+    else:
+        for i in range(len(records)):
+            yield partial(records.__getitem__, i)
+
+
 def _from_counted(records: Counted, seed: int, place: Place, rank: int, ranks: int) -> Iterator[Drawn]:
     count = len(records)
     at = place.epoch * count + place.done + rank
@@ -59,7 +70,8 @@ def _from_counted(records: Counted, seed: int, place: Place, rank: int, ranks: i
         yield Drawn(partial(records.__getitem__, chosen), mixed_seed(seed, epoch, i), Place(next_epoch, 0, done))
 
 
-def _itself(record: Record) -> Record:
+def itself(record: Record) -> Record:
+    """A record that is read already, asked for like any other."""
     return record
 
 
@@ -84,7 +96,7 @@ def _from_shards(records: Sharded, seed: int, place: Place, rank: int, ranks: in
                 seen = True
                 if done >= skip:
                     own = mixed_seed(seed, epoch, zlib.crc32(record.key.encode()))
-                    yield Drawn(partial(_itself, record), own, Place(epoch, group, done + 1))
+                    yield Drawn(partial(itself, record), own, Place(epoch, group, done + 1))
             skip = 0
         if not seen and first == 0:
             raise UserError(f"none of the {len(mine)} shards holds a record that can be read")

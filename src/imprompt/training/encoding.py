@@ -15,7 +15,7 @@ from imprompt.config import Encode, Train
 from imprompt.data.cache import Cache, Chunk, Row, begin, complete, missing
 from imprompt.data.frame import Example, Framing, example, stack
 from imprompt.data.loader import UNREADABLE, Skipped, ahead, name_of
-from imprompt.data.order import mixed_seed
+from imprompt.data.order import itself, mixed_seed
 from imprompt.data.readers import Shards, open_data
 from imprompt.data.records import Record, Records, Sharded
 from imprompt.encoders import ImageEncoder
@@ -172,14 +172,10 @@ def rows_of(encoded: Encoded, items: Iterable[Example]) -> list[Row]:
 def _records_of(records: Records, chunk: int, seed: int) -> Iterator[tuple[Callable[[], Record], int]]:
     if isinstance(records, Sharded):
         for record in records.read(records.shards[chunk]):
-            yield partial(_itself, record), mixed_seed(seed, 0, zlib.crc32(record.key.encode()))
+            yield partial(itself, record), mixed_seed(seed, 0, zlib.crc32(record.key.encode()))
     else:
         for i in range(chunk * CHUNK, min(len(records), (chunk + 1) * CHUNK)):
             yield partial(records.__getitem__, i), mixed_seed(seed, 0, i)
-
-
-def _itself(record: Record) -> Record:
-    return record
 
 
 def _write(writer: Chunk, frozen: Frozen, items: list[Example]) -> int:

@@ -1,7 +1,5 @@
 """A run's diary: every figure as a JSON line, curves, sheets, and one page that opens offline."""
 
-import base64
-import html
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -12,6 +10,7 @@ from typing import Any
 
 from imprompt.config import Train
 from imprompt.files import atomic_path
+from imprompt.pages import inline, table, write_page
 from imprompt.training.loop import Step
 
 EVERY = 2.0  # seconds between two lines
@@ -80,28 +79,16 @@ class Diary:
             partial.write_bytes(curves)
         sheets = sorted((self.folder / "samples").glob("step-*.png"))[-SHEETS:]
         last = next((line for line in reversed(lines) if "validation" in line), lines[-1])
-        rows = "".join(
-            f"<tr><th>{html.escape(k)}<td>{v:.4g}" if isinstance(v, float) else f"<tr><th>{html.escape(k)}<td>{v}" for k, v in last.items()
+        pictures = "".join(f"<h2>Step {int(p.stem.removeprefix('step-'))}</h2>{inline(p.read_bytes())}" for p in reversed(sheets))
+        write_page(
+            self.folder / "index.html",
+            self.folder.name,
+            f"{inline(curves)}<h2>Last examination</h2>{table(last)}"
+            f"<p>Above: references. Below: drawn after them alone, empty text, λ = 1.</p>{pictures}"
+            f"<details><summary>Settings</summary>{table(asdict(self.choice))}</details>",
+            heading=f"{self.choice.method} on {self.choice.base}",
         )
-        chosen = "".join(f"<tr><th>{k}<td>{html.escape(str(v))}" for k, v in asdict(self.choice).items())
-        pictures = "".join(
-            f"<h2>Step {int(p.stem.removeprefix('step-'))}</h2><img src='{_inline(p.read_bytes())}'>" for p in reversed(sheets)
-        )
-        with atomic_path(self.folder / "index.html") as partial:
-            partial.write_text(
-                f"<!doctype html><meta charset=utf-8><title>{html.escape(self.folder.name)}</title><style>{_STYLE}</style>"
-                f"<h1>{html.escape(self.choice.method)} on {html.escape(self.choice.base)}</h1>"
-                f"<img src='{_inline(curves)}'><h2>Last examination</h2><table>{rows}</table>"
-                f"<p>Above: references. Below: drawn after them alone, empty text, λ = 1.</p>{pictures}"
-                f"<details><summary>Settings</summary><table>{chosen}</table></details>\n",
-                "utf-8",
-            )
 
-
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "img{max-width:100%}th{text-align:left;font-weight:500;padding-right:2rem}h1,h2{font-weight:600}"
-)
 
 _PANELS = (
     ("loss", ("loss", "validation")),
@@ -131,7 +118,3 @@ def draw_curves(lines: list[dict[str, Any]]) -> bytes:
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
