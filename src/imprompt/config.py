@@ -122,9 +122,10 @@ class Train:
     validation: int = _option(16, "pictures that are examined; 0 for none")
     validation_steps: int = _option(20, "denoising steps of the pictures that are drawn then")
     judge: str | None = _option(None, "CLIP model for CLIP-I and CLIP-T: mini, a folder or a hub id (default: mini's on mini)")
+    tracker: str = _option("", "tensorboard or wandb, besides the run's own page")
     resume: str = _option("auto", "auto continues what is in the folder; never starts anew")
     processes: int = _option(1, "processes on this machine")
-    deepspeed: bool = _option(False, "DeepSpeed ZeRO-2 (experimental: not tried yet)")
+    deepspeed: bool = _option(False, "DeepSpeed ZeRO-2: optimiser states and gradients split among the processes")
     preflight: bool = _option(True, "overfit one batch first, and say what is wrong")
     seed: int = _option(0, "of everything random")
     device: str = _option("auto", "auto, cpu, cuda, mps …")
@@ -141,16 +142,20 @@ class Train:
         _one_of(METHODS, method=self.method)
         _one_of(("adamw", "muon", "adamw8bit"), optimizer=self.optimizer)
         _one_of(("centre", "random"), crop=self.crop)
+        _one_of(("", "tensorboard", "wandb"), tracker=self.tracker)
         _one_of(("auto", "never"), resume=self.resume)
         _one_of(("auto", "float32", "bfloat16", "float16"), precision=self.precision)
         _one_of(("auto", "constant", "cosine", "linear"), schedule=self.schedule)
         _one_of(("auto", "uniform", "logit-normal"), timesteps=self.timesteps)
+        if self.deepspeed and self.ema > 0:
+            raise UserError("ema: not to be had under DeepSpeed, which keeps the exact weights to itself; leave it out")
         if not self.ema < 1:
             raise UserError(f"ema: expected less than 1, received {self.ema}")
 
     def settled(self) -> "Train":
         """With every open field filled in."""
         usual = _MINI if self.base == "mini" else _PAPER
+        usual = usual | ({"ema": 0.0} if self.deepspeed else {})
         open_still = {f.name: f.default for f in fields(self)}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 

@@ -1,6 +1,7 @@
 """Training on the embedded model, small: it learns, resumes to the bit, keeps what it should, and touches only the adapter."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -108,6 +109,21 @@ def test_muon_trains_the_matrices_and_resumes_to_the_bit(tmp_path):
 def test_muon_in_float16_is_refused(tmp_path):
     with pytest.raises(UserError, match="muon trains in bfloat16 or float32"):
         run(tmp_path, optimizer="muon", precision="float16")
+
+
+def test_tensorboard_gets_figures_and_pictures(tmp_path):
+    event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, tracker="tensorboard", steps=4)
+    told = event.EventAccumulator(str(next((tmp_path / "tracker").glob("events*")).parent))
+    told.Reload()
+    assert {"loss", "lr", "norm", "validation", "CLIP-I"} <= set(told.Tags()["scalars"]) and told.Tags()["images"] == ["samples"]
+    assert [e.step for e in told.Scalars("loss")] == [1, 2, 3, 4] and [e.step for e in told.Images("samples")] == [4]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["imprompt.training.loop"], "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed; install it with: pip install wandb"):
+        run(tmp_path, tracker="wandb")
 
 
 def test_fine_tunes_from_a_file(whole, tmp_path):

@@ -3,13 +3,12 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.cli.launch import launch
 from imprompt.config import Encode, Train
 
 NAMED = 10  # records left out that are named on the screen
@@ -18,8 +17,8 @@ NAMED = 10  # records left out that are named on the screen
 def run(arguments: argparse.Namespace) -> None:
     """Train, show the rate and the figures, and say where the adapter is."""
     choice = chosen_fields(arguments, Train).settled()
-    if choice.processes > 1 and "LOCAL_RANK" not in os.environ:
-        raise SystemExit(_launch(choice.processes))
+    if (choice.processes > 1 or choice.deepspeed) and "LOCAL_RANK" not in os.environ:
+        raise SystemExit(launch(choice.processes))
     main = os.environ.get("RANK", "0") == "0"
     quiet_libraries()
     with progress_bar("preparing", show=main and not arguments.json) as progress:
@@ -65,7 +64,7 @@ def encode(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Encode).settled()
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if choice.processes > 1 and "LOCAL_RANK" not in os.environ:
-        if code := _launch(choice.processes):
+        if code := launch(choice.processes):
             raise SystemExit(code)
     else:
         _encode(choice, rank, ranks, show=not arguments.json)
@@ -92,22 +91,6 @@ def _encode(choice: Encode, rank: int, ranks: int, show: bool) -> None:
         began = time.monotonic()
         for at in training.encode(choice, rank, ranks):
             progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - began):.1f}/s")
-
-
-def _launch(processes: int) -> int:
-    """The same command once for each process."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "imprompt",
-        *sys.argv[1:],
-    ]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))}
-    return subprocess.run(command, env=os.environ | threads).returncode
 
 
 def _time(seconds: float) -> str:

@@ -1,16 +1,19 @@
 """The loop: a generator of steps over Accelerate. Whoever wants a log takes it from there."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -90,32 +93,65 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
             if last or memory.step % choice.save_every == 0:
                 keeper.state(memory)
             images = (memory.step - before) * choice.batch * choice.accumulate * accelerator.num_processes
-            yield Step(
+            done = Step(
                 memory.step, choice.steps, float(accelerator.reduce(total, "mean")), rate, norm, images / (time.monotonic() - began),
                 memory.skipped, setting.skipped.count, findings, saved,
             )  # fmt: skip
+            track(accelerator, done)
+            yield done
     finally:
         method.release()
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def accelerate(choice: Train) -> Accelerator:
     """Devices, processes and precision."""
     deepspeed = None
+    device = pick_device(choice.device)
     if choice.deepspeed:
+        if find_spec("deepspeed") is None:
+            raise UserError("DeepSpeed is not installed; install it with: pip install 'imprompt[deepspeed]'")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # Accelerate looks here, and nowhere else, before it sets up the processes
+        if device == "cpu":
+            os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+            PartialState(cpu=True)  # Accelerate joins processes on CPU, and takes DeepSpeed, but not both in one call
         deepspeed = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=choice.accumulate, gradient_clipping=choice.clip or None)
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = choice.batch
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    device = pick_device(choice.device)
     precision = str(pick_precision(choice.precision, device)).removeprefix("torch.")
+    if choice.tracker and find_spec(choice.tracker) is None:
+        raise UserError(f"{choice.tracker} is not installed; install it with: pip install {choice.tracker}")
     AcceleratorState._reset_state()  # of an earlier training in this process, perhaps in another precision
     GradientState._reset_state()
-    return Accelerator(
-        cpu=device == "cpu",
+    accelerator = Accelerator(
+        cpu=device == "cpu" and deepspeed is None,
         mixed_precision=mixed[precision],
         gradient_accumulation_steps=choice.accumulate,
         deepspeed_plugin=deepspeed,
         step_scheduler_with_optimizer=False,
+        log_with=choice.tracker or None,
+        project_dir=choice.out,
     )
+    if choice.tracker:
+        shown = {name: value for name, value in asdict(choice).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("tracker", config=shown, init_kwargs={"wandb": {"dir": choice.out, "name": Path(choice.out).name}})
+    return accelerator
+
+
+def track(accelerator: Accelerator, step: Step) -> None:
+    """Tell the trackers, if there are any."""
+    if not accelerator.trackers:
+        return
+    figures = {"loss": step.loss, "lr": step.lr, "norm": step.norm, "images_per_second": step.images_per_second}
+    accelerator.log(figures | (step.findings.figures if step.findings else {}), step=step.index)
+    if step.findings is None:
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(step.findings.sheet)[None]}, step=step.index, dataformats="NHWC")
+        else:
+            tracker.log_images({"samples": [step.findings.sheet]}, step=step.index)
 
 
 def optimisers_of(choice: Train, module: nn.Module) -> list[torch.optim.Optimizer]:
