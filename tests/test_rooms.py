@@ -10,7 +10,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Rooms from the lowest to the highest. A file may import its own layer and everything below.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "files", "core", "pages"),
+    ("errors", "files", "core", "pages", "memory"),
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
     ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe"),
     ("similarity", "methods"),

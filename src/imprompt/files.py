@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from imprompt.errors import UserError
+from imprompt.errors import UserError, brief
+
+_DISK = ("I/O error", "os error", "file write failed", "unexpected pos")
 
 
 @contextmanager
@@ -30,8 +32,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         finally:
             with suppress(FileNotFoundError):
                 partial.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); make room or choose another place") from error
+    except Exception as error:
+        if not write_failed(error):
+            raise
+        raise UserError(
+            f"cannot write {path} ({getattr(error, 'strerror', None) or brief(error)}); make room or choose another place"
+        ) from error
+
+
+def write_failed(error: Exception) -> bool:
+    """Whether the disk is what failed. safetensors and torch have error types of their own for it."""
+    return isinstance(error, OSError) or (not isinstance(error, UserError) and any(sign in str(error) for sign in _DISK))
 
 
 def writable_folder(path: Path | str) -> Path:

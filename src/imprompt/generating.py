@@ -12,6 +12,7 @@ from PIL import Image
 from imprompt.config import Generate
 from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
+from imprompt.memory import enough_memory
 from imprompt.pipelines import check_size, guidance_of, load_base, own_size, pick_device, pick_dtype, scheduled
 from imprompt.prompter import Prompter, load
 
@@ -48,6 +49,7 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
         return kwargs
 
     with ExitStack() as stack:
+        stack.enter_context(enough_memory("draw smaller pictures (--size), or in another --dtype (bfloat16)"))
         stack.enter_context(scheduled(pipe, choice.scheduler, choice.steps))
         if choice.image:
             adapter = choice.adapter or "mini"

@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
                 progress.say(f"note: {note}")
             progress.say(
                 f"{report.trainable / 1e6:.1f} M trainable parameters; one batch: loss {report.before:.4f} → {report.after:.4f}; "
-                f"about {_time(report.seconds_per_step * choice.steps * choice.accumulate)} for {choice.steps} steps"
+                f"about {_time(report.seconds_per_step * choice.steps * choice.accumulate)} for {choice.steps} steps, "
+                f"{report.peak_bytes / 2**30:.1f} GiB at the peak"
             )
         progress.rename("training")
         last = None

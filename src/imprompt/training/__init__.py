@@ -3,14 +3,19 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from imprompt.config import Train
+from imprompt.memory import enough_memory
 from imprompt.training.encoding import Progress, cached
 from imprompt.training.encoding import encode as encode
 from imprompt.training.journal import recorded as recorded
 from imprompt.training.loop import Step, accelerate, loop
 from imprompt.training.preflight import Report, preflight
-from imprompt.training.setting import build
+from imprompt.training.setting import Setting, build
 from imprompt.training.state import states
+
+SMALLER = "take a smaller --batch with more --accumulate, or --checkpointing, or train from a --cache"
 
 
 def train(choice: Train) -> Iterator[Step]:
@@ -25,12 +30,18 @@ def train(choice: Train) -> Iterator[Step]:
 def begin(choice: Train, told: Callable[[Progress], None] | None = None) -> tuple[Iterator[Step], Report | None]:
     """Everything up to the first step, and what the preflight of a new run found. `told` hears of the cache being filled."""
     choice = choice.settled()
-    accelerator = accelerate(choice)
-    for progress in cached(choice, accelerator.process_index, accelerator.num_processes):
-        if told:
-            told(progress)
-    accelerator.wait_for_everyone()
-    setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
-    fresh = choice.resume == "never" or not states(Path(choice.out))
-    report = preflight(choice, setting) if choice.preflight and fresh else None
-    return loop(choice, accelerator, setting), report
+    with enough_memory(SMALLER):
+        accelerator = accelerate(choice)
+        for progress in cached(choice, accelerator.process_index, accelerator.num_processes):
+            if told:
+                told(progress)
+        accelerator.wait_for_everyone()
+        setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
+        fresh = choice.resume == "never" or not states(Path(choice.out))
+        report = preflight(choice, setting) if choice.preflight and fresh else None
+    return _run(choice, accelerator, setting), report
+
+
+def _run(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[Step]:
+    with enough_memory(SMALLER):
+        yield from loop(choice, accelerator, setting)

@@ -13,11 +13,12 @@ import torch
 from imprompt.config import Train
 from imprompt.core.gradients import without_gradient
 from imprompt.errors import UserError
+from imprompt.memory import peak_bytes
 from imprompt.training.frozen import Encoded
 from imprompt.training.objective import Chance, Objective, errors
 from imprompt.training.setting import Setting
 
-STEPS = 12
+STEPS, HIGH = 12, 1e-2  # steps, and the highest learning rate
 
 
 class Report(NamedTuple):
@@ -25,9 +26,9 @@ class Report(NamedTuple):
 
     before: float  # loss on the one batch
     after: float
-    seconds_per_step: float
+    seconds_per_step: float  # of a batch, encoded and trained on
     trainable: int  # parameters
-    bytes_needed: int  # of the device, at the peak; 0 where it does not tell
+    peak_bytes: int  # memory used at the peak: of the GPU, or of the process; 0 where the system does not tell
     notes: list[str]  # what is odd, but no obstacle
 
 
@@ -38,11 +39,13 @@ def preflight(choice: Train, setting: Setting) -> Report:
     place = setting.loader.state()
     items = next(iter(setting.loader))
     setting.loader.load_state(place)
+    began = time.monotonic()
     encoded = setting.encode(items)
+    encoding = time.monotonic() - began
     notes = _data_notes(items, encoded)
     module = method.module.float().train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=10 * choice.lr)
+    optimiser = torch.optim.AdamW(parameters, lr=min(10 * choice.lr, HIGH))
     chance, total = Chance.draw(encoded), len(setting.schedule.time)
     t = ((torch.arange(len(items), device=device) + 0.5) / len(items) * total).long()
     if device.type == "cuda":
@@ -66,8 +69,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
     module.load_state_dict(weights)
     if curve[-1] >= curve[0]:
         notes.append(f"one batch does not overfit ({curve[0]:.4f} → {curve[-1]:.4f}): check lr and the encoder")
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Report(curve[0], curve[-1], seconds, sum(p.numel() for p in parameters), memory, notes)
+    return Report(curve[0], curve[-1], encoding + seconds, sum(p.numel() for p in parameters), peak_bytes(device), notes)
 
 
 def _check_gradients(module: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from imprompt import checkpoints
 from imprompt.config import Train
 from imprompt.errors import UserError, brief
+from imprompt.files import write_failed
 from imprompt.training.examine import Findings
 from imprompt.training.setting import Setting
 
@@ -59,7 +60,9 @@ class Keeper:
         try:
             accelerator.save_state(str(partial))
             torch.save(self.loader.state(), partial / f"data-{accelerator.process_index}.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except Exception as error:
+            if not write_failed(error):
+                raise
             raise UserError(
                 f"cannot keep the state in {target} ({brief(error)}); make room, then continue with the same command"
             ) from error
