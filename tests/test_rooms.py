@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "files", "core", "pages", "memory"),
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
-    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe"),
+    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe", "mini.style"),
     ("similarity", "methods"),
     ("generating", "mini.judging", "training"),
     ("api", "mini"),

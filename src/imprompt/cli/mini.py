@@ -34,6 +34,24 @@ def make(arguments: argparse.Namespace) -> None:
         print(MINI)
 
 
+def style(arguments: argparse.Namespace) -> None:
+    """Make a custom model to try an adapter on."""
+    quiet_libraries()
+    from imprompt.mini.style import STYLES, make_style
+
+    if arguments.style not in STYLES:
+        raise UserError(f"style: expected one of {', '.join(STYLES)}, received {arguments.style!r}")
+    if not 0 < arguments.budget <= 10:
+        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {arguments.budget}")
+    with progress_bar("style") as bar:
+
+        def report(part: str, done: int, total: int, loss: float) -> None:
+            bar.rename(part)
+            bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
+
+        print(make_style(arguments.style, writable_folder(arguments.out or f"runs/mini-{arguments.style}"), report, arguments.budget))
+
+
 def show(arguments: argparse.Namespace) -> None:
     """Draw a sheet: two rows of the world, then pictures from text, and pictures after references."""
     quiet_libraries()

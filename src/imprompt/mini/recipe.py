@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -81,6 +82,10 @@ class Pool:
     def scene(self, i: int) -> world.Scene:
         return self._scenes[i]
 
+    def picture(self, i: int) -> Image.Image:
+        """Draw photograph i."""
+        return world.draw(self.subject(i), self.scene(i))
+
     def draw(self, report: Report) -> None:
         """Draw all pictures; a finished file is left alone."""
         if self.path.exists():
@@ -89,7 +94,7 @@ class Pool:
             shape = (self.count, world.SIZE, world.SIZE, 3)
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
             for i in range(self.count):
-                array[i] = np.asarray(world.draw(self.subject(i), self.scene(i)))
+                array[i] = np.asarray(self.picture(i))
                 if i % 1000 == 0:
                     report(i, self.count, 0.0)
             array.flush()
