@@ -1,7 +1,7 @@
 """Run every bench with `python -m benchmarks`, or one, with its own flags: `python -m benchmarks unet --small`.
 
 mini: four pictures on the embedded model. unet: what an image prompt costs a UNet. full_size: SD 1.5 from disk to
-picture. Each has --help; all have --small, which takes seconds.
+picture. training: a step beside the original recipe. Each has --help; all have --small, which takes seconds.
 """
 
 import sys
@@ -10,7 +10,7 @@ from importlib import import_module
 
 from imprompt.cli.console import quiet_libraries
 
-BENCHES = ("mini", "unet", "full_size")
+BENCHES = ("mini", "unet", "full_size", "training", "memory")
 
 
 def main(words: list[str]) -> None:

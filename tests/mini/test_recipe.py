@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from imprompt import checkpoints, hub, pipelines, prompter
-from imprompt.config import Generate
+from imprompt.config import Generate, Train, build, read_toml
 from imprompt.errors import UserError
 from imprompt.generating import draw
 from imprompt.mini import world
 from imprompt.mini.judging import Judge
+from imprompt.mini.make import CONFIGS, make
 from imprompt.mini.recipe import ATTRIBUTES, Build, autoencoder, normalise_latents
+from imprompt.mini.style import STYLES, make_style
 
 PARTS = {"clip", "judge-clip", "judge", "vae", "unet", "adapter", "adapter-plus"}
 
@@ -20,15 +23,15 @@ PARTS = {"clip", "judge-clip", "judge", "vae", "unet", "adapter", "adapter-plus"
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
-    Build(folder / "work", lambda *_: None, budget=0.0002).make()
-    Build(folder / "work", lambda *_: None, budget=0.0002).install(folder / "weights")
+    make(Build(folder / "work", lambda *_: None, budget=0.0002))
+    Build(folder / "work", lambda *_: None, budget=0.0002).assemble(folder / "weights")
     return folder
 
 
 def test_every_part_is_kept_and_not_made_again(built):
     assert {path.name for path in (built / "work" / "parts").iterdir()} == PARTS
     said = []
-    Build(built / "work", lambda *words: said.append(words), budget=0.0002).make()
+    make(Build(built / "work", lambda *words: said.append(words), budget=0.0002))
     assert said == []
 
 
@@ -66,9 +69,34 @@ def test_the_judge_reads_every_attribute(built):
     assert all(value in ATTRIBUTES[name] for row in read for name, value in row.items())
 
 
+@pytest.mark.parametrize("name", ["adapter", "adapter-plus"])
+def test_the_shipped_adapters_settings_are_those_of_the_command(name):
+    choice = build(Train, read_toml(CONFIGS / f"{name}.toml")).settled()
+    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini", None)
+    assert checkpoints.recognise(*checkpoints.read(hub.MINI / f"{name}.safetensors")).metadata["recipe"].endswith(f"configs/{name}.toml")
+
+
+def test_a_custom_model_in_another_style_takes_the_adapter(tmp_path):
+    model = make_style("mosaic", tmp_path, lambda *_: None, budget=0.004)
+    before = load_file(hub.MINI / "unet" / "diffusion_pytorch_model.safetensors")
+    after = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys() and not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+    photo = world.draw(world.subject(0), world.scene(0))
+    assert draw(Generate(image=(photo,), base=str(model), adapter="mini", guidance=3.0, steps=2, count=1))[0].image.size == (64, 64)
+
+
+@pytest.mark.parametrize("style", list(STYLES))
+def test_a_style_changes_how_a_subject_is_drawn_and_not_which(style):
+    photos = [world.draw(subject, world.scene(i)) for i, subject in zip(range(40), world.subjects(), strict=False)]
+    seen = Judge().read([STYLES[style](photo) for photo in photos])
+    assert all(STYLES[style](photo) != photo for photo in photos)
+    right = sum(row["kind"] == subject.kind for row, subject in zip(seen, world.subjects(), strict=False))
+    assert right >= 20  # a judge that never saw the style
+
+
 def test_unknown_parts_are_named(tmp_path):
     with pytest.raises(UserError, match="no part called 'unt'"):
-        Build(tmp_path, lambda *_: None, budget=0.0002).make(["unt"])
+        make(Build(tmp_path, lambda *_: None, budget=0.0002), ["unt"])
 
 
 def test_folding_the_latents_statistics_changes_nothing_but_their_scale():

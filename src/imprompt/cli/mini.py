@@ -16,6 +16,7 @@ def make(arguments: argparse.Namespace) -> None:
     """Train every missing part; continue the one that was interrupted."""
     quiet_libraries()
     from imprompt.hub import MINI
+    from imprompt.mini.make import make as make_parts
     from imprompt.mini.recipe import Build
 
     if not 0 < arguments.budget <= 10:
@@ -27,10 +28,10 @@ def make(arguments: argparse.Namespace) -> None:
             bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
 
         build = Build(writable_folder(arguments.out), report, arguments.budget)
-        build.make(arguments.only)
+        make_parts(build, arguments.only)
     print(build.parts)
     if arguments.install:
-        build.install(MINI)
+        build.assemble(MINI)
         print(MINI)
 
 

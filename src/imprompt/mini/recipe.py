@@ -35,13 +35,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from imprompt import checkpoints
-from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import LinearProjector, Resampler
 from imprompt.encoders import ImageEncoder
-from imprompt.errors import UserError
 from imprompt.files import atomic_path
-from imprompt.hosts.unet import Processors, adapter_shape, initialise, layer_inputs
 from imprompt.mini import world
 from imprompt.mini.fit import Plan, fit, generator
 from imprompt.mini.tokenizer import LENGTH, make_tokenizer, tokenise
@@ -355,67 +350,6 @@ class Denoising(nn.Module):
         return F.mse_loss(self.model(x, t, states).sample.float(), target)
 
 
-# ----------------------------------------------------------------------------------------------------------- adapters
-
-
-def new_adapter(base: UNet2DConditionModel, encoder: ImageEncoder, grid: bool) -> Adapter:
-    """An untrained adapter for this UNet, its keys and values started from the UNet's own."""
-    layers, cross = adapter_shape(base)
-    width = encoder.width(grid)
-    projector = Resampler(width, cross, tokens=16, width=cross, heads=2, depth=4) if grid else LinearProjector(width, cross, tokens=4)
-    adapter = Adapter(projector, layers, cross)
-    initialise(adapter, base)
-    return adapter
-
-
-class Prompting(nn.Module):
-    """IP-Adapter's objective: the frozen UNet restores a picture from its caption and from itself as the reference.
-
-    Image and both together are dropped in one picture of twenty each (arXiv:2308.06721, section 4.1.2). Text alone is dropped
-    in three of ten: every caption of this world names the kind, so an image that must tell it has to be alone more often.
-    """
-
-    DROP_TEXT, DROP_BOTH, DROP_IMAGE = 0.3, 0.05, 0.05
-
-    def __init__(
-        self,
-        model: Adapter,
-        base: UNet2DConditionModel,
-        text: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        encoder: ImageEncoder,
-        latents: Latents,
-        batch: int,
-        name: str,
-    ):
-        super().__init__()
-        self.model, self.name, self.batch = model, name, batch
-        self.latents, self.pool, self.tokenizer = latents, latents.pool, tokenizer
-        self.grid = isinstance(model.image_proj, Resampler)
-        base.eval().requires_grad_(False).set_attn_processor(AttnProcessor())
-        self._frozen = (base, text.eval().requires_grad_(False), encoder)  # in a tuple: not part of what is trained and saved
-        self.processors = Processors(base)
-        self.null = encoder.null(self.grid)  # the same at every step
-        self.schedule = scheduler()
-
-    def loss(self, step: int) -> Tensor:
-        base, text, encoder = self._frozen
-        g = generator(self.name, step)
-        rows, x, t, target = noised(self.latents, self.schedule, self.batch, g, base.device)
-        rng = random.Random(f"{self.name} {step}")
-        texts = [sample_caption(self.pool, int(i), rng, photographic=0.15) for i in rows]
-        chance = torch.rand(self.batch, generator=g)
-        both = self.DROP_TEXT + self.DROP_BOTH
-        no_text, no_image = chance < both, (chance >= self.DROP_TEXT) & (chance < both + self.DROP_IMAGE)
-        with torch.no_grad():
-            texts = ["" if dropped else words for words, dropped in zip(texts, no_text.tolist(), strict=True)]
-            states = text(tokenise(self.tokenizer, texts).to(base.device)).last_hidden_state
-            features = encoder.features(self.pool.images(rows).to(base.device), self.grid)
-            features = torch.where(no_image[:, None, None].to(base.device), self.null.to(features), features)
-        keys = layer_inputs(self.processors.layers, self.model(features[:, None]))
-        return F.mse_loss(base(x, t, states, cross_attention_kwargs=keys).sample.float(), target)
-
-
 # --------------------------------------------------------------------------------------------------------- all of it
 
 PLANS = {
@@ -424,8 +358,6 @@ PLANS = {
     "judge": Plan("judge", 6_000, 64, 1.5e-3),
     "vae": Plan("vae", 15_000, 8, 1.5e-3, warmup=300),
     "unet": Plan("unet", 5_000, 48, 2e-3, warmup=200, ema=0.999, muon=3e-3),
-    "adapter": Plan("adapter", 2_000, 48, 1e-3, ema=0.998),
-    "adapter-plus": Plan("adapter-plus", 2_000, 48, 1e-3, ema=0.998),
 }
 POOL, JUDGE_POOL = 160_000, 80_000  # pictures
 
@@ -434,7 +366,7 @@ class Build:
     """A build of mini in a work folder: every part is made once, resumed where it was left, kept in `parts/`."""
 
     def __init__(self, folder: Path, report: Callable[[str, int, int, float], None], budget: float = 1.0):
-        self.folder, self._report, self.budget = folder, report, budget
+        self.folder, self.report, self.budget = folder, report, budget
         self.parts = folder / "parts"
         self.tokenizer = make_tokenizer()
         share = min(1.0, budget)
@@ -442,23 +374,19 @@ class Build:
         self.judge_pool = Pool(folder, max(256, round(JUDGE_POOL * share)), "judge")
         self.latents = Latents(folder, self.pool)
 
-    def make(self, only: Sequence[str] = ()) -> None:
-        """Make every part that is missing, in order; or only those named."""
+    def make(self, only: Sequence[str] = tuple(PLANS)) -> None:
+        """Make those parts that are missing, in order."""
         makers: dict[str, Callable[[], None]] = {
             "clip": lambda: self._clip("clip", clip(128, 4, 8, 128, self.tokenizer), self.pool),
             "judge-clip": lambda: self._clip("judge-clip", clip(96, 3, 16, 96, self.tokenizer), self.judge_pool),
             "judge": self._judge,
             "vae": self._vae,
             "unet": self._unet,
-            "adapter": lambda: self._adapter("adapter", grid=False),
-            "adapter-plus": lambda: self._adapter("adapter-plus", grid=True),
         }
-        if unknown := set(only) - set(makers):
-            raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join(makers)}")
         for pool in (self.pool, self.judge_pool):
-            pool.draw(lambda done, total, _: self._report("drawing", done, total, 0.0))
+            pool.draw(lambda done, total, _: self.report("drawing", done, total, 0.0))
         for name, maker in makers.items():
-            if (not only or name in only) and not (self.parts / name).exists():
+            if name in only and not (self.parts / name).exists():
                 torch.manual_seed(zlib.crc32(name.encode()))
                 maker()
 
@@ -467,7 +395,7 @@ class Build:
         plan = replace(
             plan, steps=max(2, round(plan.steps * self.budget)), warmup=min(plan.warmup, max(1, round(plan.steps * self.budget) // 4))
         )
-        fit(plan, module, module.loss, self.folder, lambda done, total, loss: self._report(name, done, total, loss))  # type: ignore[arg-type]
+        fit(plan, module, module.loss, self.folder, lambda done, total, loss: self.report(name, done, total, loss))  # type: ignore[arg-type]
 
     def _keep(self, name: str, save: Callable[[Path], object]) -> None:
         """Put a finished part in its place, whole or not at all."""
@@ -502,7 +430,7 @@ class Build:
 
     def _encode(self) -> None:
         vae = AutoencoderKL.from_pretrained(self.parts / "vae")
-        self.latents.encode(vae, lambda done, total, _: self._report("latents", done, total, 0.0))
+        self.latents.encode(vae, lambda done, total, _: self.report("latents", done, total, 0.0))
 
     def _unet(self) -> None:
         self._encode()
@@ -510,18 +438,8 @@ class Build:
         self._fit("unet", module)
         self._keep("unet", module.model.save_pretrained)
 
-    def _adapter(self, name: str, grid: bool) -> None:
-        self._encode()
-        base, encoder = UNet2DConditionModel.from_pretrained(self.parts / "unet"), self.encoder()
-        module = Prompting(
-            new_adapter(base, encoder, grid), base, self.text(), self.tokenizer, encoder, self.latents, PLANS[name].batch, name
-        )
-        self._fit(name, module)
-        about = {"base": "mini", "encoder": "mini CLIP", "recipe": "imprompt mini make"}
-        self._keep(name, lambda folder: checkpoints.save(module.model, folder / "adapter.safetensors", about, torch.float16))
-
-    def install(self, target: Path) -> None:
-        """Write the embedded model: a Stable Diffusion folder in half precision, with adapters, judge and second encoder."""
+    def assemble(self, target: Path) -> None:
+        """Write the model: a Stable Diffusion folder in half precision, with judge, second encoder and the adapters there are."""
         half = {"torch_dtype": torch.float16}
         base = UNet2DConditionModel.from_pretrained(self.parts / "unet", **half)
         base.set_default_attn_processor()

@@ -1,0 +1,55 @@
+"""All of mini from nothing: the parts of the recipe, and then the adapters, by the same training that users run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from imprompt import checkpoints
+from imprompt.config import Train, read_toml
+from imprompt.config import build as configured
+from imprompt.errors import UserError
+from imprompt.files import atomic_path
+from imprompt.mini.recipe import PLANS, Build
+from imprompt.training import recorded, train
+
+CONFIGS = Path(__file__).parent / "configs"
+ADAPTERS = ("adapter", "adapter-plus")  # each is a file in CONFIGS, and a part
+
+
+def make(build: Build, only: Sequence[str] = ()) -> None:
+    """Make every part that is missing, in order; or only those named. What was interrupted goes on."""
+    if unknown := set(only) - {*PLANS, *ADAPTERS}:
+        raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTERS))}")
+    build.make([name for name in PLANS if not only or name in only])
+    wanted = [name for name in ADAPTERS if (not only or name in only) and not (build.parts / name).exists()]
+    if wanted:
+        build.assemble(build.folder / "model")
+    for name in wanted:
+        choice = chosen(build, name)
+        for step in recorded(choice, train(choice)):
+            build.report(name, step.index, step.steps, step.loss)
+        keep_adapter(build, name, Path(choice.out) / "adapter.safetensors")
+
+
+def chosen(build: Build, name: str) -> Train:
+    """The committed settings, on the parts just made instead of those that ship."""
+    choice = configured(Train, read_toml(CONFIGS / f"{name}.toml"))
+    model = build.folder / "model"
+    return replace(
+        choice,
+        base=str(model),
+        encoder=str(model / "image_encoder"),
+        judge=str(model / "judge_clip"),
+        steps=max(2, round(choice.steps * build.budget)),
+        out=str(build.folder / name),
+    )
+
+
+def keep_adapter(build: Build, name: str, file: Path) -> None:
+    """Make a trained adapter a part, in half precision."""
+    adapter, _ = checkpoints.load_adapter(file)
+    about = {"base": "mini", "encoder": "mini CLIP", "recipe": f"imprompt train --config src/imprompt/mini/configs/{name}.toml"}
+    with atomic_path(build.parts / name / "adapter.safetensors") as partial:
+        checkpoints.save(adapter, partial, about, torch.float16)
