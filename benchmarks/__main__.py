@@ -10,7 +10,7 @@ from importlib import import_module
 
 from imprompt.cli.console import quiet_libraries
 
-BENCHES = ("mini", "unet", "full_size", "training", "memory")
+BENCHES = ("mini", "unet", "full_size", "training", "memory", "ablation")
 
 
 def main(words: list[str]) -> None:
