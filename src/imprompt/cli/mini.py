@@ -107,7 +107,7 @@ def judge(arguments: argparse.Namespace) -> None:
             if task in simple:
                 results[task] = simple[task]()
             elif task == "image-text":
-                curve = {scale: bench.image_text(scale) for scale in SCALES}
+                curve = {scale: bench.image_text(scale) for scale in arguments.scale or SCALES}
                 results |= {f"image-text λ {scale}": figures for scale, figures in curve.items()}
                 results[task] = max(curve.values(), key=lambda figures: figures["all three"])
             else:
