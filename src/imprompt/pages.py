@@ -24,6 +24,7 @@ def write_page(path: Path, title: str, body: str, heading: str | None = None) ->
             f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
             f"<h1>{html.escape(heading or title)}</h1>{body}\n",
             "utf-8",
+            "backslashreplace",
         )
 
 

@@ -45,6 +45,16 @@ def pick_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def claim_device(device: str = "auto") -> str:
+    """`pick_device` for this process: of several on a machine with GPUs, each takes its own and makes it the current one."""
+    device = pick_device(device)
+    if device.startswith("cuda"):
+        index = int(os.environ.get("LOCAL_RANK", torch.device(device).index or 0)) % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return f"cuda:{index}"
+    return device
+
+
 def pick_dtype(dtype: str, device: str, mini: bool) -> torch.dtype:
     """`auto`: float16 on GPUs; on CPU bfloat16 for mini where the processor computes in it, else float32."""
     if dtype != "auto":

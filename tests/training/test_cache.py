@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from imprompt import hub
 from imprompt.config import Encode, Train
 from imprompt.data import cache as format
 from imprompt.data.cache import Cache, Row, contents, packed
@@ -61,7 +63,7 @@ def tiny(level):
 
 
 def contents_of(folder):
-    return {p.name: load_file(p) for p in sorted(Path(folder).glob("*.safetensors"))}
+    return {p.name: load_file(p) for p in sorted(Path(folder).glob("[0p]*.safetensors"))}
 
 
 def same(a, b):
@@ -108,16 +110,97 @@ def test_an_interrupted_encoding_goes_on(photos, tmp_path, small_chunks):
     assert list(encode(choice)) == []
 
 
-def test_two_processes_encode_what_one_does(photos, tmp_path):
-    encoded(photos, tmp_path / "one")
-    command = [sys.executable, "-m", "imprompt", "encode", str(photos), str(tmp_path / "two"), "--precision", "float32", "--batch", "3"]
-    run = subprocess.run(
-        [*command, "--processes", "2", "--json"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["records"] == 21
-    a, b = contents_of(tmp_path / "one"), contents_of(tmp_path / "two")
+@pytest.fixture
+def shards(photos, tmp_path):
+    """Five shards of four pictures."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(5):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for i in range(number * 4, number * 4 + 4):
+                tar.add(photos / f"{i}.png", f"{i:04}.png")
+    return folder
+
+
+def alike(a, b):
+    """The same records in the same files; values as far as batches of another size change them."""
     assert a.keys() == b.keys()
+    for file, tensors in a.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(b[file][name], tensor, rtol=5e-3, atol=5e-3)
+
+
+def in_processes(shards, out, processes, *more):
+    command = [sys.executable, "-m", "imprompt", "encode", f"{shards}/{{0..4}}.tar", str(out), "--precision", "float32", "--batch", "3"]
+    command += ["--processes", str(processes), "--json", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_encode_what_one_does(shards, tmp_path):
+    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "one")
+    run = in_processes(shards, tmp_path / "two", 2)
+    out, error = run.communicate()
+    assert run.returncode == 0, error
+    assert json.loads(out)["records"] == 20
+    alike(contents_of(tmp_path / "one"), contents_of(tmp_path / "two"))
+
+
+def test_killed_with_two_processes_finished_with_three(shards, tmp_path):
+    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "one")
+    run = in_processes(shards, tmp_path / "cache", 2)
+    while run.poll() is None and not list((tmp_path / "cache").glob("0*.json")):
+        time.sleep(0.01)
+    run.kill()  # its processes end by themselves
+    run.communicate()
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("0*.json")}
+    time.sleep(2.5)
+    run = in_processes(shards, tmp_path / "cache", 3)
+    out, error = run.communicate()
+    assert run.returncode == 0, error
+    assert json.loads(out)["records"] == 20 and done
+    assert all((tmp_path / "cache" / name).stat().st_mtime_ns == at for name, at in done.items())
+    alike(contents_of(tmp_path / "one"), contents_of(tmp_path / "cache"))
+
+
+def test_a_shard_that_broke_is_tried_again(shards, tmp_path):
+    whole = (shards / "2.tar").read_bytes()
+    (shards / "2.tar").write_bytes(whole[: len(whole) // 2])
+    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "cache")
+    assert contents(tmp_path / "cache")["records"] < 20 and len(Cache(tmp_path / "cache")) >= 16
+    (shards / "2.tar").write_bytes(whole)
+    assert {p.total for p in encode(Encode(data=f"{shards}/{{0..4}}.tar", out=str(tmp_path / "cache"), precision="float32"))} == {1}
+    assert contents(tmp_path / "cache")["records"] == 20 and not contents(tmp_path / "cache")["lost"]
+
+
+def test_records_that_come_or_go_are_noticed(photos, tmp_path):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    encoded(tmp_path / "photos", tmp_path / "cache")
+    shutil.copy(photos / "1.png", tmp_path / "photos" / "00.png")
+    with pytest.raises(UserError, match="was begun with content"):
+        encoded(tmp_path / "photos", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("choices", "why"), [({"data": "elsewhere"}, "data: the cache in .* was made with"), ({"flip": True}, "flip: .* leave --flip out")]
+)
+def test_a_training_that_asks_for_something_else_is_told(photos, tmp_path, choices, why):
+    encoded(photos, tmp_path / "cache")
+    with pytest.raises(UserError, match=why):
+        next(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "run"), **choices)))
+
+
+def test_after_a_training_from_a_cache_another_one_encodes_again(photos, tmp_path):
+    encoded(photos, tmp_path / "cache")
+    assert len(list(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "a"))))) == 4
+    assert len(list(train(replace(TRAIN, data=str(photos), out=str(tmp_path / "b"))))) == 4
+
+
+def test_tuning_an_adapter_decides_what_its_cache_holds(photos, tmp_path):
+    settings = {"cache": str(tmp_path / "cache"), "data": str(photos), "adapter": str(hub.MINI / "adapter-plus.safetensors")}
+    assert len(list(train(replace(TRAIN, out=str(tmp_path / "run"), validation=0, **settings)))) == 4
+    assert Cache(tmp_path / "cache").about["features"] == "grid"
 
 
 def test_two_processes_train_from_what_they_encoded(photos, tmp_path):
@@ -217,7 +300,7 @@ def test_pooled_text_and_equal_captions_are_kept_once(tmp_path):
             torch.full((4, 2, 2), float(i)), torch.ones(4, 2, 2), wide, wide[0], torch.zeros(1, 1, 8), torch.arange(6), None, text, f"k{i}"
         )
 
-    rows = [row(0, "ä cat"), row(1, "dog"), row(2, "ä cat"), row(3, "")]
+    rows = [row(0, "ä\udcff cat"), row(1, "dog"), row(2, "ä\udcff cat"), row(3, "")]
     tensors = packed(rows)
     assert len(tensors["states"]) == len(tensors["pooled"]) == 3
     chunk = format.Chunk(tmp_path, 0, 10)
@@ -226,8 +309,8 @@ def test_pooled_text_and_equal_captions_are_kept_once(tmp_path):
     chunk.close()
     format.begin(tmp_path, {"chunks": 1}, {})
     found = [Cache(tmp_path).row(i) for i in range(4)]
-    assert [(r.text, r.key) for r in found] == [("ä cat", "k0"), ("dog", "k1"), ("ä cat", "k2"), ("", "k3")]
-    assert [float(r.pooled[0]) for r in found] == [5, 3, 5, 0] and [float(r.mean[0, 0, 0]) for r in found] == [0, 1, 2, 3]
+    assert [(r.text, r.key) for r in found] == [("ä\udcff cat", "k0"), ("dog", "k1"), ("ä\udcff cat", "k2"), ("", "k3")]
+    assert [float(r.pooled[0]) for r in found] == [6, 3, 6, 0] and [float(r.mean[0, 0, 0]) for r in found] == [0, 1, 2, 3]
 
 
 def test_what_does_not_fit_in_half_precision_is_named():

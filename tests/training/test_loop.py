@@ -78,6 +78,25 @@ def test_a_finished_run_is_left_alone_and_never_starts_anew_only_when_told(whole
     assert len(run(tmp_path, steps=2, resume="never")) == 2
 
 
+def test_starting_anew_forgets_an_older_and_longer_run(tmp_path):
+    run(tmp_path, steps=6)
+    assert [s.index for s in run(tmp_path, stop=2, steps=6, resume="never")] == [1, 2]
+    assert [p.name for p in (tmp_path / "state").glob("step-*")] == ["step-2"] and not (tmp_path / "adapter-6.safetensors").exists()
+    assert run(tmp_path, steps=6)[0].index == 3
+
+
+def test_a_wrong_reference_is_another_picture_even_in_batches_of_one(tmp_path):
+    findings = run(tmp_path, steps=1, batch=1)[-1].findings
+    assert findings.figures["gap to a wrong reference"] != 0
+
+
+def test_after_an_error_in_the_preflight_the_base_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["imprompt.training.preflight"], "without_gradient", lambda module: ["image_proj"])
+    with pytest.raises(UserError, match="receive no gradient"):
+        run(tmp_path / "a", preflight=True)
+    assert len(run(tmp_path / "b", steps=1)) == 1
+
+
 def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path):
     for precision in ("bfloat16", "float32"):
         assert len(run(tmp_path / precision, steps=1, validation=0, precision=precision)) == 1

@@ -28,6 +28,7 @@ def test_a_sound_setting_overfits_and_is_left_as_it_was(setting):
     assert report.trainable == sum(v.numel() for v in before.values())
     assert all(torch.equal(v, before[k]) for k, v in setting.method.module.state_dict().items())
     assert setting.loader.state() == place
+    assert all(p.grad is None for p in setting.method.module.parameters())
 
 
 def test_numbers_that_are_none_are_named(setting):

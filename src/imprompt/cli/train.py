@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
-from imprompt.cli.launch import launch
+from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import Encode, Train
 
 NAMED = 10  # records left out that are named on the screen
@@ -19,6 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Train).settled()
     if (choice.processes > 1 or choice.deepspeed) and "LOCAL_RANK" not in os.environ:
         raise SystemExit(launch(choice.processes))
+    watch_launcher()
     main = os.environ.get("RANK", "0") == "0"
     quiet_libraries()
     with progress_bar("preparing", show=main and not arguments.json) as progress:
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
             if step.findings:
                 progress.say(f"step {step.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in step.findings.figures.items()))
             last = step
+    _part()
     if not main:
         return
     folder = Path(choice.out)
@@ -68,6 +70,7 @@ def encode(arguments: argparse.Namespace) -> None:
         if code := launch(choice.processes):
             raise SystemExit(code)
     else:
+        watch_launcher()
         _encode(choice, rank, ranks, show=not arguments.json)
         if ranks > 1:
             return
@@ -88,10 +91,21 @@ def _encode(choice: Encode, rank: int, ranks: int, show: bool) -> None:
     quiet_libraries()
     with progress_bar("encoding", show=show and rank == 0) as progress:
         from imprompt import training
+        from imprompt.memory import enough_memory
 
         began = time.monotonic()
-        for at in training.encode(choice, rank, ranks):
-            progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - began):.1f}/s")
+        with enough_memory("take a smaller --batch"):
+            for at in training.encode(choice, rank, ranks):
+                progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - began):.1f}/s")
+
+
+def _part() -> None:
+    """Leave the other processes in good order: one that just ends may take another down with it."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _time(seconds: float) -> str:

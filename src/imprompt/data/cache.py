@@ -26,6 +26,7 @@ from imprompt.errors import UserError, brief
 from imprompt.files import atomic_path
 
 VERSION = 1
+_TEXT = ("utf-8", "surrogatepass")  # names of files may be anything
 ABOUT, PROBE = "cache.json", "probe.safetensors"
 
 
@@ -93,7 +94,7 @@ class Cache:
 
                 caption, begin, middle, end = one("words").tolist()
                 letters = bytes(file.get_slice("letters")[begin:end].tolist())
-                key, text = letters[: middle - begin].decode(), letters[middle - begin :].decode()
+                key, text = (part.decode(*_TEXT) for part in (letters[: middle - begin], letters[middle - begin :]))
                 return Row(
                     one("mean"), one("std"), one("states", caption), one("pooled", caption), one("image"), one("sizes"), one("weight"),
                     text, key, seed,
@@ -147,6 +148,12 @@ def missing(folder: Path, chunks: int) -> list[int]:
     return [i for i in range(chunks) if not (folder / f"{i:05}.json").is_file()]
 
 
+def to_encode(folder: Path, chunks: int) -> list[int]:
+    """The chunks that are missing, and those whose shard could not be read to its end."""
+    absent = set(missing(folder, chunks))
+    return [i for i in range(chunks) if i in absent or _sidecar(folder, i).get("broken")]
+
+
 def _sidecar(folder: Path, chunk: int) -> dict[str, Any]:
     path = folder / f"{chunk:05}.json"
     try:
@@ -184,6 +191,7 @@ class Chunk:
         self._open: dict[Any, list[Row]] = {}
         self._files: dict[str, int] = {}
         self.lost: dict[str, str] = {}
+        self.broken = ""  # why its shard could not be read to the end: another encoding tries again
 
     def add(self, row: Row) -> None:
         """Take a row; a file is written when there are enough."""
@@ -199,7 +207,7 @@ class Chunk:
             self._write(waiting)
         self._open = {}
         with atomic_path(self.folder / f"{self.number:05}.json") as partial:
-            partial.write_text(json.dumps({"files": self._files, "lost": self.lost}), "utf-8")
+            partial.write_text(json.dumps({"files": self._files, "lost": self.lost, "broken": self.broken}), "utf-8")
 
     def _write(self, rows: Sequence[Row]) -> None:
         path = self.folder / f"{self.number:05}-{len(self._files)}.safetensors"
@@ -213,8 +221,8 @@ def packed(rows: Sequence[Row]) -> dict[str, Tensor]:
     distinct: dict[str, int] = {}
     letters, words = bytearray(), []
     for row in rows:
-        begin, key = len(letters), row.key.encode()
-        letters += key + row.text.encode()
+        begin, key = len(letters), row.key.encode(*_TEXT)
+        letters += key + row.text.encode(*_TEXT)
         words.append((distinct.setdefault(row.text, len(distinct)), begin, begin + len(key), len(letters)))
     firsts = [next(row for row in rows if row.text == text) for text in distinct]
     tensors = {

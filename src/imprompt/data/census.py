@@ -124,7 +124,7 @@ class Census:
     def write(self, folder: Path, title: str) -> Path:
         """`report.json`, `samples.png` and `index.html`; the page's path."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "report.json").write_text(json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
         body = table(self.figures())
         if self.samples:
             page = sheet([], [small for small, _ in self.samples], columns=8, cell=128)

@@ -35,7 +35,7 @@ class Skipped:
         self.count += 1
         if self.log and key not in self._named:
             self._named.add(key)
-            with self.log.open("a", encoding="utf-8") as file:
+            with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{key}\t{why}\n")
         if self.total >= self.enough and self.count > self.most * self.total:
             where = f"; see {self.log}" if self.log else ""

@@ -55,19 +55,19 @@ class Folder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._paths = sorted(
+        self.names = sorted(
             p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and _visible(p, folder)
         )
-        if not self._paths:
+        if not self.names:
             raise UserError(
                 f"no pictures in {folder}; expected files ending in {', '.join(IMAGES)}, with captions in .txt files beside them"
             )
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.names)
 
     def __getitem__(self, i: int) -> Record:
-        name = self._paths[i]
+        name = self.names[i]
         path = self.folder / name
         caption = path.with_suffix(".txt")
         text = caption.read_text("utf-8", errors="replace").strip() if caption.is_file() else ""
@@ -246,11 +246,14 @@ class Shards:
         except (OSError, ValueError) as error:
             note(error)
             return
-        with closing(stream):
-            for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": stream}], handler=note), handler=note):
-                record = self._sample(sample, Path(shard).name)
-                if record:
-                    yield record
+        try:
+            with closing(stream):
+                for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": stream}], handler=note), handler=note):
+                    record = self._sample(sample, Path(shard).name)
+                    if record:
+                        yield record
+        except OSError as error:  # a command or a server tells only at the end that it failed
+            note(error)
 
     def _sample(self, sample: Mapping[str, Any], shard: str) -> Record | None:
         key = f"{shard}/{sample['__key__']}"

@@ -38,10 +38,20 @@ def begin(choice: Train, told: Callable[[Progress], None] | None = None) -> tupl
         accelerator.wait_for_everyone()
         setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
         fresh = choice.resume == "never" or not states(Path(choice.out))
-        report = preflight(choice, setting) if choice.preflight and fresh else None
+        report = _tried(choice, setting) if choice.preflight and fresh else None
     return _run(choice, accelerator, setting), report
 
 
 def _run(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[Step]:
-    with enough_memory(SMALLER):
-        yield from loop(choice, accelerator, setting)
+    try:
+        with enough_memory(SMALLER):
+            yield from loop(choice, accelerator, setting)
+    finally:
+        setting.method.release()
+
+
+def _tried(choice: Train, setting: Setting) -> Report:
+    try:
+        return preflight(choice, setting)
+    finally:
+        setting.method.release()

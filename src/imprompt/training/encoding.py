@@ -3,16 +3,18 @@
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from imprompt import hub
+from imprompt import checkpoints, hub
 from imprompt.checkpoints import Spec
 from imprompt.config import Encode, Train
-from imprompt.data.cache import Cache, Chunk, Row, begin, complete, missing
+from imprompt.data.cache import Cache, Chunk, Row, about, begin, complete, to_encode
 from imprompt.data.frame import Example, Framing, example, stack
 from imprompt.data.loader import UNREADABLE, Skipped, ahead, name_of
 from imprompt.data.order import itself, mixed_seed
@@ -21,7 +23,7 @@ from imprompt.data.records import Record, Records, Sharded
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
-from imprompt.pipelines import check_size, load_base, own_size, pick_device, pick_precision
+from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
 from imprompt.training.frozen import Encoded, Frozen
 
 CHUNK = 256  # records of a list; of shards each is a chunk
@@ -44,24 +46,26 @@ class _Tag(NamedTuple):
     read: Callable[[], Record] | None
 
 
-def encode(choice: Encode, rank: int = 0, ranks: int = 1) -> Iterator[Progress]:
-    """Encode the chunks of process `rank` that are missing. Raises UserError for what the user can mend.
+def encode(choice: Encode, rank: int = 0, ranks: int = 1, spec: Spec | None = None) -> Iterator[Progress]:
+    """Encode the chunks of process `rank` that are missing, for the adapter of this spec if one is to be tuned.
+
+    Raises UserError for what the user can mend.
 
     Whatever is random about a record (crop, flip, augmentation) is drawn once, and stays.
     """
     choice = choice.settled()
     folder = writable_folder(choice.out)
     records = open_data(choice.data)
-    device = pick_device(choice.device)
-    precision = pick_precision(choice.precision, device)
+    device = claim_device(choice.device)
+    precision = pick_precision(choice.precision, torch.device(device).type)
     pipe = load_base(choice.base, device, precision)
-    encoder = find_encoder(choice.base, choice.encoder)
+    encoder = find_encoder(choice.base, choice.encoder, spec)
     encoder.model.to(device, precision)  # type: ignore[arg-type]
     framing = framing_of(choice, pipe)
     frozen = Frozen(pipe, encoder, choice.method.endswith("plus"))
     chunks = len(records.shards) if isinstance(records, Sharded) else -(-len(records) // CHUNK)
-    begin(folder, facts(choice, framing, chunks), frozen.signature())
-    mine = [i for i in missing(folder, chunks) if i % ranks == rank]
+    begin(folder, facts(choice, framing, chunks, content(records)), frozen.signature())
+    mine = [i for i in to_encode(folder, chunks) if i % ranks == rank]
     skipped = Skipped(choice.max_unreadable, folder / f"unreadable-{rank}.tsv")
     lost: dict[int, dict[str, str]] = defaultdict(dict)
 
@@ -86,6 +90,7 @@ def encode(choice: Encode, rank: int = 0, ranks: int = 1) -> Iterator[Progress]:
                 count += _write(writer, frozen, items)
             waiting.clear()
             writer.lost = lost.pop(tag.chunk, {})
+            writer.broken = writer.lost.get(records.shards[tag.chunk], "") if isinstance(records, Sharded) else ""
             writers.pop(tag.chunk).close()
             closed += 1
         else:
@@ -105,20 +110,52 @@ def encode(choice: Encode, rank: int = 0, ranks: int = 1) -> Iterator[Progress]:
 
 
 def cached(choice: Train, rank: int, ranks: int) -> Iterator[Progress]:
-    """Fill the cache that a training is to use; nothing, where it is finished."""
-    if choice.cache is None or complete(Path(choice.cache)):
+    """Fill the cache that a training is to use. Where it is finished, nothing, but it has to be what the training asks for."""
+    if choice.cache is None:
         return
-    yield from encode(Encode.of(choice), rank, ranks)
+    if complete(Path(choice.cache)):
+        agree(choice, about(Path(choice.cache)))
+        return
+    spec = checkpoints.load_adapter(choice.adapter)[1] if choice.adapter else None
+    wanted = Encode.of(choice)
+    if spec is not None:
+        wanted = replace(wanted, method="ip-adapter-plus" if spec.grid else "ip-adapter")
+    yield from encode(wanted, rank, ranks, spec)
 
 
-def facts(choice: Encode, framing: Framing, chunks: int) -> dict[str, Any]:
+def agree(choice: Train, made: dict[str, Any]) -> None:
+    """Raise UserError where a training names what its cache was not made of or with."""
+    asking = {f.name: f.default for f in fields(Train) if f.name in made}
+    for name, default in asking.items():
+        if name in FREE:
+            continue
+        asked = getattr(choice, name)
+        asked, there = (str(Path(str(v)).absolute()) if name == "data" and v != "mini" else v for v in (asked, made[name]))
+        if getattr(choice, name) != default and asked != there:
+            raise UserError(
+                f"{name}: the cache in {choice.cache} was made with {made[name]!r}, not {getattr(choice, name)!r}; "
+                f"leave --{name.replace('_', '-')} out, or encode into another folder"
+            )
+
+
+FREE = ("base", "encoder", "seed")  # what a training may have otherwise; the encoders are compared by what they say
+
+
+def facts(choice: Encode, framing: Framing, chunks: int, content: str) -> dict[str, Any]:
     """What a cache remembers of its making, and what a second run must have in common with the first."""
     return {
-        "data": str(choice.data), "base": choice.base, "encoder": choice.encoder or choice.base,
-        "features": "grid" if choice.method.endswith("plus") else "pooled", "chunks": chunks, "seed": choice.seed,
-        "size": framing.size, "crop": framing.crop, "flip": framing.flip, "buckets": framing.buckets, "own_crop": framing.own_crop,
-        "augment": framing.augment, "references": framing.references, "least": framing.least,
+        "data": choice.data if choice.data == "mini" else str(Path(choice.data).absolute()), "content": content,
+        "base": choice.base, "encoder": choice.encoder or choice.base, "features": "grid" if choice.method.endswith("plus") else "pooled",
+        "chunks": chunks, "seed": choice.seed, "size": framing.size, "crop": framing.crop, "flip": framing.flip, "buckets": framing.buckets,
+        "own_crop": framing.own_crop, "augment": framing.augment, "references": framing.references, "least": framing.least,
     }  # fmt: skip
+
+
+def content(records: Records) -> str:
+    """Changes when records come or go: numbers of records would then mean others."""
+    names = records.shards if isinstance(records, Sharded) else getattr(records, "names", None)
+    size = len(records.shards) if isinstance(records, Sharded) else len(records)
+    return f"{size}" + (f" {zlib.crc32(chr(10).join(names).encode('utf-8', 'surrogatepass')):08x}" if names else "")
 
 
 def check(cache: Cache, choice: Train, frozen: Frozen) -> None:

@@ -52,10 +52,10 @@ class Examiner:
         return Findings(figures, sheet([], [*references, *drawn], columns=len(drawn), cell=160))
 
     def _losses(self) -> dict[str, float]:
-        sums = torch.zeros(3)
-        for encoded in self.setting.examined.batches:
+        sums, batches = torch.zeros(3), self.setting.examined.batches
+        others = torch.cat([b.image for b in batches]).roll(1, 0).split([len(b.seeds) for b in batches])
+        for encoded, wrong in zip(batches, others, strict=True):
             null = self.setting.nulls.image.to(encoded.image).expand_as(encoded.image)
-            wrong = encoded.image.roll(1, 0)
             for number in range(NOISES):
                 sums += torch.stack([self._loss(encoded, image, number) for image in (encoded.image, null, wrong)])
         own, none, other = (sums / (NOISES * len(self.setting.examined.texts))).tolist()

@@ -77,6 +77,8 @@ class Frozen:
             if part is not None:
                 part.eval().requires_grad_(False)
                 self._parts += [part] if name != "unet" else []
+        for part in self._parts:  # an earlier training from a cache left them elsewhere
+            part.to(self.device)
 
     def park(self) -> None:
         """Move everything but the UNet off the device: a training from a cache needs it at examinations only."""

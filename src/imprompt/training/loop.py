@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from imprompt.config import Train
 from imprompt.errors import UserError
-from imprompt.pipelines import pick_device, pick_precision
+from imprompt.pipelines import claim_device, pick_precision
 from imprompt.training.examine import Examiner, Findings
 from imprompt.training.objective import Objective, losses
 from imprompt.training.setting import Setting
 from imprompt.training.state import Keeper, Memory
+
+PATIENCE = timedelta(hours=12)  # how long a process waits for another that still fills the cache
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
     keeper = Keeper(choice, accelerator, setting)
     if choice.resume == "auto":
         keeper.resume()
+    else:
+        keeper.clear()
+    if average:
+        average.to(accelerator.device)  # a state that was read is on the CPU
     examiner = Examiner(choice, setting) if setting.examined.texts and accelerator.is_main_process else None
     objective = objective_of(choice)
     batches = iter(setting.batches())
@@ -74,7 +81,7 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
                     if accelerator.sync_gradients:
                         norm = clipped(accelerator, method.module, choice.clip)
                     for optimiser in optimisers:
-                        if math.isfinite(norm):
+                        if math.isfinite(norm) or accelerator.scaler is not None:  # a scaler leaves such a step out by itself
                             optimiser.step()
                         optimiser.zero_grad(set_to_none=True)
             memory.step += 1
@@ -100,7 +107,6 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
             track(accelerator, done)
             yield done
     finally:
-        method.release()
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -108,18 +114,18 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
 def accelerate(choice: Train) -> Accelerator:
     """Devices, processes and precision."""
     deepspeed = None
-    device = pick_device(choice.device)
+    device = claim_device(choice.device)
     if choice.deepspeed:
         if find_spec("deepspeed") is None:
             raise UserError("DeepSpeed is not installed; install it with: pip install 'imprompt[deepspeed]'")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # Accelerate looks here, and nowhere else, before it sets up the processes
         if device == "cpu":
             os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
-            PartialState(cpu=True)  # Accelerate joins processes on CPU, and takes DeepSpeed, but not both in one call
+            PartialState(cpu=True, timeout=PATIENCE)  # Accelerate joins processes on CPU, and takes DeepSpeed, but not both in one call
         deepspeed = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=choice.accumulate, gradient_clipping=choice.clip or None)
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = choice.batch
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    precision = str(pick_precision(choice.precision, device)).removeprefix("torch.")
+    precision = str(pick_precision(choice.precision, torch.device(device).type)).removeprefix("torch.")
     if choice.tracker and find_spec(choice.tracker) is None:
         raise UserError(f"{choice.tracker} is not installed; install it with: pip install {choice.tracker}")
     AcceleratorState._reset_state()  # of an earlier training in this process, perhaps in another precision
@@ -131,6 +137,7 @@ def accelerate(choice: Train) -> Accelerator:
         deepspeed_plugin=deepspeed,
         step_scheduler_with_optimizer=False,
         log_with=choice.tracker or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=choice.out,
     )
     if choice.tracker:

@@ -65,6 +65,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
             _check_gradients(module)
         optimiser.step()
         curve.append(loss.item())
+    optimiser.zero_grad(set_to_none=True)  # or the run's first step would have these gradients too
     seconds = (time.monotonic() - began) / STEPS
     module.load_state_dict(weights)
     if curve[-1] >= curve[0]:

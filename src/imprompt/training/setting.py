@@ -56,6 +56,7 @@ class Setting:
     skipped: Skipped
     nulls: Nulls
     examined: Examined
+    data: str
     device: torch.device
     precision: torch.dtype
 
@@ -127,6 +128,8 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     encoder.model.to(device, precision)
     if choice.checkpointing:
         pipe.unet.enable_gradient_checkpointing()
+    else:
+        pipe.unet.disable_gradient_checkpointing()
     torch.manual_seed(choice.seed)
     method = tuned(choice, pipe.unet, *given, encoder) if given else METHODS[choice.method](pipe.unet, encoder)
     method.module.to(device).requires_grad_(True)
@@ -150,7 +153,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     schedule, nulls = schedule_of(pipe.scheduler).to(device), frozen.nulls()
     if cache is not None:
         frozen.park()
-    return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, device, precision)
+    return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, data, device, precision)
 
 
 def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:

@@ -44,7 +44,12 @@ class Keeper:
     def __init__(self, choice: Train, accelerator: Accelerator, setting: Setting):
         self.folder, self.keep = Path(choice.out), choice.keep
         self.accelerator, self.loader = accelerator, setting.loader
-        self.about = {"base": choice.base, "method": choice.method, "encoder": choice.encoder or str(choice.base), "data": choice.data}
+        self.about = {
+            "base": choice.base,
+            "method": choice.method,
+            "encoder": choice.encoder or str(choice.base),
+            "data": Path(setting.data).name,
+        }
 
     # The state
 
@@ -88,6 +93,14 @@ class Keeper:
                 "use the settings it was begun with, or another --out"
             ) from error
         return True
+
+    def clear(self) -> None:
+        """Forget an earlier run in this folder: its states and adapters would pass for the newest."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / "state", ignore_errors=True)
+            for old in (*self.folder.glob("adapter*.safetensors"), self.folder / "best.safetensors"):
+                old.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
 
     # Adapters
 
