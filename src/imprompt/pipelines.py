@@ -16,6 +16,7 @@ from PIL import Image
 
 from imprompt.core.diffusion import TARGETS, Schedule, rectified_flow, variance_preserving
 from imprompt.errors import UserError, brief
+from imprompt.hosts.packing import pack
 from imprompt.hub import MINI
 
 # diffusers' class for each name, and what it is told beyond the model's own settings.
@@ -99,6 +100,8 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
             f"{source} is a {type(pipe).__name__}, which image prompts are not made for; expected a Stable Diffusion 1.5, 2.1 or XL model"
         )
     if mini and device == "cpu":
+        if dtype == torch.bfloat16:
+            pack(pipe.unet)
         pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -22,6 +22,7 @@ for step in train(choice):
 SETTINGS = {
     "batch": 2,
     "lr": 1e-3,
+    "optimizer": "adamw",  # Muon orthogonalises in bfloat16, which makes more of a last digit
     "warmup": 2,
     "ema": 0.0,
     "schedule": "constant",

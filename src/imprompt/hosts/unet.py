@@ -5,6 +5,7 @@ up finished keys and values, and one forward pre-hook, which hands them over as 
 passes the same argument itself.
 """
 
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -120,6 +121,10 @@ class DecoupledProcessor:
         few = classic if query.device.type == "cpu" and query.dtype is torch.bfloat16 else fused
         out = decoupled_attention(query, text, mine.branches, attn.heads, self.kernel, few, attention_mask)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+
+# diffusers asks for it at every call; worked out anew each time it costs more than a small layer's matrix products
+DecoupledProcessor.__call__.__signature__ = inspect.signature(DecoupledProcessor.__call__)  # type: ignore[attr-defined]
 
 
 def text_key_values(attn: Attention, states: Tensor) -> KeyValues:
