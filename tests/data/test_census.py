@@ -24,8 +24,9 @@ def photos(tmp_path):
             (folder / f"who{i % 3}" / f"{i}.txt").write_text(
                 world.caption(subject, where, random.Random(i)) + (" very" * 70 if i == 2 else "")
             )
-    Image.open(folder / "who1" / "4.png").save(folder / "who1" / "4-again.png", compress_level=1)
-    Image.open(folder / "who1" / "4.png").save(folder / "who1" / "4-again.jpg", quality=95)
+    with Image.open(folder / "who1" / "4.png") as picture:
+        picture.save(folder / "who1" / "4-again.png", compress_level=1)
+        picture.save(folder / "who1" / "4-again.jpg", quality=95)
     (folder / "broken.jpg").write_bytes((folder / "who1" / "4-again.jpg").read_bytes()[:3000])
     return folder
 
@@ -51,7 +52,8 @@ def test_through_the_door(photos, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
     page = (tmp_path / "report" / "index.html").read_text("utf-8")
     assert page.count("data:image/png") == 1 and "broken.jpg" in page and "http" not in page
-    assert Image.open(tmp_path / "report" / "samples.png").width > 800
+    with Image.open(tmp_path / "report" / "samples.png") as sheet:
+        assert sheet.width > 800
 
 
 def test_captions_are_text_and_not_html(photos, tmp_path):
