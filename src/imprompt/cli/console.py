@@ -1,5 +1,6 @@
 """What the command line shows while it works."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def quiet_libraries(loading: bool = True) -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it speaks on standard output
     if loading:
         from imprompt.pipelines import hide_progress
 

@@ -3,11 +3,12 @@
 import argparse
 import json
 import random
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.cli.console import Shown, progress_bar, quiet_libraries
 from imprompt.errors import UserError
 from imprompt.files import atomic_path, writable_folder
 
@@ -19,15 +20,9 @@ def make(arguments: argparse.Namespace) -> None:
     from imprompt.mini.make import make as make_parts
     from imprompt.mini.recipe import Build
 
-    if not 0 < arguments.budget <= 10:
-        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {arguments.budget}")
+    _check_budget(arguments.budget)
     with progress_bar("mini") as bar:
-
-        def report(part: str, done: int, total: int, loss: float) -> None:
-            bar.rename(part)
-            bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
-
-        build = Build(writable_folder(arguments.out), report, arguments.budget)
+        build = Build(writable_folder(arguments.out), partial(_report, bar), arguments.budget)
         make_parts(build, arguments.only)
     print(build.parts)
     if arguments.install:
@@ -42,15 +37,20 @@ def style(arguments: argparse.Namespace) -> None:
 
     if arguments.style not in STYLES:
         raise UserError(f"style: expected one of {', '.join(STYLES)}, received {arguments.style!r}")
-    if not 0 < arguments.budget <= 10:
-        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {arguments.budget}")
+    _check_budget(arguments.budget)
     with progress_bar("style") as bar:
+        folder = writable_folder(arguments.out or f"runs/mini-{arguments.style}")
+        print(make_style(arguments.style, folder, partial(_report, bar), arguments.budget))
 
-        def report(part: str, done: int, total: int, loss: float) -> None:
-            bar.rename(part)
-            bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
 
-        print(make_style(arguments.style, writable_folder(arguments.out or f"runs/mini-{arguments.style}"), report, arguments.budget))
+def _check_budget(budget: float) -> None:
+    if not 0 < budget <= 10:
+        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {budget}")
+
+
+def _report(bar: Shown, part: str, done: int, total: int, loss: float) -> None:
+    bar.rename(part)
+    bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
 
 
 def show(arguments: argparse.Namespace) -> None:
