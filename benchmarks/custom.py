@@ -59,7 +59,7 @@ def main(words: Sequence[str] = ()) -> None:
         table.add_row(name, *(f"{v:.3f}" for v in (*likeness, *(right[k] for k in ("kind", "colour", "pattern", "background")))))
     console.print(table)
     rows = [
-        "the photographs",
+        "photographs",
         "mini: image",
         f"{chosen.style}: text only",
         f"{chosen.style}: image",

@@ -20,6 +20,7 @@ from imprompt import hub
 from imprompt.config import Encode, Train
 from imprompt.data import cache as format
 from imprompt.data.cache import Cache, Row, contents, packed
+from imprompt.data.readers import open_data
 from imprompt.errors import UserError
 from imprompt.mini import world
 from imprompt.training import encode, train
@@ -84,7 +85,7 @@ def test_rows_are_what_the_encoders_say(photos, tmp_path):
 
     encoded(photos / "list.jsonl", tmp_path / "cache")
     setting = build(replace(TRAIN, data=str(photos / "list.jsonl"), out=str(tmp_path / "run"), validation=0).settled(), torch.device("cpu"))
-    fresh = Source.fresh(str(photos / "list.jsonl"), module.framing_of(TRAIN, setting.pipe), setting.frozen)
+    fresh = Source.fresh(open_data(photos / "list.jsonl"), module.framing_of(TRAIN, setting.pipe), setting.frozen)
     cache = Cache(tmp_path / "cache")
     stored = {row.key: row for row in map(cache.row, range(len(cache)))}
     items = [fresh.make(fresh.records[i], 0) for i in (0, 3, 5)]

@@ -80,10 +80,10 @@ class Source:
     pictures: Callable[[list[Any], Encoded], list[Image.Image]]
 
     @classmethod
-    def fresh(cls, data: str, framing: Framing, frozen: Frozen) -> "Source":
+    def fresh(cls, records: Records, framing: Framing, frozen: Frozen) -> "Source":
         """Pictures and texts, encoded at every step."""
         return cls(
-            open_data(data),
+            records,
             lambda record, seed: example(record, seed, framing, frozen.encoder.prepare),
             Example,
             lambda items: frozen.encode(stack(items)).to(frozen.device),
@@ -119,8 +119,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     out = writable_folder(choice.out)
     cache = Cache(choice.cache) if choice.cache else None
     data = cache.about["data"] if cache else choice.data
-    if cache is None:
-        open_data(data)  # fails before anything large is loaded
+    opened = open_data(data) if cache is None or data == "mini" else None  # before anything large is loaded
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
     given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
@@ -135,12 +134,11 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     method.module.to(device).requires_grad_(True)
     frozen = Frozen(pipe, encoder, method.grid)
     framing = framing_of(choice, pipe)
-    if cache is None:
-        source = shown = Source.fresh(data, framing, frozen)
-    else:
+    fresh = Source.fresh(opened, framing, frozen) if opened is not None else None
+    if cache is not None:
         check(cache, choice, frozen)
-        source = Source.cached(cache, frozen, precision)
-        shown = Source.fresh(data, framing, frozen) if data == "mini" else source  # the world has held-out subjects of its own
+    source = Source.cached(cache, frozen, precision) if cache else cast(Source, fresh)
+    shown = fresh or source  # of a cache of mini too: the world has held-out subjects of its own
     held, rest = held_out(shown.records, choice.validation)
     examined = shown.examined(held, choice.batch)
     skipped = Skipped(choice.max_unreadable, out / f"unreadable-{rank}.tsv")
