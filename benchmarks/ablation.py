@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from imprompt import hub
+from imprompt.checkpoints import load_module
 from imprompt.config import Train
 from imprompt.encoders import ImageEncoder
-from imprompt.methods import METHODS
+from imprompt.methods import create
 from imprompt.mini.judging import Judge, agreement, cases
 from imprompt.pipelines import MINI_GUIDANCE, drawing, load_base, pick_dtype
 from imprompt.training import recorded, train
@@ -40,13 +40,13 @@ def measured(method: str, run: Path, prompts: int, steps: int) -> dict[str, floa
     """CLIP-I and what the judge reads, over held-out photographs."""
     pipe = load_base("mini", "cpu", pick_dtype("auto", "cpu", True))
     encoder = ImageEncoder.load(hub.MINI / "image_encoder")
-    made = METHODS[method](pipe.unet, encoder)
-    made.module.load_state_dict(load_file(run / "adapter.safetensors"))
+    made = create(method, pipe, encoder)
+    load_module(made.module, run / "adapter.safetensors")
     chosen, judge, images = cases(prompts), Judge(), []
     photos = [case.photo for case in chosen]
     for start in range(0, prompts, 50):
-        features = encoder.encode(photos[start : start + 50], made.grid)[:, None]
-        with made.attached(pipe, features, encoder.null(made.grid)[None]):
+        features = made.encoder.encode(photos[start : start + 50], made.grid)[:, None]
+        with made.attached(pipe, features, made.null()[None]):
             images += drawing(pipe, [""] * len(features), steps, range(start, start + len(features)), (64, 64), MINI_GUIDANCE)
     right = agreement(judge.read(images), [case.truth for case in chosen], "all four")
     return right | {"CLIP-I": float((judge.image_embeddings(images) * judge.image_embeddings(photos)).sum(1).mean())}

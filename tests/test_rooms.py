@@ -14,22 +14,23 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
     ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe", "mini.style"),
     ("similarity", "methods"),
-    ("generating", "mini.judging", "training"),
+    ("generating", "mini.judging", "training", "evaluate"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
 ]
 
 # Which outside package may be imported where.
 OUTSIDE = {
-    "diffusers": ("hosts", "pipelines", "mini", "training"),
-    "transformers": ("encoders", "pipelines", "mini", "similarity"),
-    "safetensors": ("checkpoints", "data"),
+    "diffusers": ("hosts", "pipelines", "mini", "training", "methods", "evaluate.outside"),
+    "transformers": ("encoders", "pipelines", "mini", "similarity", "methods", "evaluate"),
+    "safetensors": ("checkpoints", "data", "evaluate.shelf"),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
     "webdataset": ("data",),
     "pyarrow": ("data",),
     "accelerate": ("training",),
-    "matplotlib": ("training",),
+    "matplotlib": ("training", "evaluate.report"),
+    "torchmetrics": ("evaluate",),
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.core.adapter import Adapter
 from imprompt.core.projectors import HEAD_CHANNELS, LinearProjector, MLPProjector, Projector, Resampler
@@ -84,6 +84,27 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(FORMATS)}, received {path.suffix or 'no suffix'}")
     tensors, metadata = _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
     return _public(tensors, path.name), metadata
+
+
+def about(path: Path | str) -> dict[str, Any]:
+    """What imprompt wrote about a `.safetensors` file, without reading its tensors."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return _own_words((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
+
+
+def load_module(module: nn.Module, path: Path | str) -> None:
+    """Read a module's tensors as they stand in the file. Raises CheckpointError where file and module do not fit."""
+    tensors, _ = _read_safetensors(Path(path))
+    expected = module.state_dict()
+    wrong = sorted({k for k, v in expected.items() if k not in tensors or tensors[k].shape != v.shape} | (set(tensors) - set(expected)))
+    if wrong:
+        received = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing"
+        wanted = tuple(expected[wrong[0]].shape) if wrong[0] in expected else "nothing"
+        raise CheckpointError(f"{Path(path).name}: {wrong[0]} should be {wanted}, received {received}; name the base it was trained on")
+    module.load_state_dict(tensors)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

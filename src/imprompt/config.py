@@ -62,7 +62,34 @@ class Generate:
         return int(parts[0]), int(parts[-1])
 
 
-METHODS = ("ip-adapter", "ip-adapter-plus", "simple", "simple-plus")
+# Each method, and what it reads of a picture: the encoder's pooled embedding or its grid, the pixels, or the latents.
+READS = {
+    "ip-adapter": "pooled",
+    "ip-adapter-plus": "grid",
+    "simple": "pooled",
+    "simple-plus": "grid",
+    "uni-controlnet": "pooled",
+    "t2i-style": "grid",
+    "shuffle": "pixels",
+    "seecoder": "pixels",
+    "image-variations": "pooled",
+    "sd-unclip": "pooled",
+    "blip-diffusion": "grid",
+    "open-unclip": "pooled",
+    "kandinsky": "pooled",
+    "versatile": "grid",
+    "reference-only": "latents",
+}
+COPIES = (
+    "shuffle",
+    "image-variations",
+    "sd-unclip",
+    "blip-diffusion",
+    "open-unclip",
+    "kandinsky",
+    "versatile",
+)  # train a copy of UNet weights
+METHODS = tuple(name for name in READS if name != "reference-only")  # those that are trained
 
 # What fits the embedded model, for whatever the user left open; elsewhere it is P1's settings (arXiv:2308.06721, section 4.1.2).
 _MINI: dict[str, Any] = {
@@ -94,7 +121,7 @@ _ADAM = {"optimizer": "adamw", "lr": 1e-3}  # on mini, where Muon is not to be h
 class Train:
     """Train an adapter. Fields left open depend on the base: see `settled`."""
 
-    data: str = _option("mini", "training data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards")
+    data: str = _option("mini", "training data: mini, a folder, COCO, a list (.jsonl, .csv, .parquet), or .tar shards")
     base: str = _option("mini", "base model: mini, a folder or a hub id")
     method: str = _option("ip-adapter", f"one of {', '.join(METHODS)}")
     out: str = _option("run", "folder of the run")
@@ -173,6 +200,8 @@ class Train:
             usual = usual | {"ema": 0.0} | (_ADAM if self.base == "mini" else {})
         elif self.base == "mini" and (self.optimizer.startswith("adamw") or self.precision == "float16"):
             usual = usual | _ADAM
+        if self.base == "mini" and self.method in COPIES:
+            usual = usual | {"lr": usual["lr"] / 3}
         open_still = {f.name: f.default for f in fields(self)}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 
@@ -181,10 +210,10 @@ class Train:
 class Encode:
     """Encode data into a feature cache, to train from again and again."""
 
-    data: str = _option("mini", "data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
+    data: str = _option("mini", "data: mini, a folder, COCO, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
     out: str = _option("cache", "folder of the cache; one begun there is continued", place=True)
     base: str = _option("mini", "base model whose VAE and text encoders are used: mini, a folder or a hub id")
-    method: str = _option("ip-adapter", f"what it is for, one of {', '.join(METHODS)}: the -plus ones read the grid of features")
+    method: str = _option("ip-adapter", f"what it is for, one of {', '.join(METHODS)}: what it reads of a picture is stored")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's own, or the releases')")
     batch: int = _option(0, "pictures at a time (default: 64 on mini, 8 elsewhere)")
     size: int | None = _option(None, "side of the training pictures (default: the base's own)")
@@ -225,7 +254,7 @@ class Encode:
 class Validate:
     """Look at training data."""
 
-    data: str = _option("mini", "data: mini, a folder, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
+    data: str = _option("mini", "data: mini, a folder, COCO, a list (.jsonl, .csv, .parquet), or .tar shards", place=True)
     out: str = _option("data-report", "folder of the report")
     least: int = _option(512, "pictures with a shorter side than this many pixels are called too small")
     workers: int = _option(2, "threads that read pictures")
@@ -233,6 +262,80 @@ class Validate:
     def __post_init__(self) -> None:
         _at_least(1, workers=self.workers)
         _at_least(0, least=self.least)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure image prompts: draw after held-out pictures, score, compare."""
+
+    adapter: tuple[str, ...] = _option((), "adapter to measure: a file, mini or mini-plus; NAME=FILE names its row", metavar="FILE")
+    against: tuple[str, ...] = _option(
+        (), "what to compare with: another adapter or method's file, reference-only, or a pipeline by folder or hub id", metavar="WHAT"
+    )
+    base: str = _option("mini", "base model: mini, a folder or a hub id")
+    encoder: str | None = _option(None, "image encoder of the adapters: folder or hub id (default: each one's own)")
+    data: str = _option("mini", "pictures with captions: mini's held-out set, COCO, or any training data")
+    limit: int = _option(0, "number of prompts (default: 1000 of mini, 5000 of other data)")
+    samples: int = _option(4, "pictures for each prompt")
+    text: str = _option("none", "what the image prompts are given as text: none or caption")
+    scale: float = _option(1.0, "λ, the weight of the image")
+    curve: int = _option(0, "prompts for a curve of λ, with another picture's caption as text; 0 for none")
+    steps: int = _option(50, "denoising steps")
+    guidance: float | None = _option(None, "guidance scale (default: 3 on mini, 7.5 elsewhere)")
+    scheduler: str = _option("ddim", f"one of {', '.join(SCHEDULERS)}")
+    size: int | None = _option(None, "side in pixels (default: the model's own)")
+    batch: int = _option(0, "pictures drawn at a time (default: 64 on mini, 8 elsewhere)")
+    judge: str | None = _option(None, "CLIP model for CLIP-I, CLIP-T and CMMD: mini, a folder or a hub id (default: ViT-L/14, or mini's)")
+    features: str = _option("auto", "what FID and KID look at: mini, clip, inception, or a model by folder or hub id such as DINO")
+    seed: int = _option(0, "of the first picture; the next ones count up")
+    processes: int = _option(1, "processes on this machine")
+    resamples: int = _option(200, "bootstrap resamples for the intervals")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
+    device: str = _option("auto", "auto, cpu, cuda, mps …")
+    out: str = _option("evaluation", "folder of the evaluation; one begun there is continued")
+
+    def __post_init__(self) -> None:
+        _at_least(1, samples=self.samples, steps=self.steps, processes=self.processes, size=1 if self.size is None else self.size)
+        _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed)
+        _at_least(2, resamples=self.resamples)
+        _finite(scale=self.scale, guidance=self.guidance)
+        _one_of(SCHEDULERS, scheduler=self.scheduler)
+        _one_of(("none", "caption"), text=self.text)
+        _one_of(("auto", "float32", "bfloat16", "float16"), dtype=self.dtype)
+
+    def settled(self) -> "Evaluate":
+        """With every open field filled in."""
+        mini = self.base == "mini"
+        return replace(
+            self,
+            adapter=self.adapter or (("mini",) if mini and not self.against else ()),
+            guidance=self.guidance if self.guidance is not None else 3.0 if mini else 7.5,
+            batch=self.batch or (64 if mini else 8),
+            judge=self.judge or ("mini" if mini else "openai/clip-vit-large-patch14"),
+            features=("mini" if mini else "clip") if self.features == "auto" else self.features,
+        )
+
+
+PAPERS = ("ip-adapter",)
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Regenerate a paper's comparison on the embedded model: train what is missing, measure all, judge the paper's claims."""
+
+    paper: str = _option("ip-adapter", f"one of {', '.join(PAPERS)}", place=True)
+    budget: str = _option("full", "full: hours on two cores; smoke: a minute or two, says only whether it runs")
+    method: tuple[str, ...] = _option((), "just this row; repeat it for several (the report shows what is there)", metavar="METHOD")
+    processes: int = _option(2, "processes on this machine; each trains and measures a row of its own")
+    device: str = _option("auto", "auto, cpu, cuda, mps …")
+    out: str = _option("runs/reproduce", "folder; one begun there is continued")
+
+    def __post_init__(self) -> None:
+        _at_least(1, processes=self.processes)
+        _one_of(PAPERS, paper=self.paper)
+        _one_of(("full", "smoke"), budget=self.budget)
+        for name in self.method:
+            _one_of(tuple(READS), method=name)
 
 
 def _at_least(low: int, **values: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from imprompt.config import Train
-from imprompt.methods import METHODS
+from imprompt.config import METHODS, Train
+from imprompt.methods import create
 from imprompt.training.loop import accelerate, objective_of, optimisers_of
 from imprompt.training.objective import losses
 from imprompt.training.setting import build
@@ -32,7 +32,7 @@ VIT_H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
 )
 def test_full_size_adapters_have_the_papers_number_of_parameters(unet, method, millions):
     with torch.device("meta"):
-        made = METHODS[method](UNet2DConditionModel(**unet), VIT_H)
+        made = create(method, SimpleNamespace(unet=UNet2DConditionModel(**unet)), VIT_H)
     assert sum(p.numel() for p in made.module.parameters()) / 1e6 == pytest.approx(millions, abs=0.06 if millions < 100 else 1)
 
 

@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     _fields(validate, config.Validate)
     validate.add_argument("--json", action="store_true", help="print the whole report for a program")
 
+    evaluate = _verb(verbs, "evaluate", "measure an adapter against copies, real pictures, text and other methods", "evaluate:run")
+    _fields(evaluate, config.Evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print the result for a program")
+
+    reproduce = _verb(verbs, "reproduce", "regenerate a paper's comparison and judge its claims", "evaluate:reproduce")
+    _fields(reproduce, config.Reproduce)
+    reproduce.add_argument("--json", action="store_true", help="print the result for a program")
+
     inspect = _verb(verbs, "inspect", "tell what an adapter file is", "files:inspect")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="print the result for a program")

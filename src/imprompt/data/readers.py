@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from imprompt.data.coco import Coco, is_coco
 from imprompt.data.records import Record, Records
 from imprompt.errors import UserError, brief
 from imprompt.images import Picture
@@ -27,17 +29,25 @@ _OTHER_NAMES = {  # columns of other tools → ours
 }  # fmt: skip
 
 
-def open_data(source: str | Path) -> Records:
-    """The records at a place: `mini`, a folder, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
+def is_mini(source: str) -> bool:
+    """Whether data are the embedded world, or its first pictures."""
+    return re.fullmatch(r"mini(:[1-9]\d*)?", source) is not None
 
+
+def open_data(source: str | Path) -> Records:
+    """The records at a place: `mini`, a folder, COCO, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
+
+    `mini:4000` is the first 4000 pictures of mini; COCO is its captions' JSON file, or the folder that holds annotations/.
     Raises UserError where there is nothing, or nothing that is understood.
     """
     text = str(source)
     path = Path(text)
-    if text == "mini":
-        return Mini()
+    if is_mini(text):
+        return Mini(int(text.partition(":")[2] or Mini.ALL))
     if ".tar" in text.rsplit("/", 1)[-1] or "::" in text:
         return Shards.expand(text)
+    if is_coco(path):
+        return Coco(path)
     if path.is_dir():
         tars = sorted(str(p) for p in path.glob("*.tar"))
         return Shards(tars) if tars else Folder(path)
@@ -276,9 +286,9 @@ class Shards:
 class Mini:
     """The embedded world: subjects that mini was trained on, four photographs of each."""
 
-    PHOTOS = 4
+    PHOTOS, ALL = 4, 160_000
 
-    def __init__(self, count: int = 160_000, held_out: bool = False):
+    def __init__(self, count: int = ALL, held_out: bool = False):
         self.count, self.held_out = count, held_out
 
     def __len__(self) -> int:

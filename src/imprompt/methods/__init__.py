@@ -1,20 +1,92 @@
 """The systems that are trained and compared: one small file each."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from imprompt.encoders import ImageEncoder
-from imprompt.methods.base import Method
-from imprompt.methods.ip_adapter import IPAdapter
-from imprompt.methods.simple import Simple
+import torch
+from PIL import Image
 
-Maker = Callable[[Any, ImageEncoder], Method]
+from imprompt import config
+from imprompt.encoders import Encoder, ImageEncoder, LatentEncoder, PixelEncoder
+from imprompt.errors import UserError
+from imprompt.hosts.unet import adapter_shape
+from imprompt.methods.base import Method as Method
+from imprompt.methods.base import Rewriter
+from imprompt.methods.blip import BlipDiffusion
+from imprompt.methods.image_variations import ImageVariations
+from imprompt.methods.ip_adapter import IPAdapter, projector
+from imprompt.methods.kandinsky import Kandinsky
+from imprompt.methods.reference_only import ReferenceOnly
+from imprompt.methods.seecoder import SeeCoder
+from imprompt.methods.shuffle import Shuffle
+from imprompt.methods.tokens import SimpleAdapter, T2IStyle, UniControlNetGlobal
+from imprompt.methods.unclip import OpenUnCLIP, SDUnCLIP
+from imprompt.methods.versatile import Versatile
+from imprompt.pipelines import own_size, schedule_of
 
-# What `--method` may say, and how each is made, untrained, for a UNet and an image encoder.
-METHODS: dict[str, Maker] = {
-    "ip-adapter": IPAdapter.create,
-    "ip-adapter-plus": partial(IPAdapter.create, grid=True),
-    "simple": Simple.create,
-    "simple-plus": partial(Simple.create, grid=True),
+Maker = Callable[[str, Any, Any], Method]  # name, pipeline, and what turns pictures into features
+
+
+def create(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    """A method of this name, untrained, for a base model and its image encoder. Raises UserError for an unknown one."""
+    if name not in MAKERS:
+        raise UserError(f"method: expected one of {', '.join(MAKERS)}, received {name!r}")
+    return MAKERS[name](name, pipe, reader(name, pipe, encoder))
+
+
+def reader(name: str, pipe: Any, encoder: ImageEncoder) -> Encoder:
+    """What turns pictures into the features that this method reads."""
+    match config.READS[name]:
+        case "pixels":
+            return PixelEncoder(own_size(pipe))
+        case "latents":
+            return LatentEncoder(pipe.vae, own_size(pipe))
+    return encoder
+
+
+def _ip_adapter(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    return IPAdapter.create(pipe.unet, encoder, grid=name.endswith("plus"))
+
+
+def _simple(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    grid = name.endswith("plus")
+    return Rewriter(name, pipe.unet, encoder, SimpleAdapter(projector(encoder.width(grid), _cross(pipe), grid)), grid)
+
+
+def _t2i_style(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    nothing = torch.zeros_like(encoder.null(True))
+    return Rewriter(name, pipe.unet, encoder, T2IStyle(encoder.width(True), _cross(pipe)), True, nothing)
+
+
+def _versatile(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    grey = encoder.encode([Image.new("RGB", (encoder.side, encoder.side), (128, 128, 128))], True)
+    return Rewriter(name, pipe.unet, encoder, Versatile(pipe.unet, encoder), True, grey)
+
+
+def _kandinsky(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
+    black = encoder.encode([Image.new("RGB", (encoder.side, encoder.side))], False)
+    return Rewriter(name, pipe.unet, encoder, Kandinsky(pipe.unet, encoder.width(False)), nothing=black)
+
+
+def _cross(pipe: Any) -> int:
+    return adapter_shape(pipe.unet)[1]
+
+
+# What `--method` may say, and how each is made; config.READS says what they read.
+MAKERS: dict[str, Maker] = {
+    "ip-adapter": _ip_adapter,
+    "ip-adapter-plus": _ip_adapter,
+    "simple": _simple,
+    "simple-plus": _simple,
+    "uni-controlnet": lambda name, pipe, e: Rewriter(name, pipe.unet, e, UniControlNetGlobal(e.width(False), _cross(pipe))),
+    "t2i-style": _t2i_style,
+    "shuffle": lambda name, pipe, e: Rewriter(name, pipe.unet, e, Shuffle(pipe.unet, pipe.vae_scale_factor)),
+    "seecoder": lambda name, pipe, e: Rewriter(name, pipe.unet, e, SeeCoder(_cross(pipe))),
+    "image-variations": lambda name, pipe, e: Rewriter(name, pipe.unet, e, ImageVariations(pipe.unet, e.width(False))),
+    "sd-unclip": lambda name, pipe, e: Rewriter(name, pipe.unet, e, SDUnCLIP(pipe.unet, e.width(False))),
+    "blip-diffusion": lambda name, pipe, e: Rewriter(name, pipe.unet, e, BlipDiffusion(pipe.unet, e.width(True)), True),
+    "open-unclip": lambda name, pipe, e: Rewriter(name, pipe.unet, e, OpenUnCLIP(pipe.unet, e.width(False))),
+    "kandinsky": _kandinsky,
+    "versatile": _versatile,
+    "reference-only": lambda name, pipe, e: Rewriter(name, pipe.unet, e, ReferenceOnly(pipe.unet, schedule_of(pipe.scheduler))),
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from imprompt.core.adapter import Adapter
 from imprompt.core.attention import KeyValues
 from imprompt.core.projectors import LinearProjector, Projector, Resampler
-from imprompt.encoders import ImageEncoder
+from imprompt.encoders import Encoder
 from imprompt.hosts.unet import Processors, adapter_shape, attach, initialise, layer_inputs
 from imprompt.prompter import ImagePrompt
 
@@ -18,19 +18,22 @@ class IPAdapter:
 
     name = "ip-adapter"
 
-    def __init__(self, unet: Any, adapter: Adapter):
-        self.unet, self.module = unet, cast(nn.Module, adapter)
+    def __init__(self, unet: Any, encoder: Encoder, adapter: Adapter):
+        self.unet, self.encoder, self.module = unet, encoder, cast(nn.Module, adapter)
         self.adapter = adapter
         self.grid = not isinstance(adapter.image_proj, LinearProjector)
         self.processors: Processors | None = None
 
     @classmethod
-    def create(cls, unet: Any, encoder: ImageEncoder, grid: bool = False, tokens: int = 0) -> "IPAdapter":
+    def create(cls, unet: Any, encoder: Encoder, grid: bool = False, tokens: int = 0) -> "IPAdapter":
         """Untrained: the projector at random, keys and values started from the UNet's own."""
         layers, cross = adapter_shape(unet)
         adapter = Adapter(projector(encoder.width(grid), cross, grid, tokens), layers, cross)
         initialise(adapter, unet)
-        return cls(unet, adapter)
+        return cls(unet, encoder, adapter)
+
+    def null(self) -> Tensor:
+        return self.encoder.null(self.grid)
 
     def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
         if self.processors is None:

@@ -24,6 +24,7 @@ from imprompt.prompter import ImagePrompt, Prompter, load
 
 Progress = Callable[[int, int], None]
 BATCH = 50
+ELSEWHERE = 5_000_000  # added to a scene's seed: another photograph of the same subject
 
 # mini-world.md: task → what is scored → the least share that counts as reached.
 BARS: dict[str, dict[str, float]] = {
@@ -84,10 +85,14 @@ class Judge:
         logits = torch.cat([self.classifier(pixel_values=part).logits for part in pixels(images).split(100)])
         found: list[dict[str, str]] = [{} for _ in images]
         for attribute in dict.fromkeys(name for name, _ in self._names):
-            columns = [i for i, (name, _) in enumerate(self._names) if name == attribute]
+            columns = self.columns(attribute)
             for row, best in zip(found, logits[:, columns].argmax(1).tolist(), strict=True):
                 row[attribute] = self._names[columns[best]][1]
         return found
+
+    def columns(self, attribute: str) -> list[int]:
+        """Which of the classifier's outputs are the values of an attribute."""
+        return [i for i, (name, _) in enumerate(self._names) if name == attribute]
 
     @torch.no_grad()
     def image_embeddings(self, images: Sequence[Image.Image]) -> Tensor:
@@ -196,7 +201,7 @@ class Bench:
 
     def clip_rows(self) -> dict[str, float]:
         """CLIP-I of a copy of the reference, and of another real photograph of the same subject."""
-        others = [world.draw(c.subject, world.scene(c.scene.seed + 5_000_000)) for c in self.prompts]
+        others = [world.draw(c.subject, world.scene(c.scene.seed + ELSEWHERE)) for c in self.prompts]
         return {"copy": self._clip(self.photos)["CLIP-I"], "real": self._clip(others)["CLIP-I"]}
 
     def _clip(self, images: Sequence[Image.Image]) -> dict[str, float]:

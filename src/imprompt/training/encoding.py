@@ -13,16 +13,17 @@ from torch import Tensor
 
 from imprompt import checkpoints, hub
 from imprompt.checkpoints import Spec
-from imprompt.config import Encode, Train
+from imprompt.config import READS, Encode, Train
 from imprompt.data.cache import Cache, Chunk, Row, about, begin, complete, to_encode
 from imprompt.data.frame import Example, Framing, example, stack
 from imprompt.data.loader import UNREADABLE, Skipped, ahead, name_of
 from imprompt.data.order import itself, mixed_seed
-from imprompt.data.readers import Shards, open_data
+from imprompt.data.readers import Shards, is_mini, open_data
 from imprompt.data.records import Record, Records, Sharded
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
+from imprompt.methods import reader
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
 from imprompt.training.frozen import Encoded, Frozen
 
@@ -62,7 +63,8 @@ def encode(choice: Encode, rank: int = 0, ranks: int = 1, spec: Spec | None = No
     encoder = find_encoder(choice.base, choice.encoder, spec)
     encoder.model.to(device, precision)  # type: ignore[arg-type]
     framing = framing_of(choice, pipe)
-    frozen = Frozen(pipe, encoder, choice.method.endswith("plus"))
+    seen = reader(choice.method, pipe, encoder)
+    frozen = Frozen(pipe, seen, READS[choice.method] == "grid")
     chunks = len(records.shards) if isinstance(records, Sharded) else -(-len(records) // CHUNK)
     begin(folder, facts(choice, framing, chunks, content(records)), frozen.signature())
     mine = [i for i in to_encode(folder, chunks) if i % ranks == rank]
@@ -70,7 +72,7 @@ def encode(choice: Encode, rank: int = 0, ranks: int = 1, spec: Spec | None = No
     lost: dict[int, dict[str, str]] = defaultdict(dict)
 
     def make(read: Callable[[], Record], seed: int) -> Example:
-        return example(read(), seed, framing, encoder.prepare)
+        return example(read(), seed, framing, seen.prepare)
 
     def work() -> Iterator[tuple[_Tag, Callable[[], Example | None]]]:
         for chunk in mine:
@@ -130,7 +132,7 @@ def agree(choice: Train, made: dict[str, Any]) -> None:
         if name in FREE:
             continue
         asked = getattr(choice, name)
-        asked, there = (str(Path(str(v)).absolute()) if name == "data" and v != "mini" else v for v in (asked, made[name]))
+        asked, there = (str(Path(str(v)).absolute()) if name == "data" and not is_mini(str(v)) else v for v in (asked, made[name]))
         if getattr(choice, name) != default and asked != there:
             raise UserError(
                 f"{name}: the cache in {choice.cache} was made with {made[name]!r}, not {getattr(choice, name)!r}; "
@@ -144,8 +146,8 @@ FREE = ("base", "encoder", "seed")  # what a training may have otherwise; the en
 def facts(choice: Encode, framing: Framing, chunks: int, content: str) -> dict[str, Any]:
     """What a cache remembers of its making, and what a second run must have in common with the first."""
     return {
-        "data": choice.data if choice.data == "mini" else str(Path(choice.data).absolute()), "content": content,
-        "base": choice.base, "encoder": choice.encoder or choice.base, "features": "grid" if choice.method.endswith("plus") else "pooled",
+        "data": choice.data if is_mini(choice.data) else str(Path(choice.data).absolute()), "content": content,
+        "base": choice.base, "encoder": choice.encoder or choice.base, "features": READS[choice.method],
         "chunks": chunks, "seed": choice.seed, "size": framing.size, "crop": framing.crop, "flip": framing.flip, "buckets": framing.buckets,
         "own_crop": framing.own_crop, "augment": framing.augment, "references": framing.references, "least": framing.least,
     }  # fmt: skip
@@ -161,7 +163,7 @@ def content(records: Records) -> str:
 def check(cache: Cache, choice: Train, frozen: Frozen) -> None:
     """Raise UserError where a cache was made for another kind of features, or by other encoders than these."""
     folder, made, found = cache.folder, cache.about, cache.probe()
-    wanted = "grid" if frozen.grid else "pooled"
+    wanted = READS[choice.method]
     if made["features"] != wanted:
         raise UserError(f"{choice.method} reads {wanted} features, and the cache in {folder} holds {made['features']} ones; encode anew")
     for name, here in frozen.signature().items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imprompt.data.cache import Row
 from imprompt.data.frame import Batch
-from imprompt.encoders import ImageEncoder
+from imprompt.encoders import Encoder
 
 
 class Text(NamedTuple):
@@ -69,9 +69,9 @@ class Nulls(NamedTuple):
 class Frozen:
     """VAE, text encoders and image encoder of a base, none of them trained."""
 
-    def __init__(self, pipe: Any, encoder: ImageEncoder, grid: bool):
+    def __init__(self, pipe: Any, encoder: Encoder, grid: bool):
         self.pipe, self.encoder, self.grid, self.device = pipe, encoder, grid, pipe.unet.device
-        self._parts = [encoder.model]
+        self._parts = [encoder.model] if any(True for _ in encoder.model.parameters()) else []
         for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
             part = getattr(pipe, name, None)
             if part is not None:
@@ -126,13 +126,12 @@ class Frozen:
     @torch.no_grad()
     def image(self, references: Tensor) -> Tensor:
         """(batch, references, 3, side, side) → (batch, references, patches, features)."""
-        model = self.encoder.model
-        features = self.encoder.features(references.flatten(0, 1).to(model.device, model.dtype), self.grid)
-        return features.unflatten(0, references.shape[:2])
+        return self.encoder.features(references.flatten(0, 1), self.grid).to(self.device).unflatten(0, references.shape[:2])
 
     @torch.no_grad()
-    def nulls(self) -> Nulls:
-        return Nulls(self.text([""]), self.encoder.null(self.grid)[None])
+    def nulls(self, image: Tensor) -> Nulls:
+        """Of the empty text, and of no picture as a method has it: (1, patches, features)."""
+        return Nulls(self.text([""]), image[None].to(self.device))
 
     @torch.no_grad()
     def pictures(self, mean: Tensor) -> list[Image.Image]:
@@ -144,15 +143,15 @@ class Frozen:
     @torch.no_grad()
     def signature(self) -> dict[str, Tensor]:
         """What each part says to the same small input: two sets of encoders are alike when these are."""
-        vae, model = self.pipe.vae, self.encoder.model
+        vae = self.pipe.vae
         ramp = torch.linspace(-1, 1, 64)
         picture = torch.stack([ramp[:, None].expand(64, 64), ramp[None].expand(64, 64), ramp[:, None] * ramp])[None]
-        side = model.config.image_size
+        side = self.encoder.side
         seen = torch.nn.functional.interpolate(picture, (side, side), mode="bilinear")
         found = {
             "VAE": self._latent(vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mean),
             "text encoder": self.text(["a cat on a beach"]).states,
-            "image encoder": self.encoder.features(seen.to(model.device, model.dtype), self.grid),
+            "image encoder": self.encoder.features(seen, self.grid),
         }
         return {name: tensor.half().cpu() for name, tensor in found.items()}
 

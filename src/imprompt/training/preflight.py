@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from imprompt.config import Train
+from imprompt.config import COPIES, Train
 from imprompt.core.gradients import without_gradient
 from imprompt.errors import UserError
 from imprompt.memory import peak_bytes
@@ -45,7 +45,10 @@ def preflight(choice: Train, setting: Setting) -> Report:
     notes = _data_notes(items, encoded)
     module = method.module.float().train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=min(10 * choice.lr, HIGH))
+    optimiser = torch.optim.AdamW(parameters, lr=min(10 * choice.lr, HIGH / 10 if choice.method in COPIES else HIGH))
+    image = encoded.image.clone()
+    if len(items) > 1:
+        image[0] = setting.nulls.image.to(image)[0]  # one without its picture, as there are in training
     chance, total = Chance.draw(encoded), len(setting.schedule.time)
     t = ((torch.arange(len(items), device=device) + 0.5) / len(items) * total).long()
     if device.type == "cuda":
@@ -53,7 +56,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
     curve, began = [], time.monotonic()
     for step in range(STEPS):
         with torch.autocast(device.type, setting.precision, enabled=setting.precision != torch.float32):
-            each = errors(method, setting.unet, setting.schedule, encoded, encoded.text, encoded.image, t, chance, Objective())
+            each = errors(method, setting.unet, setting.schedule, encoded, encoded.text, image, t, chance, Objective())
         loss = each.mean()
         if not torch.isfinite(loss):
             raise UserError(
@@ -61,7 +64,7 @@ def preflight(choice: Train, setting: Setting) -> Report:
             )
         optimiser.zero_grad()
         loss.backward()
-        if step == 0:
+        if step == 3:  # outlets that start at zero, one behind the other, let nothing through at first
             _check_gradients(module)
         optimiser.step()
         curve.append(loss.item())

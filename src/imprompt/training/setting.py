@@ -18,13 +18,13 @@ from imprompt.core.diffusion import Schedule
 from imprompt.data.cache import Cache, Row
 from imprompt.data.frame import Example, Framing, example, stack
 from imprompt.data.loader import UNREADABLE, Loader, Skipped
-from imprompt.data.readers import Mini, Shards, open_data
+from imprompt.data.readers import Mini, Shards, is_mini, open_data
 from imprompt.data.records import Counted, Record, Records, Without
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
 from imprompt.files import writable_folder
 from imprompt.hosts.unet import check_fit
-from imprompt.methods import METHODS, Method
+from imprompt.methods import Method, create
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.pipelines import load_base, pick_precision, schedule_of
 from imprompt.prompter import Prompter
@@ -119,7 +119,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     out = writable_folder(choice.out)
     cache = Cache(choice.cache) if choice.cache else None
     data = cache.about["data"] if cache else choice.data
-    opened = open_data(data) if cache is None or data == "mini" else None  # before anything large is loaded
+    opened = open_data(data) if cache is None or is_mini(data) else None  # before anything large is loaded
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
     given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
@@ -130,9 +130,9 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     else:
         pipe.unet.disable_gradient_checkpointing()
     torch.manual_seed(choice.seed)
-    method = tuned(choice, pipe.unet, *given, encoder) if given else METHODS[choice.method](pipe.unet, encoder)
+    method = tuned(choice, pipe.unet, *given, encoder) if given else create(choice.method, pipe, encoder)
     method.module.to(device).requires_grad_(True)
-    frozen = Frozen(pipe, encoder, method.grid)
+    frozen = Frozen(pipe, method.encoder, method.grid)
     framing = framing_of(choice, pipe)
     fresh = Source.fresh(opened, framing, frozen) if opened is not None else None
     if cache is not None:
@@ -148,7 +148,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     loader: Loader[Any] = Loader(
         records, source.make, choice.batch, choice.seed, rank, ranks, choice.workers, skipped, lambda item: item.shape, source.revive
     )
-    schedule, nulls = schedule_of(pipe.scheduler).to(device), frozen.nulls()
+    schedule, nulls = schedule_of(pipe.scheduler).to(device), frozen.nulls(method.null())
     if cache is not None:
         frozen.park()
     return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, data, device, precision)
@@ -160,7 +160,7 @@ def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: Image
         raise UserError(f"method: expected ip-adapter or ip-adapter-plus to go on from a file, received {choice.method!r}")
     Prompter(adapter, spec, encoder)
     check_fit(adapter, unet)
-    return IPAdapter(unet, adapter)
+    return IPAdapter(unet, encoder, adapter)
 
 
 def held_out(records: Records, count: int) -> tuple[list[Record], Records]:

@@ -1,0 +1,253 @@
+"""The first paper's claims, each judged on our rows: holds, or does not hold. And its table, beside ours.
+
+A claim that one row is better than another is judged by the mean of the differences, prompt by prompt; it holds where
+the whole 95 % interval of that mean is on the right side.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from imprompt.config import COPIES, READS, Reproduce
+from imprompt.evaluate.metrics import Interval, mean_interval
+from imprompt.evaluate.report import as_csv, as_dict, cell, curves, markdown
+from imprompt.evaluate.reproduce import BUDGETS, CUSTOM, Finished, curve_names, custom_names, finished, finished_path, jobs, machine
+from imprompt.evaluate.score import COLUMNS
+from imprompt.files import atomic_path, writable_folder
+from imprompt.pages import inline, write_page
+
+# Our row → the paper's name, its trainable parameters, CLIP-T and CLIP-I (COCO 2017, CLIP ViT-L/14).
+PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
+    "open-unclip": ("Open unCLIP", "893 M", 0.608, 0.858),
+    "kandinsky": ("Kandinsky 2.1", "1229 M", 0.599, 0.855),
+    "versatile": ("Versatile Diffusion", "860 M", 0.587, 0.830),
+    "image-variations": ("SD Image Variations", "860 M", 0.548, 0.760),
+    "sd-unclip": ("SD unCLIP", "870 M", 0.584, 0.810),
+    "blip-diffusion": ("BLIP-Diffusion", "by eye", None, None),
+    "uni-controlnet": ("Uni-ControlNet (global)", "47 M", 0.506, 0.736),
+    "t2i-style": ("T2I-Adapter (style)", "39 M", 0.485, 0.648),
+    "shuffle": ("ControlNet Shuffle", "361 M", 0.421, 0.616),
+    "reference-only": ("ControlNet Reference-only", "by eye", None, None),
+    "seecoder": ("SeeCoder", "by eye", None, None),
+    "simple": ("simple adapter", "by eye", None, None),
+    "simple-plus": ("simple adapter, fine-grained", "–", None, None),
+    "ip-adapter": ("IP-Adapter", "22 M", 0.588, 0.828),
+    "ip-adapter-plus": ("IP-Adapter, fine-grained", "by eye", None, None),
+}
+FULL = tuple(name for name in COPIES if name != "shuffle")
+ADAPTERS = tuple(name for name in READS if name not in FULL and not name.startswith("ip-adapter"))
+
+Rows = Mapping[str, Finished]
+
+
+class Claim(NamedTuple):
+    """One claim and what became of it."""
+
+    letter: str
+    text: str
+    holds: bool | None  # None: rows are missing
+    figures: str
+
+    @property
+    def verdict(self) -> str:
+        return "not judged" if self.holds is None else "holds" if self.holds else "does not hold"
+
+
+def better(rows: Rows, one: str, other: str, column: str) -> Interval:
+    """Mean difference of two rows over the same prompts."""
+    a, b = (torch.tensor(rows[name].each[column]) for name in (one, other))
+    return mean_interval(a - b, torch.arange(len(a)))
+
+
+def _difference(value: Interval) -> str:
+    return f"{value.value:+.3f} ({value.low:+.3f} … {value.high:+.3f})"
+
+
+def _value(rows: Rows, name: str, column: str) -> float:
+    return rows[name].score.figures[column].value
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """All of the paper's claims on these rows."""
+    judged = [cheap_and_good, best_adapter, decoupled, fine_grained, trade, reuse]
+    texts = [
+        "the adapter is within 3 % of the best fully fine-tuned row's CLIP-I, at less than 5 % of its trainable parameters",
+        "the adapter beats every other adapter row on CLIP-I and on CLIP-T",
+        "decoupled cross-attention beats the simple adapter on CLIP-I",
+        "fine-grained features beat global ones on CLIP-I, and are less diverse",
+        "λ trades CLIP-I against CLIP-T monotonically, and λ = 0 is the base model",
+        "reuse on a custom model costs less than 5 % of CLIP-I",
+    ]
+    found = []
+    for letter, text, judge in zip("abcdef", texts, judged, strict=True):
+        try:
+            found.append(Claim(letter, text, *judge(rows)))
+        except KeyError as missing:
+            found.append(Claim(letter, text, None, f"row {missing.args[0]} is not there yet"))
+    return found
+
+
+def cheap_and_good(rows: Rows) -> tuple[bool, str]:
+    best = max(FULL, key=lambda name: _value(rows, name, "CLIP-I"))
+    mine, theirs = _value(rows, "ip-adapter", "CLIP-I"), _value(rows, best, "CLIP-I")
+    share = (rows["ip-adapter"].score.trainable or 0) / (rows[best].score.trainable or 1)
+    return (
+        mine >= 0.97 * theirs and share < 0.05,
+        f"{mine:.3f} against {theirs:.3f} of {best} ({mine / theirs - 1:+.1%}), {share:.1%} of its parameters",
+    )
+
+
+def best_adapter(rows: Rows) -> tuple[bool, str]:
+    lost, told = [], []
+    for column in ("CLIP-I", "CLIP-T"):
+        gaps = {name: better(rows, "ip-adapter", name, column) for name in ADAPTERS}
+        nearest = min(gaps, key=lambda name: gaps[name].value)
+        lost += [f"{name} on {column}" for name, gap in gaps.items() if gap.low <= 0]
+        told.append(f"{column}: {_difference(gaps[nearest])} to {nearest}, the nearest")
+    return not lost, "; ".join(told) + (f"; not beaten: {', '.join(lost)}" if lost else "")
+
+
+def decoupled(rows: Rows) -> tuple[bool, str]:
+    gap = better(rows, "ip-adapter", "simple", "CLIP-I")
+    return gap.low > 0, f"{_value(rows, 'ip-adapter', 'CLIP-I'):.3f} against {_value(rows, 'simple', 'CLIP-I'):.3f}, {_difference(gap)}"
+
+
+def fine_grained(rows: Rows) -> tuple[bool, str]:
+    likeness, variety = (better(rows, "ip-adapter-plus", "ip-adapter", column) for column in ("CLIP-I", "diversity"))
+    return likeness.low > 0 and variety.high < 0, f"CLIP-I {_difference(likeness)}, diversity {_difference(variety)}"
+
+
+def trade(rows: Rows) -> tuple[bool, str]:
+    points = [rows[name] for name in curve_names(Reproduce()) if not name.endswith("base")]
+    base, off = rows["ip-adapter λ base"].each["seen"], points[0].each["seen"]
+    same = max(abs(a - b) for a, b in zip(base, off, strict=True))
+    courses = {column: [point.score.figures[column].value for point in points] for column in ("CLIP-I", "CLIP-T")}
+    rises = all(a < b for a, b in zip(courses["CLIP-I"], courses["CLIP-I"][1:], strict=False))
+    falls = all(a > b for a, b in zip(courses["CLIP-T"], courses["CLIP-T"][1:], strict=False))
+    told = "; ".join(f"{column} " + " ".join(f"{v:.3f}" for v in values) for column, values in courses.items())
+    scales = " ".join(f"{point.score.scale:g}" for point in points)
+    return rises and falls and same == 0, f"λ {scales}: {told}; greatest difference of an embedding at λ = 0 to the base: {same:g}"
+
+
+def reuse(rows: Rows) -> tuple[bool, str]:
+    mine, there = _value(rows, "ip-adapter", "CLIP-I"), _value(rows, f"ip-adapter {CUSTOM}", "CLIP-I")
+    plain, styled = _value(rows, "text", "CLIP-I"), _value(rows, f"text {CUSTOM}", "CLIP-I")
+    figures = f"{mine:.3f} on mini, {there:.3f} on the custom model ({there / mine - 1:+.1%}); "
+    figures += f"text alone {plain:.3f} and {styled:.3f} ({styled / plain - 1:+.1%})"
+    return there >= 0.95 * mine, figures
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
+    """Write README.md, index.html, results.json, table.csv and pictures into OUT/report."""
+    out = Path(choice.out)
+    folder = writable_folder(out / "report")
+    everything = Reproduce(paper=choice.paper, budget=choice.budget)
+    rows = {name: row for name in jobs(everything) if (row := finished(out, name))}
+    table = [name for name in ("copy", "real", "text", *PAPER, *custom_names(everything)) if name in rows]
+    judged = claims(rows)
+    points = [rows[name].score for name in curve_names(everything) if name in rows and not name.endswith("base")]
+    words = [
+        f"# IP-Adapter's comparison on mini, budget {choice.budget}",
+        "",
+        f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}",
+        "",
+        "## The paper's claims",
+        "",
+        *(f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in judged),
+        "",
+        "## The paper's table, and ours",
+        "",
+        beside(rows, table),
+        "## All figures",
+        "",
+        markdown([rows[name].score for name in table]),
+        "± half of the 95 % interval over prompts. " + "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items()) + ".",
+        "",
+        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(table)}.",
+        "",
+    ]
+    if points:
+        _bytes(folder / "curve.png", curves(points))
+        words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
+    page = "\n".join(words)
+    _bytes(folder / "README.md", page.encode())
+    _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
+    _bytes(folder / "results.json", json.dumps(_plain(rows, judged), indent=1, ensure_ascii=False).encode())
+    pictures = pages_sheet(out, table)
+    with atomic_path(folder / "sheet.png") as partial:
+        pictures.save(partial)
+    return _html(choice, folder, rows, table, judged, pictures), judged
+
+
+def _budget(choice: Reproduce) -> str:
+    b = BUDGETS[choice.budget]
+    return (
+        f"every trained row: {b.steps:,} steps × {b.batch} pictures of the same {b.pictures:,}, the same seed and settings "
+        "(Muon; learning rate 3e-3, a third of it where UNet weights are trained); "
+        f"every row: {b.prompts:,} held-out prompts × {b.samples}, DDIM {b.drawing}, guidance 3, empty text (row text: the caption)"
+    )
+
+
+def beside(rows: Rows, names: Sequence[str]) -> str:
+    """The paper's figures next to ours."""
+    lines = [
+        "| method | paper: trainable | CLIP-T | CLIP-I | ours: trainable | CLIP-T | CLIP-I | minutes of training | of drawing |",
+        "|---" * 9 + "|",
+    ]
+    for name in names:
+        if name not in PAPER:
+            continue
+        title, size, text, image = PAPER[name]
+        row = rows[name]
+        theirs = " | ".join("–" if v is None else f"{v:.3f}" for v in (text, image))
+        trainable = row.score.trainable or 0
+        ours = " | ".join(cell(row.score.figures[column]) for column in ("CLIP-T", "CLIP-I"))
+        minutes = f"{row.minutes['training']:.0f} | {row.minutes['drawing']:.0f}"
+        lines.append(f"| {title} | {size} | {theirs} | {trainable / 1e6:.2f} M | {ours} | {minutes} |")
+    return "\n".join(lines) + "\n"
+
+
+def pages_sheet(out: Path, names: Sequence[str]) -> Image.Image:
+    """The pictures of every row, one below the other."""
+    strips = [Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names]
+    whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for strip in strips:
+        whole.paste(strip, (0, top))
+        top += strip.height
+    return whole
+
+
+def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
+    return {
+        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in judged],
+        "rows": {name: as_dict(row.score) | {"minutes": row.minutes} for name, row in rows.items()},
+        "machine": machine(),
+    }
+
+
+def _html(choice: Reproduce, folder: Path, rows: Rows, names: Sequence[str], judged: Sequence[Claim], pictures: Image.Image) -> Path:
+    from html import escape
+
+    from imprompt.evaluate.report import html_table, legend
+
+    verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in judged)
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
+    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in names])}{legend()}"
+    body += f"<h2>Pictures</h2><p>Rows: {escape(', '.join(names))}.</p>{inline(pictures)}"
+    curve = folder / "curve.png"
+    body += f"<h2>λ</h2>{inline(curve.read_bytes())}" if curve.is_file() else ""
+    write_page(folder / "index.html", "IP-Adapter on mini", body)
+    return folder / "index.html"
+
+
+def _bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)

@@ -1,0 +1,172 @@
+"""An evaluation as tables and as one page that opens offline."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imprompt.config import Evaluate
+from imprompt.evaluate.metrics import Interval
+from imprompt.evaluate.score import COLUMNS, Score, Seen, scored
+from imprompt.evaluate.shelf import Shelf
+from imprompt.evaluate.suite import REAL, Row, Studio, rows_of
+from imprompt.files import atomic_path
+from imprompt.images import sheet
+from imprompt.pages import inline, table, write_page
+
+SHOWN = 8  # prompts of which pictures are shown
+
+
+def scores(choice: Evaluate) -> Iterable[Score]:
+    """The figures of every row of a finished evaluation, one after the other."""
+    choice = choice.settled()
+    studio, out = Studio(choice), Path(choice.out)
+    for row in rows_of(choice, studio.cases):
+        yield score_row(studio, row, out)
+
+
+def score_row(studio: Studio, row: Row, out: Path) -> Score:
+    """The figures of one row. They are kept beside its chunks, and read back where nothing can have changed."""
+    kept = Shelf(out, row.name).folder / "score.json"
+    choice = studio.choice
+    if kept.is_file():
+        found = json.loads(kept.read_text("utf-8"))
+        if found.pop("resamples") == choice.resamples:
+            return Score(**{**found, "figures": {name: Interval(*value) for name, value in found["figures"].items()}})
+    copy = next(r for r in rows_of(choice, studio.cases) if r.source == "copy")
+    seen, real = Seen(out, row.name, studio.chunks(row)), Seen(out, copy.name, studio.chunks(copy))
+    prompts, lost = seen.column("prompt"), seen.lost
+    count = 0 if prompts is None else len(prompts)
+    figures = scored(seen, real, choice.resamples, row.samples, sets=not row.curve) if count else {}
+    trainable = None if row.source in REAL else studio.contender(row.source).trainable
+    score = Score(row.name, count, count // row.samples, len(lost), trainable, seen.seconds / max(count, 1), row.scale, row.curve, figures)
+    with atomic_path(kept) as partial:
+        partial.write_text(json.dumps(asdict(score) | {"resamples": choice.resamples}), "utf-8")
+    return score
+
+
+def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) -> Path:
+    """table.md, table.csv, table.json and index.html; the page's path."""
+    out = Path(choice.out)
+    rows = [score for score in found if not score.curve]
+    _text(out / "table.md", markdown(rows) + "\n" + "\n".join(f"- {name}: {value}" for name, value in protocol.items()) + "\n")
+    _text(out / "table.csv", as_csv(found))
+    _text(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
+    points = [score for score in found if score.curve]
+    body = html_table(rows) + legend()
+    pictures = contact_sheet(out, [score.name for score in rows], SHOWN)
+    pictures.save(out / "sheet.png")
+    body += f"<h2>Pictures</h2><p>One column for each prompt; rows: {html.escape(', '.join(s.name for s in rows))}.</p>{inline(pictures)}"
+    if points:
+        curve = curves(points)
+        with atomic_path(out / "curve.png") as partial:
+            partial.write_bytes(curve)
+        body += f"<h2>The weight of the image, λ</h2><p>Text: another prompt's caption. CLIP-T: with that text.</p>{inline(curve)}"
+    body += f"<h2>Protocol</h2>{table(protocol)}"
+    write_page(out / "index.html", "Evaluation", body, f"Image prompts on {choice.base}")
+    return out / "index.html"
+
+
+def as_dict(score: Score) -> dict[str, Any]:
+    """For JSON: each figure with its interval."""
+    return asdict(score) | {"figures": {name: dict(value._asdict()) for name, value in score.figures.items()}}
+
+
+def columns_of(rows: Sequence[Score]) -> list[str]:
+    return [name for name in COLUMNS if any(name in score.figures for score in rows)]
+
+
+def cell(value: Interval | None) -> str:
+    """A figure and half the width of its interval."""
+    if value is None:
+        return "–"
+    half = (value.high - value.low) / 2
+    digits = 3 if abs(value.value) < 10 else 1
+    return f"{value.value:.{digits}f} ± {half:.{digits}f}"
+
+
+def millions(score: Score) -> str:
+    return "–" if score.trainable is None else f"{score.trainable / 1e6:.2f} M" if score.trainable else "0"
+
+
+def markdown(rows: Sequence[Score]) -> str:
+    """A table with 95 % intervals."""
+    names = columns_of(rows)
+    lines = ["| | trainable | " + " | ".join(names) + " | pictures |", "|---|---|" + "---|" * (len(names) + 1)]
+    for score in rows:
+        figures = " | ".join(cell(score.figures.get(name)) for name in names)
+        lines.append(f"| {score.name} | {millions(score)} | {figures} | {score.pictures:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[Score]) -> str:
+    """Every figure with both ends of its interval."""
+    names = columns_of(rows)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["row", "trainable", "pictures", "prompts", "lost", "scale", "seconds"] + [f"{n}{e}" for n in names for e in ("", " low", " high")]
+    )
+    for s in rows:
+        figures = ["" if x is None else f"{x:.6f}" for n in names for x in s.figures.get(n, (None, None, None))]
+        writer.writerow([s.name, s.trainable, s.pictures, s.prompts, s.lost, s.scale, f"{s.seconds:.4f}", *figures])
+    return buffer.getvalue()
+
+
+def html_table(rows: Sequence[Score]) -> str:
+    names = columns_of(rows)
+    head = "".join(f"<th>{html.escape(n)}" for n in ("", "trainable", *names, "pictures"))
+    body = "".join(
+        f"<tr><th>{html.escape(s.name)}<td>{millions(s)}" + "".join(f"<td>{cell(s.figures.get(n))}" for n in names) + f"<td>{s.pictures:,}"
+        for s in rows
+    )
+    return f"<table><tr>{head}{body}</table>"
+
+
+def legend() -> str:
+    return (
+        "<p><small>± half of the 95 % interval over prompts. "
+        + html.escape("; ".join(f"{k}: {v}" for k, v in COLUMNS.items()))
+        + ".</small></p>"
+    )
+
+
+def contact_sheet(out: Path, names: Sequence[str], count: int) -> Image.Image:
+    """One row of pictures for each row of the table, one column for each prompt."""
+    blank = Image.new("RGB", (64, 64), "white")
+    pictures = [picture or blank for name in names for picture in Shelf(out, name).pictures(range(count))]
+    return sheet([], pictures, columns=count, cell=96)
+
+
+def curves(points: Sequence[Score]) -> bytes:
+    """λ against CLIP-I and CLIP-T, one line for each adapter, with intervals."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("CLIP-I", "CLIP-T"), strict=True):
+        for curve in dict.fromkeys(p.curve for p in points):
+            mine = [p for p in points if p.curve == curve]
+            values = [p.figures[name] for p in mine]
+            ends = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+            axis.errorbar([p.scale for p in mine], [v.value for v in values], ends, marker="o", markersize=3, linewidth=1.2, label=curve)
+        axis.set(title=name, xlabel="λ")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _text(path: Path, text: str) -> None:
+    with atomic_path(path) as partial:
+        partial.write_text(text, "utf-8")

@@ -1,0 +1,253 @@
+"""The evaluation: every row draws after the same prompts with the same seeds, and is scored by the same eyes.
+
+Work is cut into chunks of prompts that are the same whatever the number of processes, and whatever was done before an
+interruption; so are the pictures and the table.
+"""
+
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from imprompt import hub
+from imprompt.config import Evaluate
+from imprompt.data.loader import UNREADABLE
+from imprompt.errors import UserError, brief
+from imprompt.evaluate import metrics
+from imprompt.evaluate.cases import Case, Cases, open_cases
+from imprompt.evaluate.contender import Contender, How
+from imprompt.evaluate.contenders import check_source, load_contender, named
+from imprompt.evaluate.eyes import Eyes
+from imprompt.evaluate.shelf import Shelf, agree
+from imprompt.files import writable_folder
+from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype
+
+SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+REAL = ("copy", "real")  # rows that are not drawn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    name: str
+    source: str
+    text: str  # none, caption, or other: another prompt's caption
+    samples: int
+    prompts: int
+    scale: float = 1.0
+    curve: str = ""  # the row whose curve of λ this is a point of
+
+
+class Progress(NamedTuple):
+    """How far an evaluation is."""
+
+    row: str
+    done: int  # chunks
+    total: int
+    pictures_per_second: float
+
+
+class Task(NamedTuple):
+    """A chunk of a row."""
+
+    row: Row
+    number: int
+
+
+def rows_of(choice: Evaluate, cases: Cases) -> list[Row]:
+    """What stands in the table, from top to bottom, and the points of the curves."""
+    count = len(cases)
+    rows = [Row("copy", "copy", "none", 1, count)]
+    if cases.has_others:
+        rows.append(Row("real", "real", "none", 1, count))
+    rows.append(Row("text", "text", "caption", choice.samples, count))
+    drawn = list(dict.fromkeys([*choice.adapter, *choice.against]))
+    for source in drawn:
+        if source not in (*REAL, "text"):
+            rows.append(Row(named(source)[0], source, choice.text, choice.samples, count, choice.scale))
+    names = [row.name for row in rows]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two rows are called {twice[0]!r}; name them: --adapter NAME=FILE")
+    for source in choice.adapter if choice.curve else ():
+        rows += curve_of(source, min(choice.curve, count))
+    return rows
+
+
+def curve_of(source: str, prompts: int) -> list[Row]:
+    """The points of an adapter's curve of λ, with another prompt's caption as text."""
+    name = named(source)[0]
+    return [Row(f"{name} λ {scale}", source, "other", 1, prompts, scale, name) for scale in SCALES]
+
+
+class Studio:
+    """What one process works with: the prompts, the eyes, and the contender of the row it is at."""
+
+    def __init__(self, choice: Evaluate):
+        self.choice, self.out = choice, Path(choice.out)
+        self.cases = open_cases(choice.data, choice.limit)
+        self._at: tuple[str, Contender] | None = None
+
+    @cached_property
+    def eyes(self) -> Eyes:
+        assert self.choice.judge is not None
+        return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device))
+
+    @cached_property
+    def size(self) -> int:
+        device = claim_device(self.choice.device)
+        pipe = load_base(self.choice.base, device, pick_dtype(self.choice.dtype, torch.device(device).type, self.choice.base == "mini"))
+        side = self.choice.size or own_size(pipe)
+        check_size(pipe, side, side)
+        return side
+
+    def contender(self, source: str) -> Contender:
+        """The row's contender. The last one is kept in memory."""
+        if self._at is None or self._at[0] != source:
+            self._at = None
+            self._at = source, load_contender(source, self.choice)
+        return self._at[1]
+
+    def chunks(self, row: Row) -> int:
+        return -(-row.prompts // self.step(row))
+
+    def step(self, row: Row) -> int:
+        """Prompts in a chunk."""
+        return max(1, self.choice.batch // row.samples)
+
+    def work(self, task: Task) -> int:
+        """Draw a chunk, look at it and keep both. How many pictures there were."""
+        row, step = task.row, self.step(task.row)
+        shelf, found, lost = Shelf(self.out, row.name), list[tuple[int, Case, Image.Image | None]](), dict[str, str]()
+        for i in range(task.number * step, min(row.prompts, (task.number + 1) * step)):
+            try:
+                found.append((i, self.cases[i], self.cases.other(i) if row.source == "real" else None))
+            except UNREADABLE as error:
+                lost[str(i)] = brief(error)
+        if not found:
+            shelf.write(task.number, {}, lost)
+            return 0
+        places = [(i, s, self.choice.seed + i * self.choice.samples + s) for i, *_ in found for s in range(row.samples)]
+        repeated = [case for _, case, _ in found for _ in range(row.samples)]
+        began = time.perf_counter()
+        shown = [case.reference if row.source == "copy" else other for _, case, other in found]
+        drawn = [self._resized(p) for p in shown if p] or self._drawn(row, repeated, places)
+        seconds = time.perf_counter() - began
+        seen = self._scored(row, drawn, repeated, places)
+        shelf.keep(drawn, places)
+        shelf.write(task.number, seen | {"seconds": torch.tensor([seconds])}, lost)
+        return len(drawn)
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        return picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
+
+    def _drawn(self, row: Row, cases: list[Case], places: list[tuple[int, int, int]]) -> list[Image.Image]:
+        how = How(self.choice.steps, self.choice.guidance or 0.0, (self.size, self.size), row.scale)
+        texts = [self._text(row, i) for i, _, _ in places]
+        return self.contender(row.source).draw([case.reference for case in cases], texts, [seed for _, _, seed in places], how)
+
+    def _text(self, row: Row, i: int) -> str:
+        """What the row is told, or, for the curve, what another prompt's caption says."""
+        match row.text:
+            case "none":
+                return ""
+            case "caption":
+                return self.cases.texts[i]
+        texts = self.cases.texts
+        return next((texts[(i + n) % len(texts)] for n in range(1, len(texts)) if texts[(i + n) % len(texts)] != texts[i]), texts[i])
+
+    def _scored(self, row: Row, drawn: list[Image.Image], cases: list[Case], places: list[tuple[int, int, int]]) -> dict[str, Any]:
+        seen = self.eyes.see(drawn)
+        wanted = self.eyes.see([case.reference for case in cases[:: row.samples]])
+        wanted = {name: value.repeat_interleave(row.samples, 0) for name, value in wanted.items()}
+        said = self.eyes.read([self._text(row, i) if row.text == "other" else self.cases.texts[i] for i, _, _ in places])
+        scores = {"CLIP-I": metrics.cosines(seen["clip"], wanted["clip"]), "CLIP-T": metrics.cosines(seen["clip"], said)}
+        scores["likeness"] = metrics.cosines(seen["features"], wanted["features"])
+        if "patches" in seen:
+            scores["structure"] = metrics.structure_distance(seen.pop("patches"), wanted.pop("patches"))
+        index = {"prompt": torch.tensor([i for i, _, _ in places]), "seed": torch.tensor([seed for _, _, seed in places])}
+        return {f"score.{name}": value for name, value in scores.items()} | seen | index
+
+
+_studio: Studio | None = None
+
+
+def _begin(choice: Evaluate) -> None:
+    """In a process of its own: one thread, so that processes do not wait for each other."""
+    global _studio
+    from imprompt.pipelines import hide_progress
+
+    torch.set_num_threads(1)
+    hide_progress()
+    _studio = Studio(choice)
+
+
+def _work(task: Task) -> tuple[str, int]:
+    assert _studio is not None
+    return task.row.name, _studio.work(task)
+
+
+def draw(choice: Evaluate) -> Iterator[Progress]:
+    """Draw and look at everything that is not there yet. Raises UserError for what the user can mend, before any work."""
+    choice = choice.settled()
+    out = writable_folder(choice.out)
+    for source in (*choice.adapter, *choice.against):
+        check_source(source)
+    studio = Studio(choice)
+    if len(studio.cases) < 2:
+        raise UserError(f"expected at least 2 prompts, of which an interval can be told; received {len(studio.cases)}")
+    rows = rows_of(choice, studio.cases)
+    agree(out / "protocol.json", protocol(choice, studio), f"the evaluation in {out}")
+    for row in rows:
+        agree(Shelf(out, row.name).folder / "row.json", facts(row), f"row {row.name} in {out}")
+    tasks = [Task(row, n) for row in rows for n in range(studio.chunks(row))]
+    missing = [task for task in tasks if not Shelf(out, task.row.name).has(task.number)]
+    done, pictures, began = len(tasks) - len(missing), 0, time.monotonic()
+    for name, count in _results(choice, studio, missing):
+        done, pictures = done + 1, pictures + count
+        yield Progress(name, done, len(tasks), pictures / (time.monotonic() - began))
+
+
+def _results(choice: Evaluate, studio: Studio, tasks: list[Task]) -> Iterator[tuple[str, int]]:
+    if choice.processes == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield task.row.name, studio.work(task)
+        return
+    with ProcessPoolExecutor(min(choice.processes, len(tasks)), get_context("spawn"), _begin, (choice,)) as pool:
+        waiting = {pool.submit(_work, task) for task in tasks}
+        try:
+            while waiting:
+                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:
+    """Everything that decides a figure and is not a row: printed with every table."""
+    return {
+        "base": choice.base, "data": choice.data if choice.data == "mini" else Path(choice.data).name, "prompts": len(studio.cases),
+        "texts": zlib.crc32("\n".join(studio.cases.texts).encode()), "samples": choice.samples, "first seed": choice.seed,
+        "seed": "first seed + prompt × samples + sample", "size": studio.size, "scheduler": choice.scheduler, "steps": choice.steps,
+        "guidance": choice.guidance, "text given": choice.text, "scale": choice.scale, "batch": choice.batch, "dtype": choice.dtype,
+        "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "CLIP-T": "cosine, not clamped, × 1",
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")},
+    }  # fmt: skip
+
+
+def facts(row: Row) -> dict[str, Any]:
+    """What a row is; the file's checksum stands for its content."""
+    _, source = named(row.source)
+    path = hub.find_adapter(source)[0] if source in hub.EMBEDDED else Path(source)
+    known = {"source": path.name, "checksum": zlib.crc32(path.read_bytes())} if path.is_file() else {"source": source}
+    return known | {"text": row.text, "samples": row.samples, "prompts": row.prompts, "scale": row.scale}
