@@ -83,6 +83,9 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix not in FORMATS:
         raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(FORMATS)}, received {path.suffix or 'no suffix'}")
     tensors, metadata = _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
+    method = str(metadata.get("method", "ip-adapter"))
+    if not method.startswith("ip-adapter"):
+        raise CheckpointError(f"{path.name} was trained by method {method!r}; expected an IP-Adapter: imprompt evaluate takes the others")
     return _public(tensors, path.name), metadata
 
 
