@@ -14,6 +14,8 @@ from imprompt.files import atomic_path
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%}th{text-align:left;font-weight:500;padding-right:2rem}h1,h2{font-weight:600}"
+    ".figures{border-collapse:collapse;font-size:14px;line-height:1.25;font-variant-numeric:tabular-nums}.figures small{color:#777}"
+    ".figures td,.figures th{padding:.3rem .9rem .3rem 0;border-bottom:1px solid #eee;white-space:nowrap}"
 )
 
 

@@ -6,6 +6,7 @@ the whole 95 % interval of that mean is on the right side.
 
 import json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from imprompt.config import COPIES, READS, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
-from imprompt.evaluate.report import as_csv, as_dict, cell, curves, markdown
+from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
 from imprompt.evaluate.reproduce import BUDGETS, CUSTOM, Finished, curve_names, custom_names, finished, finished_path, jobs, machine
 from imprompt.evaluate.score import COLUMNS
 from imprompt.files import atomic_path, writable_folder
@@ -180,10 +181,10 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     _bytes(folder / "README.md", page.encode())
     _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
     _bytes(folder / "results.json", json.dumps(_plain(rows, judged), indent=1, ensure_ascii=False).encode())
-    pictures = pages_sheet(out, table)
+    strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
-        pictures.save(partial)
-    return _html(choice, folder, rows, table, judged, pictures), judged
+        below(list(strips.values())).save(partial)
+    return _html(choice, folder, rows, judged, strips), judged
 
 
 def _budget(choice: Reproduce) -> str:
@@ -214,15 +215,9 @@ def beside(rows: Rows, names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pages_sheet(out: Path, names: Sequence[str]) -> Image.Image:
-    """The pictures of every row, one below the other."""
-    strips = [Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names]
-    whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for strip in strips:
-        whole.paste(strip, (0, top))
-        top += strip.height
-    return whole
+def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
+    """The pictures of every row."""
+    return {name: Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names}
 
 
 def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
@@ -233,15 +228,11 @@ def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
     }
 
 
-def _html(choice: Reproduce, folder: Path, rows: Rows, names: Sequence[str], judged: Sequence[Claim], pictures: Image.Image) -> Path:
-    from html import escape
-
-    from imprompt.evaluate.report import html_table, legend
-
+def _html(choice: Reproduce, folder: Path, rows: Rows, judged: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
     verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in judged)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
-    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in names])}{legend()}"
-    body += f"<h2>Pictures</h2><p>Rows: {escape(', '.join(names))}.</p>{inline(pictures)}"
+    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}{legend()}"
+    body += f"<h2>Pictures</h2>{html_strips(strips)}"
     curve = folder / "curve.png"
     body += f"<h2>λ</h2>{inline(curve.read_bytes())}" if curve.is_file() else ""
     write_page(folder / "index.html", "IP-Adapter on mini", body)

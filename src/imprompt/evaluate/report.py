@@ -4,7 +4,7 @@ import csv
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,9 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     _text(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
     points = [score for score in found if score.curve]
     body = html_table(rows) + legend()
-    pictures = contact_sheet(out, [score.name for score in rows], SHOWN)
-    pictures.save(out / "sheet.png")
-    body += f"<h2>Pictures</h2><p>One column for each prompt; rows: {html.escape(', '.join(s.name for s in rows))}.</p>{inline(pictures)}"
+    strips = {score.name: strip(out, score.name) for score in rows}
+    below(list(strips.values())).save(out / "sheet.png")
+    body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
     if points:
         curve = curves(points)
         with atomic_path(out / "curve.png") as partial:
@@ -120,13 +120,19 @@ def as_csv(rows: Sequence[Score]) -> str:
 
 
 def html_table(rows: Sequence[Score]) -> str:
+    """The table, each figure above half the width of its interval."""
     names = columns_of(rows)
     head = "".join(f"<th>{html.escape(n)}" for n in ("", "trainable", *names, "pictures"))
-    body = "".join(
-        f"<tr><th>{html.escape(s.name)}<td>{millions(s)}" + "".join(f"<td>{cell(s.figures.get(n))}" for n in names) + f"<td>{s.pictures:,}"
-        for s in rows
-    )
-    return f"<table><tr>{head}{body}</table>"
+    lines = []
+    for s in rows:
+        figures = "".join("<td>" + cell(s.figures.get(n)).replace(" ± ", "<br><small>± ") for n in names)
+        lines.append(f"<tr><th>{html.escape(s.name)}<td>{millions(s)}{figures}<td>{s.pictures:,}")
+    return f"<table class=figures><tr>{head}{''.join(lines)}</table>"
+
+
+def html_strips(strips: Mapping[str, Image.Image]) -> str:
+    """Every row's pictures beside its name."""
+    return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip)}" for n, strip in strips.items()) + "</table>"
 
 
 def legend() -> str:
@@ -137,11 +143,20 @@ def legend() -> str:
     )
 
 
-def contact_sheet(out: Path, names: Sequence[str], count: int) -> Image.Image:
-    """One row of pictures for each row of the table, one column for each prompt."""
-    blank = Image.new("RGB", (64, 64), "white")
-    pictures = [picture or blank for name in names for picture in Shelf(out, name).pictures(range(count))]
-    return sheet([], pictures, columns=count, cell=96)
+def strip(out: Path, name: str) -> Image.Image:
+    """The first pictures of a row, side by side."""
+    found = [picture for picture in Shelf(out, name).pictures(range(SHOWN)) if picture]
+    return sheet([], found or [Image.new("RGB", (64, 64), "white")], columns=SHOWN, cell=96)
+
+
+def below(strips: Sequence[Image.Image]) -> Image.Image:
+    """Strips one below the other."""
+    whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for picture in strips:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
 
 
 def curves(points: Sequence[Score]) -> bytes:

@@ -20,17 +20,15 @@ from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
 from imprompt.config import COPIES, METHODS, READS, Encode, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.metrics import Interval
-from imprompt.evaluate.report import SHOWN, score_row
+from imprompt.evaluate.report import score_row, strip
 from imprompt.evaluate.score import Score, Seen
 from imprompt.evaluate.shelf import Shelf, agree
 from imprompt.evaluate.suite import Row, Studio, Task, curve_of, facts, protocol
 from imprompt.files import atomic_path, writable_folder
-from imprompt.images import sheet
 from imprompt.mini.style import make_style
 from imprompt.training import encode, recorded, train
 
@@ -117,9 +115,8 @@ class Workshop:
         score = score_row(studio, row, studio.out)
         finished = Finished(score, minutes, self._each(studio, row))
         if not row.curve:
-            pictures = [p or Image.new("RGB", (64, 64)) for p in Shelf(studio.out, row.name).pictures(range(SHOWN))]
             with atomic_path(path.with_suffix(".png")) as partial:
-                sheet([], pictures, columns=SHOWN, cell=96).save(partial)
+                strip(studio.out, row.name).save(partial)
         with atomic_path(path) as partial:
             partial.write_text(json.dumps({"score": asdict(score), "minutes": minutes, "each": finished.each}), "utf-8")
         return name
