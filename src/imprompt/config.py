@@ -200,8 +200,6 @@ class Train:
             usual = usual | {"ema": 0.0} | (_ADAM if self.base == "mini" else {})
         elif self.base == "mini" and (self.optimizer.startswith("adamw") or self.precision == "float16"):
             usual = usual | _ADAM
-        if self.base == "mini" and self.method in COPIES:
-            usual = usual | {"lr": usual["lr"] / 3}
         open_still = {f.name: f.default for f in fields(self)}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 

@@ -191,7 +191,7 @@ def _budget(choice: Reproduce) -> str:
     b = BUDGETS[choice.budget]
     return (
         f"every trained row: {b.steps:,} steps × {b.batch} pictures of the same {b.pictures:,}, the same seed and settings "
-        "(Muon; learning rate 3e-3, a third of it where UNet weights are trained); "
+        "(Muon, learning rate 3e-3); "
         f"every row: {b.prompts:,} held-out prompts × {b.samples}, DDIM {b.drawing}, guidance 3, empty text (row text: the caption)"
     )
 
