@@ -1,7 +1,9 @@
 """Prompter = encoder + adapter: pictures in, an image prompt out."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from imprompt import checkpoints
 from imprompt.checkpoints import Spec
 from imprompt.core.adapter import Adapter
+from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum
 from imprompt.core.attention import KeyValues
 from imprompt.core.scales import Scale
 from imprompt.encoders import ImageEncoder
@@ -29,6 +32,8 @@ class ImagePrompt:
     mask: Tensor | None = field(default=None, repr=False)  # (H, W) in 0 … 1
     start: float = 0.0
     end: float = 1.0
+    weights: Tensor | None = field(default=None, repr=False)  # (references,): 2 is the same as the reference given twice
+    aggregator: Aggregator | None = field(default=None, repr=False)  # instead of the adapter's own
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
@@ -38,11 +43,31 @@ class ImagePrompt:
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
         prompts, references = self.features.shape[:2]
+        if type(self.together) is not Aggregator:
+            both = torch.cat([self.null.expand(1, references, -1, -1), self.features]).to(next(self.adapter.parameters()))
+            weights = None if self.weights is None else self.weights.to(both).expand(len(both), -1)
+            each = self.adapter(both, weights, self.together)
+            return (
+                {n: KeyValues(*(x[:1] for x in pair)) for n, pair in each.items()},
+                {n: KeyValues(*(x[1:] for x in pair)) for n, pair in each.items()},
+            )
         pictures = torch.cat([self.null, self.features.flatten(0, 1)[:, None]])  # the null once, then every reference
         each = self.adapter(pictures.to(next(self.adapter.parameters())))
         null = {n: KeyValues(*(x[:1].repeat(1, references, 1) for x in pair)) for n, pair in each.items()}
         image = {n: KeyValues(*(x[1:].unflatten(0, (prompts, references)).flatten(1, 2) for x in pair)) for n, pair in each.items()}
         return null, image
+
+    @property
+    def together(self) -> Aggregator:
+        """What brings the references together."""
+        return self.aggregator or self.adapter.aggregator
+
+    def bias(self) -> Tensor | None:
+        """Of references that lie side by side: the logarithm of the weight of each token, (1, tokens)."""
+        if self.weights is None or type(self.together) is not Aggregator:
+            return None
+        tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters()))).shape[1]
+        return self.weights.log().repeat_interleave(tokens)[None]
 
     def scaled(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""
@@ -69,15 +94,21 @@ class Prompter:
         start: float = 0.0,
         end: float = 1.0,
         fit: str = "crop",
+        weights: Sequence[float] | None = None,
+        combine: str | None = None,
     ) -> ImagePrompt:
         """An image prompt from one picture, or from several of one subject.
 
         scale is λ (a number, or a mapping from blocks to numbers); mask is white where the prompt is heard; start and
         end are progress through the noise schedule, 0 … 1; fit says what happens to pictures that are not square.
+        weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
+        together without training: one of COMBINE (default: as the adapter was trained, or side by side).
         """
         features, null = self.encode(images, fit)
-        weight = None if mask is None else _mask(mask)
-        return ImagePrompt(self.adapter, features[None], null[None], scale, weight, start, end)
+        where = None if mask is None else _mask(mask)
+        return ImagePrompt(
+            self.adapter, features[None], null[None], scale, where, start, end, _weights(weights, len(features)), _combine(combine)
+        )
 
     def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
         """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
@@ -92,6 +123,32 @@ class Prompter:
         self.adapter.to(device)
         self.encoder.model.to(device)
         return self
+
+
+COMBINE: dict[str, Callable[[], Aggregator]] = {
+    "concat": Aggregator,
+    "average": Average,
+    "max": Maximum,
+    "average-tokens": partial(Average, on_tokens=True),
+    "max-tokens": partial(Maximum, on_tokens=True),
+    "joint": Joint,
+}
+
+
+def _combine(name: str | None) -> Aggregator | None:
+    if name is not None and name not in COMBINE:
+        raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
+    return None if name is None else COMBINE[name]()
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:
+    if weights is None:
+        return None
+    if len(weights) != count:
+        raise UserError(f"weights: expected one for each of the {count} references, received {len(weights)}")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise UserError(f"weights: expected numbers of at least 0, and one above it; received {', '.join(map(str, weights))}")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _mask(mask: Picture | Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from imprompt.core.aggregators import Aggregator
 from imprompt.core.attention import KeyValues
 from imprompt.core.projectors import Projector
 
@@ -28,9 +29,10 @@ class Adapter(nn.Module):
     `cross` is the width of the text states and of the image tokens.
     """
 
-    def __init__(self, image_proj: Projector, layers: Mapping[int, int], cross: int):
+    def __init__(self, image_proj: Projector, layers: Mapping[int, int], cross: int, aggregator: Aggregator | None = None):
         super().__init__()
         self.cross = cross
+        self.aggregator = aggregator or Aggregator()
         self.image_proj = image_proj
         self.ip_adapter = nn.ModuleDict({str(n): LayerProjection(cross, hidden) for n, hidden in layers.items()})
 
@@ -43,15 +45,21 @@ class Adapter(nn.Module):
         """W'k and W'v of layer n."""
         return cast(LayerProjection, self.ip_adapter[str(n)])
 
-    def tokens(self, features: Tensor) -> Tensor:
-        """(batch, references, patches, features) → (batch, references · tokens, cross): the references' tokens in a row."""
+    def tokens(self, features: Tensor, weights: Tensor | None = None, aggregator: Aggregator | None = None) -> Tensor:
+        """(batch, references, patches, features) → (batch, tokens, cross); side by side where nothing brings them together.
+
+        weights: (batch, references), all 1 if not given. `aggregator` stands in for the adapter's own.
+        """
+        together = aggregator or self.aggregator
+        weights = features.new_ones(features.shape[:2]) if weights is None else weights
+        features = together.embeddings(features, weights)
         batch, references = features.shape[:2]
         tokens: Tensor = self.image_proj(features.flatten(0, 1))
-        return tokens.reshape(batch, references * tokens.shape[1], self.cross)
+        return together.tokens(tokens.reshape(batch, references, -1, self.cross), weights)
 
-    def forward(self, features: Tensor) -> dict[int, KeyValues]:
+    def forward(self, features: Tensor, weights: Tensor | None = None, aggregator: Aggregator | None = None) -> dict[int, KeyValues]:
         """(batch, references, patches, features) → for each layer n its keys and values, (batch, tokens, hidden)."""
-        return self.key_values(self.tokens(features))
+        return self.key_values(self.tokens(features, weights, aggregator))
 
     def key_values(self, tokens: Tensor) -> dict[int, KeyValues]:
         """(batch, tokens, cross) → for each layer n its keys and values, (batch, tokens, hidden)."""

@@ -22,11 +22,15 @@ class KeyValues(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What one image prompt adds to one layer: λV' for `value`; `mask` (1 or rows, positions, 1) or None for everywhere."""
+    """What one image prompt adds to one layer: λV' for `value`; `mask` (1 or rows, positions, 1) or None for everywhere.
+
+    `bias`, (rows, 1, 1, tokens), is added to the scores: the logarithms of the references' weights.
+    """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
+    bias: Tensor | None = None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -61,8 +65,8 @@ def decoupled_attention(
     text_bias: added to the text's scores, broadcastable to (rows, heads, positions, tokens). Returns (rows, positions, hidden).
     """
     out = attend(query, text.key, text.value, heads, kernel, text_bias)
-    for key, value, mask in branches:
-        extra = attend(query, key, value, heads, branch_kernel)
+    for key, value, mask, bias in branches:
+        extra = attend(query, key, value, heads, branch_kernel, bias)
         out = out + (extra if mask is None else mask * extra)
     return out
 

@@ -47,6 +47,10 @@ class Prompt(Protocol):
         """Of the null and of the image, for each layer: (1 or prompts, tokens, hidden)."""
         ...
 
+    def bias(self) -> Tensor | None:
+        """The logarithm of each token's weight, (1 or prompts, tokens); None where all weigh the same."""
+        ...
+
 
 class LayerInput(NamedTuple):
     """All that one layer reads: the text's keys and values, if they are known already, and the branches."""
@@ -217,7 +221,7 @@ class Link:
         for prompt in prompts:
             check_fit(prompt.adapter, self._unet)
             _check_scale(prompt.scale, self._layers)
-        computed = [prompt.key_values() for prompt in prompts]
+        computed = [(*prompt.key_values(), prompt.bias()) for prompt in prompts]
         with self._lock:
             self._prompts, self._key_values = prompts, computed
             self._laid_out.clear()
@@ -272,11 +276,12 @@ class Link:
         rows = sample.shape[0]
         height, width = level_sizes(sample.shape[-2], sample.shape[-1], len(self._unet.config.block_out_channels))[layer.level]
         branches = []
-        for prompt, (null, image) in zip(self._prompts, self._key_values, strict=True):
+        for prompt, (null, image, bias) in zip(self._prompts, self._key_values, strict=True):
             key, value = (guidance.spread(n, i, groups, rows) for n, i in zip(null[layer.number], image[layer.number], strict=True))
             value = value * scale_of(prompt.scale, layer.name)
             mask = None if prompt.mask is None else mask_weights(prompt.mask, height, width).to(sample)
-            branches.append(Branch(key.to(sample), value.to(sample), mask))
+            scores = None if bias is None else guidance.spread(bias, bias, groups, rows)[:, None, None].to(sample)
+            branches.append(Branch(key.to(sample), value.to(sample), mask, scores))
         return branches
 
     def _gates(self, timestep: Tensor | float) -> list[Tensor | None]:

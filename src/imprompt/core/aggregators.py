@@ -1,0 +1,143 @@
+"""Several references of one subject → what one prompt hears.
+
+Pooling and self-attention are those of the second paper ("P2": several photographs on top of IP-Adapter, sections 3.4 and
+3.5). Each is a set function: the order of the references does not matter. A weight of 2 means the same as giving the
+reference twice, a weight of 0 the same as leaving it out.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.core.attention import attend
+
+
+class Aggregator(nn.Module):
+    """Concatenation: every reference keeps tokens of its own. The base of the others, and what an adapter does by itself."""
+
+    name = "concat"
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        """Before the projector. (batch, references, patches, width), (batch, references) → (batch, fewer, patches, width)."""
+        return features
+
+    def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """After it. (batch, references, tokens, cross) → (batch, all tokens, cross)."""
+        return tokens.flatten(1, 2)
+
+
+class Average(Aggregator):
+    """The mean of the embeddings (P2, average pooling), or of the tokens."""
+
+    name = "average"
+
+    def __init__(self, on_tokens: bool = False):
+        super().__init__()
+        self.on_tokens = on_tokens
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        return features if self.on_tokens else _mean(features, weights)
+
+    def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        return (_mean(tokens, weights) if self.on_tokens else tokens).flatten(1, 2)
+
+
+class Maximum(Aggregator):
+    """The greatest of the embeddings, channel by channel (P2, max pooling), or of the tokens."""
+
+    name = "max"
+
+    def __init__(self, on_tokens: bool = False):
+        super().__init__()
+        self.on_tokens = on_tokens
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        return features if self.on_tokens else _greatest(features, weights)
+
+    def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        return (_greatest(tokens, weights) if self.on_tokens else tokens).flatten(1, 2)
+
+
+class SelfAttention(Aggregator):
+    """P2, algorithm 1: Q = xW_q, K = xW_k, V = xW_v, softmax(QKᵀ/√d)V over the embeddings; all of its rows go on to the projector.
+
+    It is trained on nine references. `nine` brings other numbers there.
+    """
+
+    name = "self-attention"
+    NUMBER = 9
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        x = features.flatten(1, 2)
+        bias = _bias(weights, features.shape[2]).to(x.dtype)
+        z = attend(self.to_q(x), self.to_k(x), self.to_v(x), heads=1, bias=bias)
+        return z.reshape(features.shape)
+
+    @classmethod
+    def nine(cls, count: int, generator: torch.Generator) -> list[int]:
+        """Which of `count` references are read: the surplus is left out, and where there are fewer, they are drawn again (bootstrap)."""
+        again = torch.randint(count, (max(0, cls.NUMBER - count),), generator=generator).tolist()
+        return [*range(min(count, cls.NUMBER)), *again]
+
+
+class SetAttention(Aggregator):
+    """Ours: `slots` learned queries read all references by attention of several heads, and add what they find to the mean.
+
+    Any number of references. The outlet is zero at first, so that it starts as the average.
+    """
+
+    name = "attention"
+
+    def __init__(self, width: int, heads: int = 4, slots: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.slots = nn.Parameter(torch.randn(slots, width) / width**0.5)
+        self.norm, self.norm_mean, self.norm_read = (nn.LayerNorm(width) for _ in range(3))
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.between = nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        outlet = nn.Linear(2 * width, width)
+        nn.init.zeros_(outlet.weight)
+        nn.init.zeros_(outlet.bias)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), outlet)
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        mean = _mean(features, weights).mean(2)  # (batch, 1, width)
+        x = self.norm(features.flatten(1, 2))
+        bias = _bias(weights, features.shape[2]).to(x.dtype)
+        query, key, value = self.to_qkv(x).chunk(3, dim=-1)
+        x = x + self.between(attend(query, key, value, self.heads, bias=bias))
+        query = self.to_q(self.slots + self.norm_mean(mean))
+        key, value = self.to_kv(self.norm_read(x)).chunk(2, dim=-1)
+        found = attend(query, key, value, self.heads, bias=bias)
+        return cast(Tensor, mean + self.mlp(query + found))[:, :, None]
+
+
+class Joint(Aggregator):
+    """For projectors that read a grid: all references' patches lie before the queries at once, so the tokens stay as many as for one."""
+
+    name = "joint"
+
+    def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
+        return features.flatten(1, 2)[:, None]
+
+
+def _mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Over dimension 1, which stays."""
+    share = (weights / weights.sum(1, keepdim=True)).to(x)
+    return (x * share[:, :, None, None]).sum(1, keepdim=True)
+
+
+def _greatest(x: Tensor, weights: Tensor) -> Tensor:
+    return x.masked_fill((weights == 0)[:, :, None, None], -torch.inf).amax(1, keepdim=True)
+
+
+def _bias(weights: Tensor, patches: int) -> Tensor:
+    """log w for every key, (batch, 1, 1, references · patches): in a softmax, a weight of 2 is the key standing there twice."""
+    return weights.log().repeat_interleave(patches, 1)[:, None, None]

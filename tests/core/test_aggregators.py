@@ -1,0 +1,122 @@
+"""Several references: set functions, weights that mean repetition, and P2's attention against the formula."""
+
+import pytest
+import torch
+
+from conftest import random_adapter, sd15_unet
+from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum, SelfAttention, SetAttention
+from imprompt.core.attention import attend
+
+WIDTH, PATCHES, TOKENS = 24, 1, 4
+
+
+def shaken(module, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+ALL = {
+    "concat": Aggregator,
+    "average": Average,
+    "average of tokens": lambda: Average(on_tokens=True),
+    "max": Maximum,
+    "max of tokens": lambda: Maximum(on_tokens=True),
+    "self-attention": lambda: shaken(SelfAttention(WIDTH)),
+    "attention": lambda: shaken(SetAttention(WIDTH)),
+}
+
+
+def heard(adapter, features, weights=None, aggregator=None, seed=3):
+    """What a query gets from the keys and values: the order of tokens is gone."""
+    tokens = adapter.tokens(features, weights, aggregator)
+    query = torch.randn(len(tokens), 5, tokens.shape[2], generator=torch.Generator().manual_seed(seed))
+    bias = None
+    if weights is not None and type(aggregator) in (Aggregator, SelfAttention):
+        bias = weights.log().repeat_interleave(TOKENS, 1)[:, None, None]
+    return attend(query, tokens, tokens, 2, bias=bias)
+
+
+@pytest.fixture(params=list(ALL))
+def aggregator(request):
+    return ALL[request.param]().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return random_adapter(sd15_unet(), "global")
+
+
+def references(count, seed=1):
+    return torch.randn(2, count, PATCHES, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("count", [2, 9, 64])
+def test_the_order_does_not_matter(adapter, aggregator, count):
+    x = references(count)
+    shuffled = x[:, torch.randperm(count, generator=torch.Generator().manual_seed(2))]
+    difference = heard(adapter, x, aggregator=aggregator) - heard(adapter, shuffled, aggregator=aggregator)
+    assert difference.abs().max() <= 1e-5
+
+
+def test_a_weight_of_two_is_the_reference_twice(adapter, aggregator):
+    x = references(3)
+    twice = torch.cat([x, x[:, :1]], dim=1)
+    weighed = heard(adapter, x, torch.tensor([[2.0, 1.0, 1.0]]).expand(2, -1), aggregator)
+    torch.testing.assert_close(weighed, heard(adapter, twice, torch.ones(2, 4), aggregator), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_of_zero_is_the_reference_left_out(adapter, aggregator):
+    x = references(3)
+    weighed = heard(adapter, x, torch.tensor([[1.0, 1.0, 0.0]]).expand(2, -1), aggregator)
+    torch.testing.assert_close(weighed, heard(adapter, x[:, :2], torch.ones(2, 2), aggregator), rtol=1e-4, atol=1e-5)
+
+
+def test_duplicates_are_one_reference(adapter, aggregator):
+    x = references(1)
+    torch.testing.assert_close(
+        heard(adapter, x.expand(-1, 5, -1, -1), aggregator=aggregator), heard(adapter, x, aggregator=aggregator), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_self_attention_is_the_papers_algorithm():
+    module = SelfAttention(WIDTH).double()
+    x = references(9).double()
+    q, k, v = (x[0, :, 0] @ w.weight.T for w in (module.to_q, module.to_k, module.to_v))
+    expected = torch.softmax(q @ k.T / WIDTH**0.5, dim=-1) @ v
+    torch.testing.assert_close(module.embeddings(x, torch.ones(2, 9))[0, :, 0], expected, rtol=1e-10, atol=1e-12)
+    assert sum(p.numel() for p in module.parameters()) == 3 * WIDTH**2
+
+
+@pytest.mark.parametrize(("count", "first"), [(9, list(range(9))), (12, list(range(9))), (4, [0, 1, 2, 3]), (1, [0])])
+def test_nine_references_are_read_whatever_is_given(count, first):
+    found = SelfAttention.nine(count, torch.Generator().manual_seed(0))
+    assert len(found) == 9 and found[: len(first)] == first and set(found) <= set(range(count))
+
+
+def test_ours_starts_as_the_average(adapter):
+    x, ours = references(5), SetAttention(WIDTH)
+    torch.testing.assert_close(heard(adapter, x, aggregator=ours), heard(adapter, x, aggregator=Average()), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_stay_as_many_as_for_one(adapter):
+    for aggregator in (Average(), Maximum(), Average(True), Maximum(True)):
+        assert adapter.tokens(references(64), aggregator=aggregator).shape[1] == TOKENS
+    assert adapter.tokens(references(64), aggregator=SetAttention(WIDTH)).shape[1] == 4 * TOKENS
+    assert adapter.tokens(references(9), aggregator=SelfAttention(WIDTH)).shape[1] == 9 * TOKENS
+    plus = random_adapter(sd15_unet(), "resampler")
+    assert plus.tokens(torch.randn(2, 64, 17, 40), aggregator=Joint()).shape[1] == plus.tokens(torch.randn(2, 1, 17, 40)).shape[1]
+
+
+def test_the_joint_reading_of_patches_is_a_set_function():
+    plus = random_adapter(sd15_unet(), "resampler")
+    x = torch.randn(1, 6, 17, 40)
+    assert (plus.tokens(x, aggregator=Joint()) - plus.tokens(x.flip(1), aggregator=Joint())).abs().max() <= 1e-5
+
+
+def test_every_trained_weight_gets_a_gradient():
+    for module in (SelfAttention(WIDTH), shaken(SetAttention(WIDTH))):
+        module.embeddings(references(9), torch.ones(2, 9)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
