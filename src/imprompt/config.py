@@ -285,6 +285,7 @@ class Evaluate:
     batch: int = _option(0, "pictures drawn at a time (default: 64 on mini, 8 elsewhere)")
     judge: str | None = _option(None, "CLIP model for CLIP-I, CLIP-T and CMMD: mini, a folder or a hub id (default: ViT-L/14, or mini's)")
     features: str = _option("auto", "what FID and KID look at: mini, clip, inception, or a model by folder or hub id such as DINO")
+    lpips: bool = _option(False, "also measure LPIPS to the reference (an extra: pip install 'imprompt[inception]')")
     seed: int = _option(0, "of the first picture; the next ones count up")
     processes: int = _option(1, "processes on this machine")
     resamples: int = _option(200, "bootstrap resamples for the intervals")

@@ -144,6 +144,8 @@ def test_names():
         ({"data": "nowhere"}, "no data at nowhere"),
         ({"size": 65}, "multiples of"),
         ({"features": "nowhere/at-all"}, "no image model at nowhere/at-all"),
+        ({"features": "inception"}, "Inception needs torch-fidelity"),
+        ({"lpips": True}, "LPIPS needs a torchvision"),
         ({"judge": "nowhere/at-all"}, "no CLIP model at nowhere/at-all"),
     ],
 )

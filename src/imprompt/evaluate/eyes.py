@@ -22,11 +22,12 @@ class Eyes:
     judge: a CLIP model. features: mini (the judge's classifier), clip, inception (an extra), or an image model.
     """
 
-    def __init__(self, judge: str, features: str, device: str = "cpu"):
+    def __init__(self, judge: str, features: str, device: str = "cpu", lpips: bool = False):
         self.similarity = Similarity.load(judge)
         self.similarity.model.to(device)
         self.names = {"CLIP-I, CLIP-T, CMMD": judge, "FID, KID": features, "device": device}
         self._look = _look(features, device)
+        self.lpips = _lpips(device) if lpips else None
 
     @torch.no_grad()
     def see(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -81,11 +82,28 @@ def _inception(device: str) -> Look:
         raise UserError("Inception needs torch-fidelity; install it with: pip install 'imprompt[inception]'") from error
 
     def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        bytes_ = torch.stack([((pixels([i])[0] + 1) * 127.5).round().byte() for i in images]).to(device)
-        seen, logits = model(bytes_)
+        found = [model(((pixels([i], i.size) + 1) * 127.5).round().byte().to(device)) for i in images]  # references differ in size
+        seen, logits = (torch.cat(column) for column in zip(*found, strict=True))
         return {"features": seen, "classes": logits.softmax(1)}
 
     return look
+
+
+def _lpips(device: str) -> Callable[[Sequence[Image.Image], Sequence[Image.Image]], Tensor]:
+    """Perceptual distance of pairs of pictures (arXiv:1801.03924), by torchmetrics: (pairs,), 0 …, lower is more alike."""
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        measure = LearnedPerceptualImagePatchSimilarity("alex", reduction="none").to(device)
+    except (ImportError, RuntimeError) as error:
+        raise UserError("LPIPS needs a torchvision that works; install it with: pip install 'imprompt[inception]'") from error
+
+    def distance(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
+        size = a[0].size
+        left, right = (torch.cat([pixels([i], size) for i in images]).to(device) for images in (a, [i.resize(size) for i in b]))
+        return measure(left, right).float().cpu().reshape(-1)
+
+    return distance
 
 
 def _model(source: str, device: str) -> Look:

@@ -17,6 +17,7 @@ COLUMNS = {
     "CLIP-T": "↑ cosine with the caption (of the curve: with the text given)",
     "likeness": "↑ cosine with the reference, in the features that FID looks at",
     "structure": "↓ distance of self-similarities to the reference's (Splice)",
+    "LPIPS": "↓ to the reference",
     "FID": "↓ to the references; biased below some 10 000 pictures",
     "KID × 1000": "↓ to the references",
     "CMMD": "↓ to the references",
@@ -70,7 +71,7 @@ def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = Tr
     found: dict[str, Interval] = {}
     if len(groups.unique()) < 2:
         return found
-    for name in ("CLIP-I", "CLIP-T", "likeness", "structure"):
+    for name in ("CLIP-I", "CLIP-T", "likeness", "structure", "LPIPS"):
         values = seen.column(f"score.{name}")
         if values is not None:
             found[name] = metrics.mean_interval(values, groups, resamples)

@@ -100,7 +100,7 @@ class Studio:
     @cached_property
     def eyes(self) -> Eyes:
         assert self.choice.judge is not None
-        return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device))
+        return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device), self.choice.lpips)
 
     @cached_property
     def size(self) -> int:
@@ -174,6 +174,8 @@ class Studio:
         scores["likeness"] = metrics.cosines(seen["features"], wanted["features"])
         if "patches" in seen:
             scores["structure"] = metrics.structure_distance(seen.pop("patches"), wanted.pop("patches"))
+        if self.eyes.lpips:
+            scores["LPIPS"] = self.eyes.lpips(drawn, [case.reference for case in cases])
         index = {"prompt": torch.tensor([i for i, _, _ in places]), "seed": torch.tensor([seed for _, _, seed in places])}
         return {f"score.{name}": value for name, value in scores.items()} | seen | index
 

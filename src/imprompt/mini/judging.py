@@ -106,9 +106,9 @@ class Judge:
         return F.normalize(self.clip.get_text_features(input_ids=tokenise(self.tokenizer, list(texts))).pooler_output, dim=1)
 
 
-def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """(pictures, 3, SIZE, SIZE) in −1 … 1."""
-    arrays = [np.asarray(image.convert("RGB").resize((world.SIZE,) * 2, Image.Resampling.BICUBIC)) for image in images]
+def pixels(images: Sequence[Image.Image], size: tuple[int, int] = (world.SIZE, world.SIZE)) -> Tensor:
+    """(pictures, 3, height, width) in −1 … 1, all brought to one size."""
+    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
