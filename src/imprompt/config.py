@@ -89,6 +89,15 @@ COPIES = (
     "kandinsky",
     "versatile",
 )  # train a copy of UNet weights
+MANY = (
+    "ip-adapter",
+    "ip-adapter-plus",
+    "simple",
+    "simple-plus",
+    "uni-controlnet",
+    "t2i-style",
+    "blip-diffusion",
+)  # hear several references
 METHODS = tuple(name for name in READS if name != "reference-only")  # those that are trained
 
 # What fits the embedded model, for whatever the user left open; elsewhere it is P1's settings (arXiv:2308.06721, section 4.1.2).
@@ -178,6 +187,8 @@ class Train:
         _finite(lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, min_snr=self.min_snr, noise_offset=self.noise_offset)
         shares = {name: getattr(self, name) for name in ("drop_text", "drop_image", "drop_both", "augment", "max_unreadable")}
         _shares(**{name: value for name, value in shares.items() if (name, value) != ("drop_text", -1.0)})
+        if self.references > 1 and self.method not in MANY:
+            raise UserError(f"references: {self.method} hears one; expected 1, or one of {', '.join(MANY)} as the method")
         if self.drop_text + self.drop_image + self.drop_both > 1:
             raise UserError("drop_text, drop_image and drop_both: expected at most 1 together")
         _one_of(METHODS, method=self.method)
@@ -296,6 +307,10 @@ class Evaluate:
     def __post_init__(self) -> None:
         _at_least(1, samples=self.samples, steps=self.steps, processes=self.processes, size=1 if self.size is None else self.size)
         _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed)
+        if self.seed > 2**62:
+            raise UserError(f"seed: expected less than 2⁶², received {self.seed}")
+        if self.curve == 1:
+            raise UserError("curve: expected 0, or at least 2 prompts, of which an interval can be told; received 1")
         _at_least(2, resamples=self.resamples)
         _finite(scale=self.scale, guidance=self.guidance)
         _one_of(SCHEDULERS, scheduler=self.scheduler)

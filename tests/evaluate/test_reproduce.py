@@ -65,7 +65,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 def row(likeness, text=0.5, diversity=0.1, trainable=360_000, scale=1.0, seen=()):
     figures = {name: Interval(v, v, v) for name, v in (("CLIP-I", likeness), ("CLIP-T", text), ("diversity", diversity))}
     each = {name: [v.value] * 8 for name, v in figures.items()} | {"seen": list(seen)}
-    return Finished(Score("x", 8, 8, 0, trainable, scale=scale, figures=figures), {"training": 0, "drawing": 0}, each)
+    return Finished(Score("x", 8, 8, 0, trainable, scale=scale, figures=figures), {"training": 0, "drawing": 0}, each, {})
 
 
 def made_up(**changes):

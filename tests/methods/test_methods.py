@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import imprompt
 from conftest import image_processor, sd15_pipeline, sdxl_pipeline
 from imprompt import config
 from imprompt.encoders import ImageEncoder
@@ -75,6 +76,49 @@ def test_training_and_use_are_the_same_function(made):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("each", [1, 2])
+def test_with_guidance_the_first_half_hears_nothing_and_the_second_the_pictures(made, each):
+    pipe, method = made
+    if method.name == "reference-only":
+        pytest.skip("its unconditional rows read the reference too")
+    x, time, text = inputs(pipe, 4 * each)
+    image, null = features(method, 0, 1), method.null()[None]
+    rows = torch.cat([null.expand(2 * each, -1, -1, -1), image.repeat_interleave(each, 0)])
+    expected = method.denoise(x, time, text, rows)
+    method.release()
+    pipe._guidance_scale, pipe._interrupt = 3.0, False
+    with method.attached(pipe, image, null):
+        found = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (expected[-1] - method.denoise(x, time, text, null.expand(4 * each, -1, -1, -1))[-1]).abs().max() > 1e-5
+    method.release()
+
+
+@torch.no_grad()
+def test_reference_only_mixes_in_the_unconditional_rows_alone():
+    pipe, encoder = base()
+    method = create("reference-only", pipe, encoder)
+    x, time, text = inputs(pipe, 2)
+    x, text = x[:1].expand(2, -1, -1, -1), text[:1].expand(2, -1, -1)
+    pipe._guidance_scale = 3.0
+    plain = pipe.unet(x, time, text).sample
+    with method.attached(pipe, features(method, 0), method.null()[None]):
+        nothing, heard = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
+    assert 0 < (nothing - plain[0]).abs().mean() < (heard - plain[1]).abs().mean()
+
+
+def test_a_forward_of_somebody_else_is_put_back():
+    pipe, encoder = base()
+    method = create("simple", pipe, encoder)
+    inner = pipe.unet.forward
+    pipe.unet.forward = hooked = lambda *a, **k: inner(*a, **k)
+    with method.attached(pipe, features(method, 0, 1), method.null()[None]):
+        assert pipe.unet.forward is not hooked
+        drawn(pipe)
+    assert pipe.unet.forward is hooked
+
+
+@torch.no_grad()
 def test_the_picture_is_heard_and_the_unet_left_as_it_was(made):
     pipe, method = made
     before, keys = drawn(pipe), list(pipe.unet.state_dict())
@@ -142,7 +186,11 @@ def test_sd_unclip_adds_noise_in_training_only_and_knows_the_data():
     module.train()
     noisy = module.given(image)["labels"]
     assert not torch.equal(noisy, module.given(image)["labels"])
-    torch.testing.assert_close(module.normal.running_mean, image[:, 0, 0].mean(0))
+    mean, std = module.statistics()
+    torch.testing.assert_close(mean, image[:, 0, 0].mean(0))
+    torch.testing.assert_close(std, image[:, 0, 0].std(0, correction=0), rtol=1e-3, atol=1e-4)
+    module.given(method.null()[None])
+    torch.testing.assert_close(module.statistics()[0], mean)  # what is dropped is no data, even alone in a batch
     module.eval()
     clean = module.given(image)["labels"]
     torch.testing.assert_close(clean[:, :FITTING], image[:, 0, 0], rtol=1e-4, atol=1e-4)
@@ -187,6 +235,54 @@ def test_what_trains_a_unet_says_where_it_cannot(name):
 def test_an_encoder_of_the_wrong_width_is_named(name):
     with pytest.raises(UserError, match="an encoder of width 32, received 24"):
         create(name, *base(pooled=24))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["simple", "uni-controlnet", "t2i-style", "shuffle", "seecoder", "reference-only"])
+def test_adapters_work_on_sdxl(name):
+    pipe, (_, encoder) = sdxl_pipeline(), base()
+    method = shaken(create(name, pipe, encoder))
+    before = drawn(pipe)
+    with method.attached(pipe, features(method, 0, 1), method.null()[None]):
+        assert not torch.equal(before, drawn(pipe))
+    assert torch.equal(before, drawn(pipe))
+
+
+@pytest.mark.parametrize("name", config.COPIES)
+def test_what_trains_a_unet_starts_much_as_the_base(name):
+    if name == "shuffle":
+        pytest.skip("its outlets are zero")
+    from imprompt.mini.judging import cases
+    from imprompt.pipelines import load_base
+    from imprompt.training.frozen import Frozen
+
+    pipe = load_base("mini")
+    encoder = ImageEncoder.load(imprompt.MINI / "image_encoder")
+    method = create(name, pipe, encoder)
+    text = Frozen(pipe, encoder, method.grid).text([case.text for case in cases(4)]).states
+    x, time = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.full((4,), 600)
+    method.module.eval()
+    with torch.no_grad():
+        base_says, said = pipe.unet(x, time, text).sample, method.denoise(x, time, text, method.null()[None].expand(4, -1, -1, -1))
+    apart = float((said - base_says).norm() / base_says.norm())
+    if name in ("image-variations", "versatile"):  # they have no text
+        assert apart < 2
+    else:
+        assert apart < 0.35, f"{name} starts {apart:.2f} away from the base"
+
+
+@pytest.mark.parametrize("name", ["image-variations", "kandinsky", "shuffle"])
+def test_a_copy_computes_activations_twice_where_the_base_does(name):
+    pipe, encoder = base()
+    pipe.unet.enable_gradient_checkpointing()
+    module = create(name, pipe, encoder).module
+    assert (module.controlnet if name == "shuffle" else module.unet).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", sorted(set(config.METHODS) - set(config.MANY)))
+def test_what_hears_one_reference_says_so(name):
+    with pytest.raises(UserError, match=f"references: {name} hears one"):
+        config.Train(method=name, references=2)
 
 
 def test_an_unknown_method_is_named():

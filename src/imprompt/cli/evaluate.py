@@ -30,9 +30,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"page": str(page), "rows": [report.as_dict(score) for score in found]}, ensure_ascii=False))
         return
     print(report.markdown([score for score in found if not score.curve]))
-    lost = {name: why for row in rows for name, why in report.Seen(studio.out, row.name, studio.chunks(row)).lost.items()}
-    for name, why in list(lost.items())[:10]:
-        print(f"left out: prompt {name}: {why}")
+    for row in rows:
+        lost = report.Seen(studio.out, row.name, studio.chunks(row)).lost
+        for name, why in list(lost.items())[:5]:
+            print(f"left out of {row.name}: prompt {name}: {why}")
+        if lost and row.name == "copy":
+            print(f"once they are mended, delete {studio.out} or choose another --out")
     print(page)
 
 

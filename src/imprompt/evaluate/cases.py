@@ -1,9 +1,12 @@
 """The prompts of an evaluation: reference pictures with their captions, in a fixed order."""
 
+import os
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -11,7 +14,7 @@ from PIL import Image
 from imprompt.data.readers import open_data
 from imprompt.data.records import Counted, Record
 from imprompt.errors import ImageError, UserError
-from imprompt.images import fit, open_image
+from imprompt.images import Picture, fit, open_image
 from imprompt.mini import judging, world
 
 MOST = 5_000  # prompts, unless told otherwise: the paper's number
@@ -38,6 +41,11 @@ class Cases(Protocol):
     @property
     def texts(self) -> Sequence[str]: ...
     @property
+    def fingerprint(self) -> str:
+        """Changes when captions or pictures are others."""
+        ...
+
+    @property
     def has_others(self) -> bool: ...
 
 
@@ -49,6 +57,7 @@ class MiniCases:
     def __init__(self, count: int):
         self._cases = judging.cases(count)
         self.texts = [case.text for case in self._cases]
+        self.fingerprint = _fingerprint(self.texts)
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -67,6 +76,7 @@ class DataCases:
     def __init__(self, records: Sequence[Record]):
         self.records = records
         self.texts = [record.text for record in records]
+        self.fingerprint = _fingerprint([*self.texts, *(f"{r.key} {_bytes(r.target)}" for r in records)])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -77,15 +87,18 @@ class DataCases:
         return Case(record.key, record.text, fit(open_image(picture)))
 
     def other(self, i: int) -> Image.Image:
-        subject = self.records[i].subject
-        alike = [n for n in self._subjects[subject] if n != i] if subject else []
+        record = self.records[i]
+        shown = record.references[0] if record.references else record.target
+        pictures = [self.records[n].target for n in self._subjects[record.subject]] if record.subject else []
+        pictures = [record.target, *pictures]  # where the reference is another one, the target is the nearest real picture
+        alike = [p for n, p in enumerate(pictures) if p != shown and p not in pictures[:n]]
         if not alike:
-            raise ImageError(f"{self.records[i].key} has no other picture of its subject")
-        return fit(open_image(self.records[alike[i % len(alike)]].target))
+            raise ImageError(f"{record.key} has no other picture of its subject")
+        return fit(open_image(alike[0 if record.references else i % len(alike)]))
 
     @property
     def has_others(self) -> bool:
-        return any(len(found) > 1 for found in self._subjects.values())
+        return any(len(found) > 1 for found in self._subjects.values()) or any(record.references for record in self.records)
 
     @cached_property
     def _subjects(self) -> dict[str, list[int]]:
@@ -94,6 +107,16 @@ class DataCases:
             if record.subject:
                 found[record.subject].append(i)
         return found
+
+
+def _fingerprint(words: Sequence[str]) -> str:
+    return f"{zlib.crc32(chr(10).join(words).encode('utf-8', 'surrogatepass')):08x}"
+
+
+def _bytes(picture: Picture) -> int:
+    if isinstance(picture, bytes):
+        return len(picture)
+    return os.path.getsize(picture) if isinstance(picture, (str, Path)) and os.path.exists(picture) else 0
 
 
 def open_cases(data: str, limit: int) -> Cases:

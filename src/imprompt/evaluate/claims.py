@@ -16,7 +16,18 @@ from PIL import Image
 from imprompt.config import COPIES, READS, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
-from imprompt.evaluate.reproduce import BUDGETS, CUSTOM, Finished, curve_names, custom_names, finished, finished_path, jobs, machine
+from imprompt.evaluate.reproduce import (
+    BUDGETS,
+    CUSTOM,
+    Finished,
+    curve_names,
+    custom_names,
+    finished,
+    finished_path,
+    jobs,
+    machine,
+    training,
+)
 from imprompt.evaluate.score import COLUMNS
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
@@ -154,6 +165,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     table = [name for name in ("copy", "real", "text", *PAPER, *custom_names(everything)) if name in rows]
     judged = claims(rows)
     points = [rows[name].score for name in curve_names(everything) if name in rows and not name.endswith("base")]
+    kept = next((row.protocol for name, row in rows.items() if name in PAPER and row.protocol), {})
     words = [
         f"# IP-Adapter's comparison on mini, budget {choice.budget}",
         "",
@@ -162,6 +174,8 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "## The paper's claims",
         "",
         *(f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in judged),
+        "",
+        "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them.",
         "",
         "## The paper's table, and ours",
         "",
@@ -177,6 +191,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     if points:
         _bytes(folder / "curve.png", curves(points))
         words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
+    words += ["## Protocol", "", *(f"- {name}: {value}" for name, value in kept.items()), ""]
     page = "\n".join(words)
     _bytes(folder / "README.md", page.encode())
     _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
@@ -188,10 +203,10 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
 
 
 def _budget(choice: Reproduce) -> str:
-    b = BUDGETS[choice.budget]
+    b, usual = BUDGETS[choice.budget], training(choice, "ip-adapter", Path(choice.out)).settled()
     return (
         f"every trained row: {b.steps:,} steps × {b.batch} pictures of the same {b.pictures:,}, the same seed and settings "
-        "(Muon, learning rate 3e-3); "
+        f"({usual.optimizer}, learning rate {usual.lr:g}, {usual.schedule}); "
         f"every row: {b.prompts:,} held-out prompts × {b.samples}, DDIM {b.drawing}, guidance 3, empty text (row text: the caption)"
     )
 
@@ -223,7 +238,7 @@ def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
 def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
     return {
         "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in judged],
-        "rows": {name: as_dict(row.score) | {"minutes": row.minutes} for name, row in rows.items()},
+        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
         "machine": machine(),
     }
 
@@ -231,6 +246,7 @@ def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
 def _html(choice: Reproduce, folder: Path, rows: Rows, judged: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
     verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in judged)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
+    body += "<p>Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them.</p>"
     body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}{legend()}"
     body += f"<h2>Pictures</h2>{html_strips(strips)}"
     curve = folder / "curve.png"

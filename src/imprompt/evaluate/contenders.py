@@ -15,6 +15,7 @@ from imprompt.errors import CheckpointError, UserError
 from imprompt.evaluate.contender import Contender, How
 from imprompt.evaluate.outside import is_outside, load_outside
 from imprompt.hosts.packing import pack
+from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.pipelines import claim_device, drawing, load_base, pick_dtype, scheduled
@@ -86,7 +87,7 @@ LARGE = 5_000_000  # parameters of a module that is worth laying out for the pro
 def named(source: str) -> tuple[str, str]:
     """NAME=SOURCE taken apart; without a name, one made from the source."""
     name, sign, rest = source.partition("=")
-    if sign and name and "/" not in name:
+    if sign and name and "/" not in name and not Path(source).exists():
         return name, rest
     path = Path(source)
     if path.suffix in checkpoints.FORMATS:
@@ -97,27 +98,28 @@ def named(source: str) -> tuple[str, str]:
 def load_method(source: str, pipe: Any, base: str, encoder: str | None) -> Method:
     """A method with its weights: a file that `imprompt train` wrote, a public adapter, mini, mini-plus, or reference-only."""
     if source == "reference-only":
-        return create(source, pipe, _own_encoder(base, encoder))
+        return create(source, pipe, _own_encoder(base, encoder, pipe))
     path, place = hub.find_adapter(source)
     about = checkpoints.about(path) if path.suffix == ".safetensors" else {}
     name = str(about.get("method", "ip-adapter"))
     if name.startswith("ip-adapter"):
         adapter, spec = checkpoints.load_adapter(path)
         where = (encoder, None) if encoder else place or hub.default_encoder(spec)
-        prompter = Prompter(adapter, spec, ImageEncoder.load(*where))
-        prompter.to(pipe.unet.device)
+        prompter = Prompter(adapter, spec, ImageEncoder.load(*where)).to(pipe.unet.device)
+        check_fit(adapter, pipe.unet)
         return IPAdapter(pipe.unet, prompter.encoder, adapter)
     if name not in READS:
         raise CheckpointError(f"{path.name} was trained by method {name!r}; expected one of {', '.join(READS)}")
-    method = create(name, pipe, _own_encoder(base, encoder))
+    method = create(name, pipe, _own_encoder(base, encoder, pipe))
     checkpoints.load_module(method.module, path)
     return method
 
 
-def _own_encoder(base: str, encoder: str | None) -> ImageEncoder:
-    if encoder:
-        return ImageEncoder.load(encoder)
-    return ImageEncoder.load(hub.MINI / "image_encoder") if base == "mini" else ImageEncoder.load(*hub.RELEASED_ENCODER)
+def _own_encoder(base: str, encoder: str | None, pipe: Any) -> ImageEncoder:
+    place = (encoder, None) if encoder else (hub.MINI / "image_encoder", None) if base == "mini" else hub.RELEASED_ENCODER
+    found = ImageEncoder.load(*place)
+    found.model.to(pipe.unet.device)  # type: ignore[arg-type]
+    return found
 
 
 def check_source(source: str) -> None:

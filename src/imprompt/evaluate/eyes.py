@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -82,7 +83,9 @@ def _inception(device: str) -> Look:
         raise UserError("Inception needs torch-fidelity; install it with: pip install 'imprompt[inception]'") from error
 
     def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        found = [model(((pixels([i], i.size) + 1) * 127.5).round().byte().to(device)) for i in images]  # references differ in size
+        found = [
+            model(torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1)[None].to(device)) for i in images
+        ]  # references differ in size
         seen, logits = (torch.cat(column) for column in zip(*found, strict=True))
         return {"features": seen, "classes": logits.softmax(1)}
 
@@ -107,7 +110,7 @@ def _lpips(device: str) -> Callable[[Sequence[Image.Image], Sequence[Image.Image
 
 
 def _model(source: str, device: str) -> Look:
-    """Any image model of transformers, such as DINO: its pooled output, or the first token."""
+    """Any image model of transformers: its class token (DINO), else its pooled output, else the mean of its patches."""
     from transformers import AutoImageProcessor, AutoModel
 
     try:
@@ -117,9 +120,13 @@ def _model(source: str, device: str) -> Look:
             f"features: no image model at {source} ({brief(error)}); expected mini, clip, inception, a folder or hub id"
         ) from error
 
+    classed = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
+
     def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        states = model(**processor(images=list(images), return_tensors="pt").to(device)).last_hidden_state
-        states = states if states.ndim == 3 else states.flatten(2).transpose(1, 2)
-        return {"features": states[:, 0], "patches": states[:, 1:]}
+        seen = model(**processor(images=list(images), return_tensors="pt").to(device))
+        states = seen.last_hidden_state
+        patches = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, 1:] if classed else states
+        summary = states[:, 0] if classed and states.ndim == 3 else getattr(seen, "pooler_output", None)
+        return {"features": patches.mean(1) if summary is None else summary.flatten(1), "patches": patches}
 
     return look

@@ -145,8 +145,8 @@ def legend() -> str:
 
 def strip(out: Path, name: str) -> Image.Image:
     """The first pictures of a row, side by side."""
-    found = [picture for picture in Shelf(out, name).pictures(range(SHOWN)) if picture]
-    return sheet([], found or [Image.new("RGB", (64, 64), "white")], columns=SHOWN, cell=96)
+    blank = Image.new("RGB", (64, 64), "white")
+    return sheet([], [picture or blank for picture in Shelf(out, name).pictures(range(SHOWN))], columns=SHOWN, cell=96)
 
 
 def below(strips: Sequence[Image.Image]) -> Image.Image:

@@ -9,10 +9,10 @@ OUT/report/              the table, the claims, the pictures
 
 import json
 import platform
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +23,15 @@ import torch
 
 from imprompt.config import COPIES, METHODS, READS, Encode, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
+from imprompt.errors import UserError
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.report import score_row, strip
 from imprompt.evaluate.score import Score, Seen
 from imprompt.evaluate.shelf import Shelf, agree
-from imprompt.evaluate.suite import Row, Studio, Task, curve_of, facts, protocol
+from imprompt.evaluate.suite import ENDED, Row, Studio, Task, curve_of, facts, protocol
 from imprompt.files import atomic_path, writable_folder
 from imprompt.mini.style import make_style
+from imprompt.pipelines import claim_device, pick_dtype
 from imprompt.training import encode, recorded, train
 
 STYLE = "ink"
@@ -71,6 +73,7 @@ class Finished(NamedTuple):
     score: Score
     minutes: dict[str, float]  # training, drawing
     each: dict[str, list[float]]  # of every prompt: its mean CLIP-I, CLIP-T and diversity
+    protocol: dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -113,12 +116,12 @@ class Workshop:
             self._draw(studio, Row("copy", "copy", "none", 1, row.prompts if not row.curve else self.budget.prompts))
         minutes["drawing"] = self._draw(studio, row)
         score = score_row(studio, row, studio.out)
-        finished = Finished(score, minutes, self._each(studio, row))
+        finished = Finished(score, minutes, self._each(studio, row), protocol(studio.choice, studio))
         if not row.curve:
             with atomic_path(path.with_suffix(".png")) as partial:
                 strip(studio.out, row.name).save(partial)
         with atomic_path(path) as partial:
-            partial.write_text(json.dumps({"score": asdict(score), "minutes": minutes, "each": finished.each}), "utf-8")
+            partial.write_text(json.dumps(finished._asdict() | {"score": asdict(score)}), "utf-8")
         return name
 
     def row(self, name: str) -> tuple[Row, str]:
@@ -174,15 +177,19 @@ class Workshop:
     def _train(self, source: str) -> float:
         method = source.partition("=")[0]
         choice = training(self.choice, method, self.out).settled()
-        out, began, fresh = Path(choice.out), time.monotonic(), 0
-        if (out / "minutes.json").is_file():
-            return float(json.loads((out / "minutes.json").read_text("utf-8")))
-        for step in recorded(choice, train(choice)):
-            fresh += 1
-            self.tell(Progress(method, "training", step.index, step.steps))
-        minutes = (time.monotonic() - began) / 60 * choice.steps / max(fresh, 1)  # of a run that was continued, as if it had not been
-        with atomic_path(out / "minutes.json") as partial:
-            partial.write_text(json.dumps(minutes), "utf-8")
+        kept, asked = Path(choice.out) / "trained.json", json.loads(json.dumps(asdict(choice)))
+        if kept.is_file():
+            done = json.loads(kept.read_text("utf-8"))
+            if done["settings"] != asked:
+                raise UserError(f"{choice.out} was trained with other settings; delete it, or choose another --out")
+            return float(done["minutes"])
+        last = None
+        for last in recorded(choice, train(choice)):
+            self.tell(Progress(method, "training", last.index, last.steps))
+        rate = last.images_per_second if last else 0.0  # of the steps alone, since the run was begun or continued
+        minutes = choice.steps * choice.batch / rate / 60 if rate else 0.0
+        with atomic_path(kept) as partial:
+            partial.write_text(json.dumps({"minutes": minutes, "settings": asked}), "utf-8")
         return minutes
 
     def _draw(self, studio: Studio, row: Row) -> float:
@@ -223,7 +230,7 @@ def finished(out: Path, name: str) -> Finished | None:
         return None
     read = json.loads(path.read_text("utf-8"))
     figures = {key: Interval(*value) for key, value in read["score"].pop("figures").items()}
-    return Finished(Score(**{**read["score"], "name": name}, figures=figures), read["minutes"], read["each"])
+    return Finished(Score(**{**read["score"], "name": name}, figures=figures), read["minutes"], read["each"], read.get("protocol", {}))
 
 
 def training(choice: Reproduce, method: str, out: Path) -> Train:
@@ -239,9 +246,10 @@ def training(choice: Reproduce, method: str, out: Path) -> Train:
 def evaluation(choice: Reproduce, base: str, folder: Path) -> Evaluate:
     """How every row is measured."""
     b = BUDGETS[choice.budget]
+    dtype = str(pick_dtype("auto", torch.device(claim_device(choice.device)).type, True)).removeprefix("torch.")  # on both bases
     return Evaluate(
         base=base, data="mini", limit=b.prompts, samples=b.samples, steps=b.drawing, guidance=3.0, judge="mini", features="mini",
-        encoder=None, out=str(folder), device=choice.device, batch=64, dtype="auto" if base == "mini" else "bfloat16",
+        encoder=None, out=str(folder), device=choice.device, batch=64, dtype=dtype,
     ).settled()  # fmt: skip
 
 
@@ -269,8 +277,9 @@ def _do(verb: str, words: tuple[str, ...]) -> str:
 def run(choice: Reproduce) -> Iterator[Progress]:
     """Do everything that is missing. Interrupted, the same call goes on."""
     out = writable_folder(choice.out)
+    agree(out / "reproduce.json", {"paper": choice.paper, "budget": choice.budget, **asdict(BUDGETS[choice.budget])}, f"the work in {out}")
     names = [name for name in jobs(choice) if not finished_path(out, name).is_file()]
-    needed = dict.fromkeys(READS[name] for name in names if name in METHODS and not (out / "train" / name / "minutes.json").is_file())
+    needed = dict.fromkeys(READS[name] for name in names if name in METHODS and not (out / "train" / name / "trained.json").is_file())
     first: list[tuple[str, tuple[str, ...]]] = [("fill", (features,)) for features in needed if not complete(out / f"cache-{features}")]
     if any(CUSTOM in name for name in names) and not (out / STYLE / "model" / "model_index.json").is_file():
         first.append(("style", ()))
@@ -293,6 +302,8 @@ def run(choice: Reproduce) -> Iterator[Progress]:
                         for future in ready:
                             done += 1
                             yield Progress("", future.result(), done, total)
+            except BrokenProcessPool as error:
+                raise UserError(ENDED) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

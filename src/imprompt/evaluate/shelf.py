@@ -24,7 +24,7 @@ class Shelf:
     """One row's folder."""
 
     def __init__(self, out: Path, name: str):
-        self.folder = out / "rows" / re.sub(r"[^\w.+ -]+", "-", name)
+        self.folder = out / "rows" / folder_of(name)
 
     def chunk(self, number: int) -> Path:
         return self.folder / f"chunk-{number:05}.safetensors"
@@ -60,6 +60,11 @@ class Shelf:
             paths = sorted((self.folder / "pictures").glob(f"{prompt:05}-0-*.png"))
             found.append(Image.open(paths[0]).convert("RGB") if paths else None)
         return found
+
+
+def folder_of(name: str) -> str:
+    """A row's name as that of a folder."""
+    return re.sub(r"[^\w.+ -]+|^\.+", "-", name)
 
 
 def agree(path: Path, facts: Mapping[str, Any], what: str) -> None:

@@ -6,8 +6,9 @@ interruption; so are the pictures and the table.
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,15 +22,16 @@ from PIL import Image
 from imprompt import hub
 from imprompt.config import Evaluate
 from imprompt.data.loader import UNREADABLE
+from imprompt.data.readers import is_mini
 from imprompt.errors import UserError, brief
 from imprompt.evaluate import metrics
 from imprompt.evaluate.cases import Case, Cases, open_cases
 from imprompt.evaluate.contender import Contender, How
 from imprompt.evaluate.contenders import check_source, load_contender, named
 from imprompt.evaluate.eyes import Eyes
-from imprompt.evaluate.shelf import Shelf, agree
+from imprompt.evaluate.shelf import Shelf, agree, folder_of
 from imprompt.files import writable_folder
-from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype
+from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype, scheduled
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 REAL = ("copy", "real")  # rows that are not drawn
@@ -75,10 +77,10 @@ def rows_of(choice: Evaluate, cases: Cases) -> list[Row]:
     for source in drawn:
         if source not in (*REAL, "text"):
             rows.append(Row(named(source)[0], source, choice.text, choice.samples, count, choice.scale))
-    names = [row.name for row in rows]
+    names = [folder_of(row.name) for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two rows are called {twice[0]!r}; name them: --adapter NAME=FILE")
-    for source in choice.adapter if choice.curve else ():
+    for source in dict.fromkeys(choice.adapter) if choice.curve else ():
         rows += curve_of(source, min(choice.curve, count))
     return rows
 
@@ -102,12 +104,19 @@ class Studio:
         assert self.choice.judge is not None
         return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device), self.choice.lpips)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return pick_dtype(self.choice.dtype, torch.device(claim_device(self.choice.device)).type, self.choice.base == "mini")
+
+    @property
+    def pipe(self) -> Any:
+        return load_base(self.choice.base, claim_device(self.choice.device), self.dtype)
+
     @cached_property
     def size(self) -> int:
-        device = claim_device(self.choice.device)
-        pipe = load_base(self.choice.base, device, pick_dtype(self.choice.dtype, torch.device(device).type, self.choice.base == "mini"))
-        side = self.choice.size or own_size(pipe)
-        check_size(pipe, side, side)
+        side = self.choice.size or own_size(self.pipe)
+        check_size(self.pipe, side, side)
         return side
 
     def contender(self, source: str) -> Contender:
@@ -116,6 +125,18 @@ class Studio:
             self._at = None
             self._at = source, load_contender(source, self.choice)
         return self._at[1]
+
+    def rehearse(self, rows: Sequence[Row]) -> None:
+        """Load and look once, so that whatever does not fit is said before any work. Raises UserError."""
+        self.eyes.see([Image.new("RGB", (self.size, self.size))])
+        for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
+            self.contender(source)
+        if any(row.source not in REAL for row in rows):
+            with scheduled(self.pipe, self.choice.scheduler, self.choice.steps):  # as many steps as the scheduler can take
+                pass
+
+    def how(self, row: Row) -> How:
+        return How(self.choice.steps, self.choice.guidance or 0.0, (self.size, self.size), row.scale)
 
     def chunks(self, row: Row) -> int:
         return -(-row.prompts // self.step(row))
@@ -138,6 +159,8 @@ class Studio:
             return 0
         places = [(i, s, self.choice.seed + i * self.choice.samples + s) for i, *_ in found for s in range(row.samples)]
         repeated = [case for _, case, _ in found for _ in range(row.samples)]
+        if row.source not in REAL:
+            self.contender(row.source)  # loading it is not drawing
         began = time.perf_counter()
         shown = [case.reference if row.source == "copy" else other for _, case, other in found]
         drawn = [self._resized(p) for p in shown if p] or self._drawn(row, repeated, places)
@@ -151,9 +174,8 @@ class Studio:
         return picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
 
     def _drawn(self, row: Row, cases: list[Case], places: list[tuple[int, int, int]]) -> list[Image.Image]:
-        how = How(self.choice.steps, self.choice.guidance or 0.0, (self.size, self.size), row.scale)
-        texts = [self._text(row, i) for i, _, _ in places]
-        return self.contender(row.source).draw([case.reference for case in cases], texts, [seed for _, _, seed in places], how)
+        texts, seeds = [self._text(row, i) for i, _, _ in places], [seed for _, _, seed in places]
+        return self.contender(row.source).draw([case.reference for case in cases], texts, seeds, self.how(row))
 
     def _text(self, row: Row, i: int) -> str:
         """What the row is told, or, for the curve, what another prompt's caption says."""
@@ -208,6 +230,7 @@ def draw(choice: Evaluate) -> Iterator[Progress]:
     if len(studio.cases) < 2:
         raise UserError(f"expected at least 2 prompts, of which an interval can be told; received {len(studio.cases)}")
     rows = rows_of(choice, studio.cases)
+    studio.rehearse(rows)
     agree(out / "protocol.json", protocol(choice, studio), f"the evaluation in {out}")
     for row in rows:
         agree(Shelf(out, row.name).folder / "row.json", facts(row), f"row {row.name} in {out}")
@@ -231,20 +254,34 @@ def _results(choice: Evaluate, studio: Studio, tasks: list[Task]) -> Iterator[tu
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in ready:
                     yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(ENDED) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+ENDED = "a process was ended from outside, probably for want of memory; the same command goes on, best with fewer --processes"
+
+
 def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:
     """Everything that decides a figure and is not a row: printed with every table."""
+    data = choice.data if is_mini(choice.data) else str(Path(choice.data).absolute())
     return {
-        "base": choice.base, "data": choice.data if choice.data == "mini" else Path(choice.data).name, "prompts": len(studio.cases),
-        "texts": zlib.crc32("\n".join(studio.cases.texts).encode()), "samples": choice.samples, "first seed": choice.seed,
-        "seed": "first seed + prompt × samples + sample", "size": studio.size, "scheduler": choice.scheduler, "steps": choice.steps,
-        "guidance": choice.guidance, "text given": choice.text, "scale": choice.scale, "batch": choice.batch, "dtype": choice.dtype,
+        "base": choice.base, "base's files": fingerprint(choice.base), "data": data,
+        "prompts": len(studio.cases), "captions and pictures": studio.cases.fingerprint, "samples": choice.samples,
+        "references": "square, cut from the middle", "first seed": choice.seed, "seed": "first seed + prompt × samples + sample",
+        "size": studio.size, "scheduler": choice.scheduler, "steps": choice.steps, "guidance": choice.guidance, "text given": choice.text,
+        "scale": choice.scale, "batch": choice.batch, "dtype": str(studio.dtype).removeprefix("torch."),
+        "device": torch.device(claim_device(choice.device)).type, "image encoder": choice.encoder or "each adapter's own",
         "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "CLIP-T": "cosine, not clamped, × 1",
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")},
+        **{name: version(name) for name in ("imprompt", "torch", "diffusers", "transformers", "torchmetrics")},
     }  # fmt: skip
+
+
+def fingerprint(base: str) -> str:
+    """Of a local folder's files, by their names and sizes."""
+    files = sorted(p for p in Path(base).rglob("*") if p.is_file()) if Path(base).is_dir() else []
+    return f"{zlib.crc32(' '.join(f'{p.name} {p.stat().st_size}' for p in files).encode()):08x}" if files else "by name"
 
 
 def facts(row: Row) -> dict[str, Any]:

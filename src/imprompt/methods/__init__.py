@@ -64,8 +64,8 @@ def _versatile(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
 
 
 def _kandinsky(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
-    black = encoder.encode([Image.new("RGB", (encoder.side, encoder.side))], False)
-    return Rewriter(name, pipe.unet, encoder, Kandinsky(pipe.unet, encoder.width(False)), nothing=black)
+    zero = encoder.features(torch.zeros(1, 3, encoder.side, encoder.side), False)
+    return Rewriter(name, pipe.unet, encoder, Kandinsky(pipe.unet, encoder.width(False)), nothing=zero)
 
 
 def _cross(pipe: Any) -> int:

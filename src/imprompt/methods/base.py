@@ -93,7 +93,7 @@ class Rewriter:
     @contextmanager
     def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> Iterator[None]:
         unet, module = pipe.unet, self.rewriting
-        own = unet.forward
+        own, before = unet.forward, vars(unet).get("forward")
         with torch.no_grad():
             nothing = module.given(null.expand(1, image.shape[1], -1, -1))
             heard = module.weighed(nothing, module.given(image), scale)
@@ -115,6 +115,8 @@ class Rewriter:
             yield
         finally:
             del unet.forward
+            if before is not None:  # offloading has one of its own there
+                unet.forward = before
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -143,9 +145,18 @@ def grown(unet: Any, **changes: Any) -> UNet2DConditionModel:
     missing, _ = made.load_state_dict(unet.state_dict(), strict=False)
     with torch.no_grad():
         for name in missing:
-            if re.fullmatch(r"class_embedding(\.linear_2)?\.(weight|bias)", name):
-                made.get_parameter(name).mul_(0.1)
+            weight = made.get_parameter(name)
+            if name.startswith("encoder_hid_proj.text_proj."):  # the text goes through as it is
+                weight.copy_(torch.eye(len(weight)) if weight.ndim == 2 else torch.zeros(len(weight)))
+            elif re.search(OUTLETS, name):
+                weight.mul_(0.1)
+    if unet.is_gradient_checkpointing:
+        made.enable_gradient_checkpointing()
     return made.float().train()
+
+
+# New parts whose output is added to, or laid beside, what was there.
+OUTLETS = r"^class_embedding(\.linear_2)?\.(weight|bias)$|^add_embedding\.(text_norm|image_proj)\.|^encoder_hid_proj\.image_embeds\."
 
 
 class FineTuned(Rewriting):

@@ -30,6 +30,9 @@ class BlipDiffusion(FineTuned):
         )
         self.proj = nn.Sequential(nn.LayerNorm(cross), nn.Linear(cross, cross), nn.GELU(), nn.Linear(cross, cross))
         self.text = nn.TransformerEncoderLayer(cross, heads, 4 * cross, 0.0, "gelu", batch_first=True, norm_first=True)
+        with torch.no_grad():  # it starts much as the base
+            for outlet in (self.text.self_attn.out_proj, self.text.linear2):
+                outlet.weight.mul_(0.1)
 
     def given(self, image: Tensor) -> Given:
         return {"patches": self.patches(image.flatten(1, 2).to(dtype_of(self)))}

@@ -13,7 +13,7 @@ from imprompt.methods.base import FineTuned, Given, pooled
 
 
 class Kandinsky(FineTuned):
-    """No picture is the embedding of a black one."""
+    """No picture is the embedding of zeros in the place of pixels."""
 
     def __init__(self, unet: Any, features: int):
         cross = unet.config.cross_attention_dim

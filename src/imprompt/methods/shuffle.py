@@ -26,6 +26,8 @@ class Shuffle(Rewriting):
         widths = (16, 32, 96, 256)[: halvings + 1]
         self.controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).float()
         self.controlnet.register_to_config(global_pool_conditions=True)
+        if unet.is_gradient_checkpointing:
+            self.controlnet.enable_gradient_checkpointing()
         self.factor = factor
 
     def given(self, image: Tensor) -> Given:
@@ -39,7 +41,8 @@ class Shuffle(Rewriting):
     def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
         dtype = dtype_of(self)
         hint = F.interpolate(given["hint"].to(dtype), [self.factor * n for n in x.shape[2:]], mode="bilinear")
-        down, mid = self.controlnet(x.to(dtype), time, text.to(dtype), hint, return_dict=False)
+        added = {"added_cond_kwargs": extra["added_cond_kwargs"]} if "added_cond_kwargs" in extra else {}
+        down, mid = self.controlnet(x.to(dtype), time, text.to(dtype), hint, return_dict=False, **added)
         weight = given["weight"].to(x)[:, None, None, None]
         residuals = [weight * r.to(x) for r in down]  # one number for a channel each; adding them spreads them
         extra = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": weight * mid.to(x), **extra}

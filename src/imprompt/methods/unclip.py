@@ -49,14 +49,15 @@ class SDUnCLIP(FineTuned):
 
     def __init__(self, unet: Any, features: int):
         super().__init__(unet, class_embed_type="projection", projection_class_embeddings_input_dim=2 * features)
-        self.normal = nn.BatchNorm1d(features, affine=False, momentum=None)  # keeps the data's mean and variance
+        self.register_buffer("sums", torch.zeros(3, features))  # of the data's embeddings: how many, Σ z, Σ z²
 
     def given(self, image: Tensor) -> Given:
         z, here = pooled(image).to(dtype_of(self)), ~absent(image)
         if self.training:
-            with torch.no_grad():
-                self.normal(z[here] if int(here.sum()) > 1 else z)
-        mean, std = cast(Tensor, self.normal.running_mean), (cast(Tensor, self.normal.running_var) + 1e-6).sqrt()
+            seen = z[here].detach()
+            now = torch.stack([torch.full_like(z[0], len(seen)), seen.sum(0), seen.square().sum(0)])
+            cast(Tensor, self.sums).add_(now)
+        mean, std = self.statistics()
         level, noisy = torch.zeros(len(z), device=z.device), (z - mean) / std
         if self.training:
             level = torch.randint(LEVELS, (len(z),), device=z.device).float()
@@ -64,6 +65,13 @@ class SDUnCLIP(FineTuned):
             noisy = angle.cos() * noisy + angle.sin() * torch.randn_like(noisy)
         labels = torch.cat([noisy * std + mean, _sinusoid(level, z.shape[1]).to(z)], dim=1)
         return {"labels": labels * here[:, None]}
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The data's mean and standard deviation, as far as they are known."""
+        count, total, squares = cast(Tensor, self.sums)
+        mean = total / count.clamp(min=1)
+        variance = torch.where(count > 1, squares / count.clamp(min=1) - mean.square(), torch.ones_like(mean))
+        return mean, variance.clamp(min=1e-6).sqrt()
 
     def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
         return self.own(x, time, text, class_labels=given["labels"])

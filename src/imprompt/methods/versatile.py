@@ -26,10 +26,10 @@ class Versatile(FineTuned):
     @torch.no_grad()
     def given(self, image: Tensor) -> Given:
         model = self._encoder[0].model
-        states = model.vision_model.encoder.layers[-1](image[:, 0].to(model.dtype), None)
+        states = model.vision_model.encoder.layers[-1](image[:, 0].to(model.device, model.dtype), None)
         states = states[0] if isinstance(states, tuple) else states
         patches = model.visual_projection(model.vision_model.post_layernorm(states))
-        return {"tokens": patches / patches[:, :1].norm(dim=-1, keepdim=True)}
+        return {"tokens": (patches / patches[:, :1].norm(dim=-1, keepdim=True)).to(image.device)}
 
     def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
         return self.own(x, time, given["tokens"])
