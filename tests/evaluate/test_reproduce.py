@@ -1,11 +1,14 @@
 """The first paper's comparison at the smoke budget: every method end to end, resumed, reported, judged."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from imprompt import cli
 from imprompt.config import METHODS, READS, Reproduce
+from imprompt.errors import UserError
 from imprompt.evaluate import claims
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.reproduce import CUSTOM, Finished, curve_names, finished, finished_path, jobs, run
@@ -38,8 +41,17 @@ def test_a_second_run_has_nothing_to_do_and_a_lost_row_is_made_again(smoke):
     assert [at.total for at in run(choice)] == [0]
     before = finished(folder, "simple").score
     finished_path(folder, "simple").unlink()
+    shelf = folder / "evaluation" / "rows" / "simple"
+    for lost in (shelf / "score.json", *shelf.glob("chunk-*")):
+        lost.unlink()
     list(run(choice))
-    assert finished(folder, "simple").score == before
+    after = finished(folder, "simple").score
+    assert after.figures == before.figures and shelf.joinpath("score.json").is_file()
+
+
+def test_another_budget_in_the_same_folder_is_refused(smoke):
+    with pytest.raises(UserError, match="budget = 'smoke', and now it is 'full'"):
+        next(run(replace(smoke[0], budget="full")))
 
 
 def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
@@ -64,7 +76,8 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 
 def row(likeness, text=0.5, diversity=0.1, trainable=360_000, scale=1.0, seen=()):
     figures = {name: Interval(v, v, v) for name, v in (("CLIP-I", likeness), ("CLIP-T", text), ("diversity", diversity))}
-    each = {name: [v.value] * 8 for name, v in figures.items()} | {"seen": list(seen)}
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(0))  # from prompt to prompt, alike in every row
+    each = {name: (v.value + 0.2 * noise).tolist() for name, v in figures.items()} | {"seen": list(seen)}
     return Finished(Score("x", 8, 8, 0, trainable, scale=scale, figures=figures), {"training": 0, "drawing": 0}, each, {})
 
 
@@ -103,6 +116,12 @@ def test_claims_hold_where_the_figures_say_so():
 )
 def test_a_claim_falls_where_the_figures_say_so(changes, left):
     assert verdicts(**changes) == left
+
+
+def test_a_difference_within_its_interval_does_not_count():
+    unlike = row(0.87)
+    unlike.each["CLIP-I"] = [v + 0.3 * (-1) ** i for i, v in enumerate(unlike.each["CLIP-I"])]  # lower in the mean, not for sure
+    assert verdicts(simple=unlike) == "adef"
 
 
 def test_a_missing_row_leaves_a_claim_unjudged():

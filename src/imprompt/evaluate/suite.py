@@ -128,7 +128,8 @@ class Studio:
 
     def rehearse(self, rows: Sequence[Row]) -> None:
         """Load and look once, so that whatever does not fit is said before any work. Raises UserError."""
-        self.eyes.see([Image.new("RGB", (self.size, self.size))])
+        blank = Image.new("RGB", (self.size, self.size))
+        self.eyes.see([blank])
         for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
             self.contender(source)
         if any(row.source not in REAL for row in rows):
