@@ -51,7 +51,7 @@ def test_through_the_door(photos, tmp_path, capsys):
     assert main(["data", "validate", str(photos), "--out", str(tmp_path / "report"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
     page = (tmp_path / "report" / "index.html").read_text("utf-8")
-    assert page.count("data:image/png") == 1 and "broken.jpg" in page and "http" not in page
+    assert page.count("data:image/png") == 1 and "broken.jpg" in page and "://" not in page
     with Image.open(tmp_path / "report" / "samples.png") as sheet:
         assert sheet.width > 800
 

@@ -65,7 +65,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
         assert f"| {title} |" in text
     assert "0.858" in text and "(e) λ trades" in text
     page = (folder / "report" / "index.html").read_text("utf-8")
-    assert "http" not in page and page.count("data:image/png") == 2
+    assert "://" not in page and page.count("data:image/png") == 21  # 20 rows and the curve
     assert {"README.md", "index.html", "results.json", "table.csv", "sheet.png", "curve.png"} == {
         p.name for p in (folder / "report").iterdir()
     }

@@ -72,7 +72,7 @@ def agree(path: Path, facts: Mapping[str, Any], what: str) -> None:
     wanted = json.loads(json.dumps(dict(facts)))
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
-        for name in wanted.keys() | found.keys():
+        for name in dict.fromkeys([*wanted, *found]):
             if wanted.get(name) != found.get(name):
                 raise UserError(
                     f"{what} was begun with {name} = {found.get(name)!r}, and now it is {wanted.get(name)!r}; "
