@@ -146,7 +146,7 @@ def test_other_data_of_the_same_name_are_refused(tmp_path):
             Image.new("RGB", (64 + i, 64), colour).save(tmp_path / parent / "pictures" / f"{i}.png")
     small = replace(SMALL, out=str(tmp_path / "out"), curve=0, against=())
     next(suite.draw(replace(small, data=str(tmp_path / "a" / "pictures"))))
-    with pytest.raises(UserError, match="was begun with (data|captions and pictures) = "):
+    with pytest.raises(UserError, match=r"was begun with (data|captions and pictures) = "):
         next(suite.draw(replace(small, data=str(tmp_path / "b" / "pictures"))))
 
 
