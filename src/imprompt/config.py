@@ -19,6 +19,10 @@ def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+# How several references are brought together without training.
+COMBINE = ("concat", "average", "max", "average-tokens", "max-tokens", "joint")
+
+
 @dataclass(frozen=True)
 class Generate:
     """Draw pictures after reference pictures."""
@@ -27,6 +31,8 @@ class Generate:
     prompt: str = _option("", "text")
     negative: str = _option("", "what not to draw")
     scale: float = _option(1.0, "λ, the weight of the image: 0 … 1 and beyond")
+    weights: str = _option("", "of several references, such as 2,1,1: a weight of 2 is the same as giving the picture twice")
+    combine: str = _option("auto", f"several references: {', '.join(COMBINE)} (default: as the adapter was trained, or side by side)")
     adapter: str | None = _option(None, "adapter: a file, a hub file, mini or mini-plus (default: mini on the mini base)")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: found from the adapter)")
     base: str = _option("mini", "base model: mini, a folder or a hub id")
@@ -49,8 +55,20 @@ class Generate:
         _finite(scale=self.scale, guidance=self.guidance)
         _one_of(SCHEDULERS, scheduler=self.scheduler)
         _one_of(("crop", "pad", "squash"), fit=self.fit)
+        _one_of(("auto", *COMBINE), combine=self.combine)
+        self.numbers()
         _one_of(("auto", "float32", "bfloat16", "float16"), dtype=self.dtype)
         self.pixels()
+
+    def numbers(self) -> list[float] | None:
+        """The weights, or None where all weigh the same."""
+        try:
+            found = [float(word) for word in str(self.weights).split(",")] if self.weights else None
+        except ValueError as error:
+            raise UserError(f"weights: expected numbers with commas between them, such as 2,1,1; received {self.weights!r}") from error
+        if found is not None and len(found) != len(self.image):
+            raise UserError(f"weights: expected one for each of the {len(self.image)} references, received {len(found)}")
+        return found
 
     def pixels(self) -> tuple[int, int] | None:
         """(width, height), or None for the model's own."""

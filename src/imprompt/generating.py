@@ -14,7 +14,7 @@ from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
 from imprompt.memory import enough_memory
 from imprompt.pipelines import check_size, guidance_of, load_base, own_size, pick_device, pick_dtype, scheduled
-from imprompt.prompter import Prompter, load
+from imprompt.prompter import ImagePrompt, Prompter, load
 
 _BATCH_PIXELS = 4 * 512 * 512  # drawn at once
 
@@ -54,7 +54,7 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
         if choice.image:
             adapter = choice.adapter or "mini"
             prompter = _prompter(adapter, choice.encoder, device, os.path.getmtime(adapter) if os.path.isfile(adapter) else 0.0)
-            stack.enter_context(attach(pipe, prompter(list(choice.image), scale=choice.scale, fit=choice.fit)))
+            stack.enter_context(attach(pipe, _prompt(prompter, choice)))
         for number, batch in enumerate(batches):
             done = number * choice.steps
             images += pipe(
@@ -68,6 +68,11 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
                 callback_on_step_end=step,
             ).images
     return [Drawn(image, seed) for image, seed in zip(images, seeds, strict=True)]
+
+
+def _prompt(prompter: Prompter, choice: Generate) -> ImagePrompt:
+    combine = None if choice.combine == "auto" else choice.combine
+    return prompter(list(choice.image), scale=choice.scale, fit=choice.fit, weights=choice.numbers(), combine=combine)
 
 
 @lru_cache(maxsize=2)

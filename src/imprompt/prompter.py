@@ -102,8 +102,12 @@ class Prompter:
         scale is λ (a number, or a mapping from blocks to numbers); mask is white where the prompt is heard; start and
         end are progress through the noise schedule, 0 … 1; fit says what happens to pictures that are not square.
         weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
-        together without training: one of COMBINE (default: as the adapter was trained, or side by side).
+        together without training: one of config.COMBINE (default: as the adapter was trained, or side by side).
         """
+        if combine == "joint" and not self.spec.grid:
+            raise UserError(
+                "combine: joint lays the references' patches side by side, and this adapter reads pooled embeddings; take average"
+            )
         features, null = self.encode(images, fit)
         where = None if mask is None else _mask(mask)
         return ImagePrompt(
@@ -125,7 +129,7 @@ class Prompter:
         return self
 
 
-COMBINE: dict[str, Callable[[], Aggregator]] = {
+_COMBINE: dict[str, Callable[[], Aggregator]] = {  # config.COMBINE
     "concat": Aggregator,
     "average": Average,
     "max": Maximum,
@@ -136,9 +140,9 @@ COMBINE: dict[str, Callable[[], Aggregator]] = {
 
 
 def _combine(name: str | None) -> Aggregator | None:
-    if name is not None and name not in COMBINE:
-        raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
-    return None if name is None else COMBINE[name]()
+    if name is not None and name not in _COMBINE:
+        raise UserError(f"combine: expected one of {', '.join(_COMBINE)}, received {name!r}")
+    return None if name is None else _COMBINE[name]()
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:

@@ -1,0 +1,66 @@
+"""Several references through the public doors: weights, ways to combine, and what is wrong with them."""
+
+import pytest
+import torch
+from PIL import Image
+
+import imprompt
+from imprompt.cli import main
+from imprompt.config import COMBINE
+from imprompt.pipelines import load_base
+
+A, B = "examples/cat.png", "examples/fish.png"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_base("mini")
+
+
+def drawn(pipe, prompt):
+    with imprompt.attach(pipe, prompt):
+        return pipe([""], num_inference_steps=3, generator=[torch.Generator().manual_seed(0)], output_type="latent").images
+
+
+@pytest.mark.parametrize("adapter", ["mini", "mini-plus"])
+@pytest.mark.parametrize("combine", [None, "average", "max", "average-tokens", "max-tokens"])
+def test_a_weight_of_two_draws_what_the_picture_given_twice_draws(pipe, adapter, combine):
+    ip = imprompt.load(adapter)
+    weighed, twice = ip([A, B], weights=[2, 1], combine=combine), ip([A, A, B], combine=combine)
+    torch.testing.assert_close(drawn(pipe, weighed), drawn(pipe, twice), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(drawn(pipe, ip([A, B], weights=[1, 0], combine=combine)), drawn(pipe, ip(A)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("combine", [None, *COMBINE])
+def test_the_order_does_not_matter_and_ways_differ(pipe, combine):
+    ip = imprompt.load("mini-plus" if combine == "joint" else "mini")
+    one, other = (drawn(pipe, ip(pictures, combine=combine)) for pictures in ([A, B], [B, A]))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one, drawn(pipe, ip(A)), atol=1e-2)
+    if combine not in (None, "concat"):
+        assert not torch.allclose(one, drawn(pipe, ip([A, B])), atol=1e-2)
+
+
+def test_sixty_four_references(pipe):
+    ip = imprompt.load("mini")
+    pictures = [Image.new("RGB", (64, 64), (4 * i % 256, 80, 200)) for i in range(64)]
+    for combine in (None, "average"):
+        assert drawn(pipe, ip(pictures, combine=combine)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--weights", "1"], "weights: expected one for each of the 2 references, received 1"),
+        (["--weights", "0,0"], "weights: expected numbers of at least 0, and one above it"),
+        (["--weights", "-1,2"], "weights: expected numbers of at least 0"),
+        (["--weights", "nan,2"], "weights: expected numbers of at least 0"),
+        (["--weights", "a,b"], "weights: expected numbers with commas between them"),
+        (["--combine", "joint"], "combine: joint lays the references' patches side by side"),
+        (["--combine", "wild"], "combine: expected one of auto, concat"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, capsys, words, said):
+    words = [f"{words[0]}={words[1]}"]
+    assert main(["generate", "--image", A, "--image", B, "--steps", "2", "--out", str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err
