@@ -13,7 +13,6 @@ import scipy.stats
 import torch
 from torch import nn
 
-from imprompt.errors import UserError
 from imprompt.evaluate import metrics
 from imprompt.evaluate.metrics import (
     bootstrap,
@@ -262,13 +261,6 @@ def test_what_cannot_be_measured_is_refused():
         kid(real, drawn, 0, 9)
     with pytest.raises(ValueError, match="at least 1 split"):
         inception_score(real, 0)
-
-
-def test_without_torchmetrics_the_next_move_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(UserError, match=r"pip install 'imprompt\[evaluate\]'"):
-        fid(*two_sets())
-    assert np.isfinite(cmmd(*two_sets()))
 
 
 # How sure

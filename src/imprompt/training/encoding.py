@@ -163,7 +163,7 @@ def content(records: Records) -> str:
 def check(cache: Cache, choice: Train, frozen: Frozen) -> None:
     """Raise UserError where a cache was made for another kind of features, or by other encoders than these."""
     folder, made, found = cache.folder, cache.about, cache.probe()
-    wanted = READS[choice.method]
+    wanted = READS[choice.method] if READS[choice.method] in ("pixels", "latents") else "grid" if frozen.grid else "pooled"
     if made["features"] != wanted:
         raise UserError(f"{choice.method} reads {wanted} features, and the cache in {folder} holds {made['features']} ones; encode anew")
     for name, here in frozen.signature().items():
