@@ -1,9 +1,8 @@
 """Writing files so that a reader never meets half of one."""
 
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from imprompt.errors import UserError, brief
@@ -13,25 +12,18 @@ _DISK = ("I/O error", "os error", "file write failed", "unexpected pos")
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there when the block succeeds, remove it when it does not.
+    """Yield a path of the same name in a hidden folder beside it; move it there when the block succeeds, remove it when it does not.
 
-    Raises UserError where nothing can be written there, or no longer.
+    So whoever looks for `*.safetensors` never finds half of one, even after `kill -9`. Raises UserError where nothing can be
+    written there, or no longer.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        partial = Path(name)
-        try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as folder:
+            partial = Path(folder) / path.name
             yield partial
-            umask = os.umask(0)
-            os.umask(umask)
-            partial.chmod(0o666 & ~umask)
             partial.replace(path)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()
     except Exception as error:
         if not write_failed(error):
             raise

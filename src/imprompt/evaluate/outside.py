@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from imprompt.errors import UserError, brief
 from imprompt.evaluate.contender import How
 from imprompt.images import to_rgb
+from imprompt.methods.shuffle import COARSE, moved
 from imprompt.pipelines import FILES
 
 MULTIPLE = 8  # pixels; every one of these pipelines wants a size in whole ones
@@ -98,16 +99,8 @@ def shuffle(pipe: Any, asked: Asked) -> dict[str, Any]:
 
 
 def shuffled(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """Content shuffle: every pixel comes from a place that a smooth random field names. (1, 3, height, width)
-
-    The field is made of few points and each picture spans about two of them, so that parts stay whole (ControlNet 1.1).
-    """
-    height, width = picture.shape[2:]
-    points = torch.rand(1, 2, 4, 4, generator=generator)
-    field = F.interpolate(points, (2 * height, 2 * width), mode="bicubic")[..., height // 2 :, width // 2 :][..., :height, :width]
-    low, high = field.amin((2, 3), keepdim=True), field.amax((2, 3), keepdim=True)
-    places = (2 * (field - low) / (high - low) - 1).permute(0, 2, 3, 1)  # (1, height, width, x and y)
-    return F.grid_sample(picture, places, padding_mode="border", align_corners=True)
+    """Content shuffle, as the ControlNet was trained on. (1, 3, height, width)"""
+    return moved(picture, torch.rand(1, 2, COARSE, COARSE, generator=generator))
 
 
 def _pixels(picture: Image.Image) -> Tensor:

@@ -50,16 +50,16 @@ class Shuffle(Rewriting):
 
 
 def warped(pictures: Tensor, anew: bool) -> Tensor:
-    """Content shuffle: every pixel comes from a place that a smooth random field names. (batch, 3, side, side)
-
-    `anew` draws a field for each picture; otherwise it is always the same one.
-    """
-    batch, _, height, width = pictures.shape
+    """Content shuffle by a random field: with `anew` one for each picture, otherwise always the same. (batch, 3, side, side)"""
     if anew:
-        field = torch.rand(batch, 2, COARSE, COARSE, device=pictures.device)
-    else:
-        field = torch.rand(1, 2, COARSE, COARSE, generator=torch.Generator().manual_seed(0)).to(pictures.device).expand(batch, -1, -1, -1)
-    smooth = F.interpolate(field, (height, width), mode="bicubic", align_corners=True)
+        return moved(pictures, torch.rand(len(pictures), 2, COARSE, COARSE, device=pictures.device))
+    points = torch.rand(1, 2, COARSE, COARSE, generator=torch.Generator().manual_seed(0))
+    return moved(pictures, points.to(pictures.device).expand(len(pictures), -1, -1, -1))
+
+
+def moved(pictures: Tensor, points: Tensor) -> Tensor:
+    """Every pixel comes from a place that a smooth field names. (batch, 3, height, width); points: (batch, 2, COARSE, COARSE), 0 … 1."""
+    smooth = F.interpolate(points, pictures.shape[2:], mode="bicubic", align_corners=True)
     low, high = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
     grid = ((smooth - low) / (high - low) * 2 - 1).permute(0, 2, 3, 1).to(pictures.dtype)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
