@@ -60,12 +60,8 @@ class ImageEncoder:
         """Width of the features: of the grid, or of the pooled embedding."""
         return self.model.config.hidden_size if grid else self.model.config.projection_dim
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, 3, side, side): resized, centre-cropped and normalised as the encoder was trained."""
-        return self.prepare(images).to(self.model.device, self.model.dtype)
-
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """The same in float32 on the CPU."""
+        """(pictures, 3, side, side), in float32 on the CPU: resized, centre-cropped and normalised as the encoder was trained."""
         return self.processor(images=list(images), return_tensors="pt").pixel_values
 
     @torch.no_grad()

@@ -28,7 +28,6 @@ from imprompt.evaluate.reproduce import (
     machine,
     training,
 )
-from imprompt.evaluate.score import COLUMNS
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -52,6 +51,8 @@ PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
 }
 FULL = tuple(name for name in COPIES if name != "shuffle")
 ADAPTERS = tuple(name for name in READS if name not in FULL and not name.startswith("ip-adapter"))
+
+ONE_SEED = "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them."
 
 Rows = Mapping[str, Finished]
 
@@ -175,7 +176,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "",
         *(f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in judged),
         "",
-        "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them.",
+        ONE_SEED,
         "",
         "## The paper's table, and ours",
         "",
@@ -183,7 +184,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "## All figures",
         "",
         markdown([rows[name].score for name in table]),
-        "± half of the 95 % interval over prompts. " + "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items()) + ".",
+        legend(),
         "",
         f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(table)}.",
         "",
@@ -246,8 +247,8 @@ def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
 def _html(choice: Reproduce, folder: Path, rows: Rows, judged: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
     verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in judged)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
-    body += "<p>Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them.</p>"
-    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}{legend()}"
+    body += f"<p>{ONE_SEED}</p>"
+    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}<p><small>{escape(legend())}</small></p>"
     body += f"<h2>Pictures</h2>{html_strips(strips)}"
     curve = folder / "curve.png"
     body += f"<h2>λ</h2>{inline(curve.read_bytes())}" if curve.is_file() else ""

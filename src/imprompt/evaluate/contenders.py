@@ -20,6 +20,7 @@ from imprompt.methods import Method, create
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.pipelines import claim_device, drawing, load_base, pick_dtype, scheduled
 from imprompt.prompter import Prompter
+from imprompt.training.encoding import find_encoder
 
 SHOWN = ("copy", "real", "text")  # rows that need no contender of their own, or no picture
 
@@ -116,8 +117,7 @@ def load_method(source: str, pipe: Any, base: str, encoder: str | None) -> Metho
 
 
 def _own_encoder(base: str, encoder: str | None, pipe: Any) -> ImageEncoder:
-    place = (encoder, None) if encoder else (hub.MINI / "image_encoder", None) if base == "mini" else hub.RELEASED_ENCODER
-    found = ImageEncoder.load(*place)
+    found = find_encoder(base, encoder)
     found.model.to(pipe.unet.device)  # type: ignore[arg-type]
     return found
 

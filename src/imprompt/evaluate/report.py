@@ -59,7 +59,7 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     _text(out / "table.csv", as_csv(found))
     _text(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
     points = [score for score in found if score.curve]
-    body = html_table(rows) + legend()
+    body = html_table(rows) + f"<p><small>{html.escape(legend())}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
     below(list(strips.values())).save(out / "sheet.png")
     body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
@@ -136,11 +136,8 @@ def html_strips(strips: Mapping[str, Image.Image]) -> str:
 
 
 def legend() -> str:
-    return (
-        "<p><small>± half of the 95 % interval over prompts. "
-        + html.escape("; ".join(f"{k}: {v}" for k, v in COLUMNS.items()))
-        + ".</small></p>"
-    )
+    """What the columns mean, as plain text."""
+    return "± half of the 95 % interval over prompts. " + "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items()) + "."
 
 
 def strip(out: Path, name: str) -> Image.Image:
