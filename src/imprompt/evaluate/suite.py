@@ -274,7 +274,8 @@ def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:
         "size": studio.size, "scheduler": choice.scheduler, "steps": choice.steps, "guidance": choice.guidance, "text given": choice.text,
         "scale": choice.scale, "batch": choice.batch, "dtype": str(studio.dtype).removeprefix("torch."),
         "device": torch.device(claim_device(choice.device)).type, "image encoder": choice.encoder or "each adapter's own",
-        "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "LPIPS": choice.lpips, "CLIP-T": "cosine, not clamped, × 1",
+        "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "LPIPS": choice.lpips,
+        "CLIP-T": "cosine, not clamped, × 1",
         **{name: version(name) for name in ("imprompt", "torch", "diffusers", "transformers", "torchmetrics")},
     }  # fmt: skip
 
