@@ -1,7 +1,8 @@
 """Public adapter files: read, recognise, write, convert.
 
 Inside, an adapter file is always the flat layout of `.safetensors` releases: `image_proj.…` and
-`ip_adapter.<n>.to_{k,v}_ip.weight`. Nested pickles, other prefixes and the original scripts' training states are
+`ip_adapter.<n>.to_{k,v}_ip.weight`; where several references are brought together by trained weights, these are
+`aggregator.…`, which other readers leave alone. Nested pickles, other prefixes and the original scripts' training states are
 brought to it on reading.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.core.adapter import Adapter
+from imprompt.core.aggregators import AGGREGATORS
 from imprompt.core.projectors import HEAD_CHANNELS, LinearProjector, MLPProjector, Projector, Resampler
 from imprompt.errors import CheckpointError
 from imprompt.files import atomic_path
@@ -31,6 +33,7 @@ _PREFIXES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter
 _TRAINED_INSIDE = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in public order
 _METADATA_KEY = "imprompt"
+_OURS = ("image_proj.", "ip_adapter.", "aggregator.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Spec:
     parameters: int
     dtype: str
     metadata: Mapping[str, Any] = field(default_factory=dict)  # what imprompt wrote about the file
+    aggregator: str = "concat"  # what brings several references together
 
     @property
     def grid(self) -> bool:
@@ -167,7 +171,7 @@ def _public(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     for key, value in tensors.items():
         for other, ours in _PREFIXES.items():
             key = ours + key.removeprefix(other) if key.startswith(other) else key
-        if key.startswith(("image_proj.", "ip_adapter.")):
+        if key.startswith(_OURS):
             found[key] = value
     if not any(key.startswith("ip_adapter.") for key in found):  # safetensors dropped the shared copies
         inside = {match.groups(): value for key, value in tensors.items() if (match := _TRAINED_INSIDE.fullmatch(key))}
@@ -228,7 +232,10 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None 
         raise CheckpointError(f"unknown kind of adapter: image_proj holds {', '.join(names[:4])} …")
     parameters = sum(t.numel() for t in tensors.values())
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return Spec(kind, tokens, features, cross, layers, parameters, dtype, metadata or {})
+    together = str((metadata or {}).get("aggregator", "concat"))
+    if together not in AGGREGATORS:
+        raise CheckpointError(f"the file brings references together by {together!r}; expected one of {', '.join(AGGREGATORS)}")
+    return Spec(kind, tokens, features, cross, layers, parameters, dtype, metadata or {}, together)
 
 
 def _size(tensors: Mapping[str, Tensor], key: str, dimensions: int = 2) -> torch.Size:
@@ -255,7 +262,7 @@ def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
             f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet"
         )
     with torch.device("meta"):
-        adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross)
+        adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross, AGGREGATORS[spec.aggregator](spec.features))
     expected = {key: value.shape for key, value in adapter.state_dict().items()}
     wrong = [key for key, size in expected.items() if key not in tensors or tensors[key].shape != size] or [
         key for key in tensors if key not in expected
@@ -296,7 +303,7 @@ def write(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str
             nested: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
             for key, value in own.items():
                 group, name = key.split(".", 1)
-                nested[group][name] = value
+                nested.setdefault(group, {})[name] = value
             torch.save(nested | ({_METADATA_KEY: dict(metadata)} if metadata else {}), partial)
         else:
             header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(dict(metadata))} if metadata else {})

@@ -4,6 +4,7 @@ Every field is a flag of the command line, a key of the TOML file given with `--
 """
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -19,8 +20,9 @@ def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-# How several references are brought together without training.
+# How several references are brought together without training, and with it too.
 COMBINE = ("concat", "average", "max", "average-tokens", "max-tokens", "joint")
+AGGREGATORS = (*COMBINE, "self-attention", "attention")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,12 @@ class Train:
     crop: str = _option("centre", "centre or random")
     flip: bool = _option(False, "mirror half of the pictures")
     buckets: bool = _option(False, "train on several shapes instead of squares")
-    references: int = _option(1, "references for one picture")
+    caption: str = _option("", "text of pictures that have none")
+    references: int = _option(0, "references for one picture (default: 1; 9 with --subjects)")
+    fewest: int = _option(0, "of these are different, at random from this many on (default: 1 with --subjects, but 9 for self-attention)")
+    combine: str = _option("auto", f"several references: {', '.join(AGGREGATORS)} (default: the adapter's own, or side by side)")
+    subjects: int = _option(0, "draw each picture after the others of its subject, of subjects with at least so many; 0 for after itself")
+    held_out: float = _option(-1.0, "share of the subjects that is left for testing (default: a third; of mini none, it has others)")
     augment: float = _option(0.0, "how much references are altered, 0 … 1")
     own_crop: bool = _option(False, "crop references on their own, not as the target")
     least: int = _option(0, "pictures with a shorter side than this many pixels are left out")
@@ -198,7 +205,8 @@ class Train:
     device: str = _option("auto", "auto, cpu, cuda, mps …")
 
     def __post_init__(self) -> None:
-        _at_least(1, accumulate=self.accumulate, references=self.references, save_every=self.save_every, keep=self.keep)
+        _at_least(1, accumulate=self.accumulate, save_every=self.save_every, keep=self.keep)
+        _at_least(0, references=self.references, fewest=self.fewest, subjects=self.subjects)
         _at_least(1, validate_every=self.validate_every, processes=self.processes, workers=self.workers)
         _at_least(0, steps=self.steps, batch=self.batch, seed=self.seed, validation=self.validation, least=self.least)
         _at_least(1, size=1 if self.size is None else self.size, validation_steps=self.validation_steps)
@@ -210,6 +218,17 @@ class Train:
         if self.drop_text + self.drop_image + self.drop_both > 1:
             raise UserError("drop_text, drop_image and drop_both: expected at most 1 together")
         _one_of(METHODS, method=self.method)
+        _one_of(("auto", *AGGREGATORS), combine=self.combine)
+        if self.combine != "auto" and not self.method.startswith("ip-adapter"):
+            raise UserError(f"combine: {self.method} has a way of its own; expected ip-adapter or ip-adapter-plus as the method")
+        if self.subjects == 1:
+            raise UserError("subjects: expected at least 2 pictures of a subject, one to draw and one to draw after; received 1")
+        if not (self.held_out == -1 or 0 <= self.held_out < 1):
+            raise UserError(f"held_out: expected 0 or more, and less than 1; received {self.held_out}")
+        if self.fewest > (self.references or (9 if self.subjects else 1)):
+            raise UserError(f"fewest: expected at most as many as references, received {self.fewest}")
+        if self.combine == "self-attention" and (self.references or 9) != 9:
+            raise UserError(f"references: self-attention reads nine of them (P2); received {self.references}")
         _one_of(("auto", "adamw", "muon", "adamw8bit"), optimizer=self.optimizer)
         _one_of(("centre", "random"), crop=self.crop)
         _one_of(("", "tensorboard", "wandb"), tracker=self.tracker)
@@ -230,6 +249,13 @@ class Train:
         elif self.base == "mini" and (self.optimizer.startswith("adamw") or self.precision == "float16"):
             usual = usual | _ADAM
         open_still = {f.name: f.default for f in fields(self)}
+        references = self.references or (9 if self.subjects else 1)
+        several = bool(self.subjects) and self.combine != "self-attention"
+        usual = usual | {
+            "references": references,
+            "fewest": 1 if several else references,
+            "held_out": 0.0 if re.match("mini(:|$)", self.data) else 1 / 3,
+        }
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) == open_still[name]})
 
 
@@ -247,6 +273,7 @@ class Encode:
     crop: str = _option("centre", "centre or random")
     flip: bool = _option(False, "mirror half of the pictures")
     buckets: bool = _option(False, "several shapes instead of squares")
+    caption: str = _option("", "text of pictures that have none")
     references: int = _option(1, "references for one picture")
     augment: float = _option(0.0, "how much references are altered, 0 … 1")
     own_crop: bool = _option(False, "crop references on their own, not as the target")
@@ -270,7 +297,8 @@ class Encode:
     def of(cls, train: Train) -> "Encode":
         """What a training needs in its cache."""
         shared = {f.name for f in fields(cls)} & {f.name for f in fields(train)} - {"out", "batch"}
-        return cls(out=train.cache or cls.out, **{name: getattr(train, name) for name in shared})
+        wanted = cls(out=train.cache or cls.out, **{name: getattr(train, name) for name in shared})
+        return replace(wanted, references=1) if train.subjects else wanted  # a training by subjects puts rows together by itself
 
     def settled(self) -> "Encode":
         """With every open field filled in."""

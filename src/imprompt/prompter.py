@@ -1,9 +1,8 @@
 """Prompter = encoder + adapter: pictures in, an image prompt out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from imprompt import checkpoints
 from imprompt.checkpoints import Spec
+from imprompt.config import COMBINE
 from imprompt.core.adapter import Adapter
-from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum
+from imprompt.core.aggregators import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
 from imprompt.core.scales import Scale
 from imprompt.encoders import ImageEncoder
@@ -42,16 +42,18 @@ class ImagePrompt:
     @torch.no_grad()
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
-        prompts, references = self.features.shape[:2]
+        which = self.together.chosen(self.features.shape[1])
+        features, weights = self.features[:, which], None if self.weights is None else self.weights[which]
+        prompts, references = features.shape[:2]
         if type(self.together) is not Aggregator:
-            both = torch.cat([self.null.expand(1, references, -1, -1), self.features]).to(next(self.adapter.parameters()))
-            weights = None if self.weights is None else self.weights.to(both).expand(len(both), -1)
+            both = torch.cat([self.null.expand(1, references, -1, -1), features]).to(next(self.adapter.parameters()))
+            weights = None if weights is None else weights.to(both).expand(len(both), -1)
             each = self.adapter(both, weights, self.together)
             return (
                 {n: KeyValues(*(x[:1] for x in pair)) for n, pair in each.items()},
                 {n: KeyValues(*(x[1:] for x in pair)) for n, pair in each.items()},
             )
-        pictures = torch.cat([self.null, self.features.flatten(0, 1)[:, None]])  # the null once, then every reference
+        pictures = torch.cat([self.null, features.flatten(0, 1)[:, None]])  # the null once, then every reference
         each = self.adapter(pictures.to(next(self.adapter.parameters())))
         null = {n: KeyValues(*(x[:1].repeat(1, references, 1) for x in pair)) for n, pair in each.items()}
         image = {n: KeyValues(*(x[1:].unflatten(0, (prompts, references)).flatten(1, 2) for x in pair)) for n, pair in each.items()}
@@ -64,10 +66,10 @@ class ImagePrompt:
 
     def bias(self) -> Tensor | None:
         """Of references that lie side by side: the logarithm of the weight of each token, (1, tokens)."""
-        if self.weights is None or type(self.together) is not Aggregator:
+        if self.weights is None or not self.together.beside:
             return None
         tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters()))).shape[1]
-        return self.weights.log().repeat_interleave(tokens)[None]
+        return self.weights[self.together.chosen(len(self.weights))].log().repeat_interleave(tokens)[None]
 
     def scaled(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""
@@ -104,15 +106,10 @@ class Prompter:
         weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
         together without training: one of config.COMBINE (default: as the adapter was trained, or side by side).
         """
-        if combine == "joint" and not self.spec.grid:
-            raise UserError(
-                "combine: joint lays the references' patches side by side, and this adapter reads pooled embeddings; take average"
-            )
+        together = combined(combine, self.spec.grid)
         features, null = self.encode(images, fit)
         where = None if mask is None else _mask(mask)
-        return ImagePrompt(
-            self.adapter, features[None], null[None], scale, where, start, end, _weights(weights, len(features)), _combine(combine)
-        )
+        return ImagePrompt(self.adapter, features[None], null[None], scale, where, start, end, _weights(weights, len(features)), together)
 
     def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
         """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
@@ -129,20 +126,15 @@ class Prompter:
         return self
 
 
-_COMBINE: dict[str, Callable[[], Aggregator]] = {  # config.COMBINE
-    "concat": Aggregator,
-    "average": Average,
-    "max": Maximum,
-    "average-tokens": partial(Average, on_tokens=True),
-    "max-tokens": partial(Maximum, on_tokens=True),
-    "joint": Joint,
-}
-
-
-def _combine(name: str | None) -> Aggregator | None:
-    if name is not None and name not in _COMBINE:
-        raise UserError(f"combine: expected one of {', '.join(_COMBINE)}, received {name!r}")
-    return None if name is None else _COMBINE[name]()
+def combined(name: str | None, grid: bool) -> Aggregator | None:
+    """What brings references together without training, by name; None where the adapter's own does. Raises UserError."""
+    if name is None:
+        return None
+    if name not in COMBINE:
+        raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
+    if name == "joint" and not grid:
+        raise UserError("combine: joint lays the references' patches side by side, and this adapter reads pooled embeddings; take average")
+    return AGGREGATORS[name](0)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:

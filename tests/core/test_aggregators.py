@@ -34,7 +34,7 @@ def heard(adapter, features, weights=None, aggregator=None, seed=3):
     tokens = adapter.tokens(features, weights, aggregator)
     query = torch.randn(len(tokens), 5, tokens.shape[2], generator=torch.Generator().manual_seed(seed))
     bias = None
-    if weights is not None and type(aggregator) in (Aggregator, SelfAttention):
+    if weights is not None and aggregator.beside:
         bias = weights.log().repeat_interleave(TOKENS, 1)[:, None, None]
     return attend(query, tokens, tokens, 2, bias=bias)
 
@@ -92,7 +92,7 @@ def test_self_attention_is_the_papers_algorithm():
 
 @pytest.mark.parametrize(("count", "first"), [(9, list(range(9))), (12, list(range(9))), (4, [0, 1, 2, 3]), (1, [0])])
 def test_nine_references_are_read_whatever_is_given(count, first):
-    found = SelfAttention.nine(count, torch.Generator().manual_seed(0))
+    found = SelfAttention(WIDTH).chosen(count)
     assert len(found) == 9 and found[: len(first)] == first and set(found) <= set(range(count))
 
 

@@ -5,6 +5,7 @@ Pooling and self-attention are those of the second paper ("P2": several photogra
 reference twice, a weight of 0 the same as leaving it out.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ class Aggregator(nn.Module):
     """Concatenation: every reference keeps tokens of its own. The base of the others, and what an adapter does by itself."""
 
     name = "concat"
+    beside = True  # every reference keeps tokens of its own
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         """Before the projector. (batch, references, patches, width), (batch, references) → (batch, fewer, patches, width)."""
@@ -26,15 +28,20 @@ class Aggregator(nn.Module):
         """After it. (batch, references, tokens, cross) → (batch, all tokens, cross)."""
         return tokens.flatten(1, 2)
 
+    def chosen(self, count: int) -> list[int]:
+        """Which of `count` references are read."""
+        return list(range(count))
+
 
 class Average(Aggregator):
     """The mean of the embeddings (P2, average pooling), or of the tokens."""
 
-    name = "average"
+    beside = False
 
     def __init__(self, on_tokens: bool = False):
         super().__init__()
         self.on_tokens = on_tokens
+        self.name = "average-tokens" if on_tokens else "average"
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         return features if self.on_tokens else _mean(features, weights)
@@ -46,11 +53,12 @@ class Average(Aggregator):
 class Maximum(Aggregator):
     """The greatest of the embeddings, channel by channel (P2, max pooling), or of the tokens."""
 
-    name = "max"
+    beside = False
 
     def __init__(self, on_tokens: bool = False):
         super().__init__()
         self.on_tokens = on_tokens
+        self.name = "max-tokens" if on_tokens else "max"
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         return features if self.on_tokens else _greatest(features, weights)
@@ -62,7 +70,7 @@ class Maximum(Aggregator):
 class SelfAttention(Aggregator):
     """P2, algorithm 1: Q = xW_q, K = xW_k, V = xW_v, softmax(QKᵀ/√d)V over the embeddings; all of its rows go on to the projector.
 
-    It is trained on nine references. `nine` brings other numbers there.
+    It is trained on nine references: of more the surplus is left out, and of fewer some are drawn again (bootstrap).
     """
 
     name = "self-attention"
@@ -78,11 +86,10 @@ class SelfAttention(Aggregator):
         z = attend(self.to_q(x), self.to_k(x), self.to_v(x), heads=1, bias=bias)
         return z.reshape(features.shape)
 
-    @classmethod
-    def nine(cls, count: int, generator: torch.Generator) -> list[int]:
-        """Which of `count` references are read: the surplus is left out, and where there are fewer, they are drawn again (bootstrap)."""
-        again = torch.randint(count, (max(0, cls.NUMBER - count),), generator=generator).tolist()
-        return [*range(min(count, cls.NUMBER)), *again]
+    def chosen(self, count: int) -> list[int]:
+        """Nine of them, always the same ones."""
+        again = torch.randint(count, (max(0, self.NUMBER - count),), generator=torch.Generator().manual_seed(0)).tolist()
+        return [*range(min(count, self.NUMBER)), *again]
 
 
 class SetAttention(Aggregator):
@@ -92,6 +99,7 @@ class SetAttention(Aggregator):
     """
 
     name = "attention"
+    beside = False
 
     def __init__(self, width: int, heads: int = 4, slots: int = 4):
         super().__init__()
@@ -123,9 +131,23 @@ class Joint(Aggregator):
     """For projectors that read a grid: all references' patches lie before the queries at once, so the tokens stay as many as for one."""
 
     name = "joint"
+    beside = False
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         return features.flatten(1, 2)[:, None]
+
+
+# By name, from the width of the features that they read. config.COMBINE are those that need no training.
+AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
+    "concat": lambda width: Aggregator(),
+    "average": lambda width: Average(),
+    "max": lambda width: Maximum(),
+    "average-tokens": lambda width: Average(on_tokens=True),
+    "max-tokens": lambda width: Maximum(on_tokens=True),
+    "joint": lambda width: Joint(),
+    "self-attention": SelfAttention,
+    "attention": SetAttention,
+}
 
 
 def _mean(x: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     cache.json              what was encoded, with what; how many chunks there are
     probe.safetensors       what the encoders said to a small fixed input: whoever trains from it must have the same ones
-    00012.json              chunk 12 is complete: its files, their records, what was lost
+    00012.json              chunk 12 is complete: its files, their records and subjects, what was lost
     00012-0.safetensors     its records, all of one shape: mean, std, image, sizes, weight; states and pooled of the
                             distinct captions, and for each record which one; names and captions as UTF-8
 
@@ -11,17 +11,22 @@ are read one by one and never mapped: memory stays flat.
 """
 
 import json
+import random
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from imprompt.data.frame import spread
+from imprompt.data.identities import Identities
+from imprompt.data.records import Counted
 from imprompt.errors import UserError, brief
 from imprompt.files import atomic_path
 
@@ -43,6 +48,7 @@ class Row(NamedTuple):
     text: str
     key: str
     seed: int = 0
+    subject: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +60,7 @@ class Stored(NamedTuple):
 
     key: str
     at: int
+    others: tuple[int, ...] = ()  # rows of the same subject: its references
 
 
 class Cache:
@@ -82,9 +89,7 @@ class Cache:
 
     def row(self, i: int, seed: int = 0) -> Row:
         """Read one row. Raises UserError where its file is missing or damaged."""
-        number = bisect_right(self._ends, i)
-        k = i - (self._ends[number - 1] if number else 0)
-        path = self._files[number]
+        path, k = self._place(i)
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -102,12 +107,57 @@ class Cache:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path.name} of the cache cannot be read ({brief(error)})") from error
 
+    def image(self, i: int) -> Tensor:
+        """The image features of one row alone, (references, patches, features)."""
+        path, k = self._place(i)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice("image")[k]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path.name} of the cache cannot be read ({brief(error)})") from error
+
+    def after(self, stored: Stored, seed: int, references: int, fewest: int) -> Row:
+        """A row whose references are others of its subject, chosen as from pictures. All chance follows from `seed`."""
+        rng = random.Random(seed)
+        count, order = spread(len(stored.others), references, fewest, rng)
+        found = [self.image(stored.others[i]) for i in order[:count]]
+        found += [rng.choice(found) for _ in range(references - count)]
+        return self.row(stored.at, seed)._replace(image=torch.cat(found))
+
+    def subject_of(self, i: int) -> str | None:
+        """Whose picture a row is, without reading it."""
+        return self._subjects[i]
+
+    @cached_property
+    def _subjects(self) -> list[str | None]:
+        found: list[str | None] = []
+        for chunk in range(self.about["chunks"]):
+            sidecar = _sidecar(self.folder, chunk)
+            for name, count in sidecar["files"].items():
+                found += sidecar.get("subjects", {}).get(name) or [None] * count
+        return found
+
+    def _place(self, i: int) -> tuple[Path, int]:
+        number = bisect_right(self._ends, i)
+        return self._files[number], i - (self._ends[number - 1] if number else 0)
+
     def probe(self) -> dict[str, Tensor]:
         """What the encoders of the cache said to a fixed input."""
         try:
             return load_file(self.folder / PROBE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / PROBE} cannot be read ({brief(error)}); encode anew into another folder") from error
+
+
+class Siblings(Identities):
+    """Rows of a cache by subject: each is drawn after the others of its subject."""
+
+    def __init__(self, cache: Cache, least: int = 2, subjects: Collection[str] | None = None):
+        super().__init__(cast(Counted, cache), least, subjects)
+
+    def __getitem__(self, i: int) -> Stored:  # type: ignore[override]
+        at, others = self.place(i)
+        return Stored(f"{self.subject_of(i)}:{at}", at, tuple(others))
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -190,6 +240,7 @@ class Chunk:
         self.folder, self.number, self.rows = folder, number, rows
         self._open: dict[Any, list[Row]] = {}
         self._files: dict[str, int] = {}
+        self._subjects: dict[str, list[str | None]] = {}
         self.lost: dict[str, str] = {}
         self.broken = ""  # why its shard could not be read to the end: another encoding tries again
 
@@ -207,13 +258,16 @@ class Chunk:
             self._write(waiting)
         self._open = {}
         with atomic_path(self.folder / f"{self.number:05}.json") as partial:
-            partial.write_text(json.dumps({"files": self._files, "lost": self.lost, "broken": self.broken}), "utf-8")
+            facts = {"files": self._files, "lost": self.lost, "broken": self.broken, "subjects": self._subjects}
+            partial.write_text(json.dumps(facts), "utf-8")
 
     def _write(self, rows: Sequence[Row]) -> None:
         path = self.folder / f"{self.number:05}-{len(self._files)}.safetensors"
         with atomic_path(path) as partial:
             save_file(packed(rows), partial)
         self._files[path.name] = len(rows)
+        if any(row.subject is not None for row in rows):
+            self._subjects[path.name] = [row.subject for row in rows]
 
 
 def packed(rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imprompt.data.records import Record
 from imprompt.errors import ImageError
-from imprompt.images import fit, open_image
+from imprompt.images import Picture, fit, open_image
 
 Pixels = Callable[[Sequence[Image.Image]], Tensor]  # an image encoder's own preparation
 
@@ -30,7 +30,9 @@ class Framing:
     own_crop: bool = False  # references are cropped on their own, not as the target is
     augment: float = 0.0  # strength of the references' augmentation, 0 … 1
     references: int = 1
+    fewest: int = 1  # of the references that are different ones; the others repeat them
     least: int = 0  # pictures with a shorter side than this are too small
+    caption: str = ""  # of pictures that have none
 
 
 class Example(NamedTuple):
@@ -43,6 +45,7 @@ class Example(NamedTuple):
     sizes: tuple[int, int, int, int]  # original height and width, top and left of the crop: SDXL is told these
     seed: int
     key: str
+    subject: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,8 +66,7 @@ def example(record: Record, seed: int, framing: Framing, prepare: Pixels) -> Exa
     cut = Cut.choose(whole.size, framing, rng)
     target = cut.apply(whole)
     if record.references:
-        chosen = _pick(record.references, framing.references, rng)
-        references = [open_image(r) for r in chosen]
+        references = _opened(record.references, framing, rng)
     else:
         references = [whole if framing.own_crop else target] * framing.references
     squares = [fit(augmented(r, framing.augment, rng) if framing.augment else r) for r in references]
@@ -72,13 +74,31 @@ def example(record: Record, seed: int, framing: Framing, prepare: Pixels) -> Exa
     if record.mask is not None:
         mask = torch.from_numpy(np.array(cut.apply(open_image(record.mask).convert("L").resize(whole.size, Image.Resampling.NEAREST))))
     pixels = torch.from_numpy(np.array(target)).permute(2, 0, 1).contiguous()
-    return Example(pixels, prepare(squares), record.text, mask, (whole.height, whole.width, cut.top, cut.left), seed, record.key)
+    sizes = (whole.height, whole.width, cut.top, cut.left)
+    return Example(pixels, prepare(squares), record.text or framing.caption, mask, sizes, seed, record.key, record.subject)
 
 
-def _pick(references: Sequence, count: int, rng: random.Random) -> list:
-    """`count` references in random order; drawn again where there are fewer."""
-    chosen = rng.sample(list(references), min(count, len(references)))
-    return chosen + [rng.choice(list(references)) for _ in range(count - len(chosen))]
+def _opened(references: Sequence[Picture], framing: Framing, rng: random.Random) -> list[Image.Image]:
+    """References in random order, repeated where there are too few. One that is damaged is left out where there are others."""
+    found: list[Image.Image] = []
+    damaged: ImageError | None = None
+    count, order = spread(len(references), framing.references, framing.fewest, rng)
+    for i in order:
+        try:
+            found.append(open_image(references[i]))
+        except ImageError as error:
+            damaged = error
+        if len(found) == count:
+            break
+    if not found and damaged:
+        raise damaged
+    return found + [rng.choice(found) for _ in range(framing.references - len(found))]
+
+
+def spread(there: int, references: int, fewest: int, rng: random.Random) -> tuple[int, list[int]]:
+    """How many different ones to take, at least `fewest`, and all that are there in the order in which to take them."""
+    count = rng.randint(min(fewest, references), references) if fewest < references else references
+    return min(count, there), rng.sample(range(there), there)
 
 
 class Cut(NamedTuple):

@@ -12,19 +12,20 @@ from imprompt.errors import UserError
 class Identities:
     """Every picture of the subjects that have at least `least`; its references are that subject's other pictures.
 
-    `subjects` keeps these alone. Pictures without a subject are left out. Nothing is opened. Raises UserError where no
-    subject has enough.
+    `subjects` keeps these alone. Pictures without a subject are left out. Nothing is opened where the records can name a
+    subject without it. Raises UserError where no subject has enough.
     """
 
     def __init__(self, records: Counted, least: int = 2, subjects: Collection[str] | None = None):
         if least < 2:
             raise UserError(f"expected at least 2 pictures of a subject, one to draw and one to draw after; received {least}")
         found: dict[str, list[int]] = defaultdict(list)
+        subject_of = getattr(records, "subject_of", None) or (lambda i: records[i].subject)
         for i in range(len(records)):
-            name = records[i].subject
+            name = subject_of(i)
             if name is not None and (subjects is None or name in subjects):
                 found[name].append(i)
-        self.records = records
+        self.records, self.least = records, least
         self.subjects = {name: places for name, places in sorted(found.items()) if len(places) >= least}
         if not self.subjects:
             most = max(map(len, found.values()), default=0)
@@ -43,9 +44,21 @@ class Identities:
         return len(self._places)
 
     def __getitem__(self, i: int) -> Record:
+        at, others = self.place(i)
+        return replace(self.records[at], references=tuple(self.records[n].target for n in others))
+
+    def of(self, subjects: Collection[str]) -> "Identities":
+        """These subjects alone."""
+        return type(self)(self.records, self.least, subjects)
+
+    def place(self, i: int) -> tuple[int, list[int]]:
+        """Where picture i and its subject's other pictures stand among the records."""
         at, name = self._places[i]
-        others = tuple(self.records[n].target for n in self.subjects[name] if n != at)
-        return replace(self.records[at], references=others)
+        return at, [n for n in self.subjects[name] if n != at]
+
+    def subject_of(self, i: int) -> str:
+        """Whose picture it is."""
+        return self._places[i][1]
 
 
 def split(subjects: Sequence[str], held_out: float = 1 / 3, seed: int = 0) -> tuple[list[str], list[str]]:

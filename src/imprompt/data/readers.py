@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,23 @@ _OTHER_NAMES = {  # columns of other tools → ours
 
 def is_mini(source: str) -> bool:
     """Whether data are the embedded world, or its first pictures."""
-    return re.fullmatch(r"mini(:[1-9]\d*)?", source) is not None
+    return _MINI.fullmatch(source) is not None
+
+
+_MINI = re.compile(r"mini(?::([1-9]\d*)(?:x([1-9]\d*))?)?")
 
 
 def open_data(source: str | Path) -> Records:
     """The records at a place: `mini`, a folder, COCO, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
 
-    `mini:4000` is the first 4000 pictures of mini; COCO is its captions' JSON file, or the folder that holds annotations/.
+    `mini:4000` is the first 4000 pictures of mini, `mini:4000x10` is as many with ten photographs of each subject instead of
+    four; COCO is its captions' JSON file, or the folder that holds annotations/.
     Raises UserError where there is nothing, or nothing that is understood.
     """
     text = str(source)
     path = Path(text)
-    if is_mini(text):
-        return Mini(int(text.partition(":")[2] or Mini.ALL))
+    if of_mini := _MINI.fullmatch(text):
+        return Mini(int(of_mini[1] or Mini.ALL), photos=int(of_mini[2] or Mini.PHOTOS))
     if ".tar" in text.rsplit("/", 1)[-1] or "::" in text:
         return Shards.expand(text)
     if is_coco(path):
@@ -81,8 +85,12 @@ class Folder:
         path = self.folder / name
         caption = path.with_suffix(".txt")
         text = caption.read_text("utf-8", errors="replace").strip() if caption.is_file() else ""
-        parent = Path(name).parent.as_posix()
-        return Record(name, path, text, subject=None if parent == "." else parent)
+        return Record(name, path, text, subject=self.subject_of(i))
+
+    def subject_of(self, i: int) -> str | None:
+        """The subfolder, without opening anything."""
+        parent = Path(self.names[i]).parent.as_posix()
+        return None if parent == "." else parent
 
 
 def _visible(path: Path, folder: Path) -> bool:
@@ -284,25 +292,32 @@ class Shards:
 
 
 class Mini:
-    """The embedded world: subjects that mini was trained on, four photographs of each."""
+    """The embedded world: subjects that mini was trained on, four photographs of each unless told otherwise."""
 
     PHOTOS, ALL = 4, 160_000
 
-    def __init__(self, count: int = ALL, held_out: bool = False):
-        self.count, self.held_out = count, held_out
+    def __init__(self, count: int = ALL, held_out: bool = False, photos: int = PHOTOS):
+        self.count, self.held_out, self.photos = count, held_out, photos
 
     def __len__(self) -> int:
         return self.count
 
     @cached_property
     def _seeds(self) -> list[int]:
-        return [s.seed for s in islice(world.subjects(self.held_out), -(-self.count // self.PHOTOS))]
+        return [s.seed for s in islice(world.subjects(self.held_out), -(-self.count // self.photos))]
 
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < self.count:
             raise IndexError(i)
-        subject = world.subject(self._seeds[i // self.PHOTOS])
+        subject = world.subject(self._seeds[i // self.photos])
         where = world.scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
         rng = random.Random(f"mini {i}")
         text = world.photo_caption(subject, where, rng) if rng.random() < 0.15 else world.caption(subject, where, rng)
-        return Record(f"mini:{i}", world.draw(subject, where), text, subject=str(subject.seed))
+        return Record(f"mini:{i}", _photograph(subject, where), text, subject=str(subject.seed))
+
+    def subject_of(self, i: int) -> str:
+        """Whose photograph it is, without drawing it."""
+        return str(self._seeds[i // self.photos])
+
+
+_photograph = lru_cache(4_096)(world.draw)  # of several photographs of a subject each is drawn after the others

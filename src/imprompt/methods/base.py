@@ -32,6 +32,11 @@ class Method(Protocol):
     grid: bool
     module: nn.Module
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
+        ...
+
     def null(self) -> Tensor:
         """The features of no picture, (1, patches, features)."""
         ...
@@ -80,6 +85,7 @@ class Rewriter:
         self.module: nn.Module = module
         self.rewriting = module
         self._nothing = nothing
+        self.about: dict[str, str] = {}
 
     def null(self) -> Tensor:
         return self.encoder.null(self.grid) if self._nothing is None else self._nothing

@@ -6,9 +6,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from imprompt.core.adapter import Adapter
+from imprompt.core.aggregators import AGGREGATORS
 from imprompt.core.attention import KeyValues
 from imprompt.core.projectors import LinearProjector, Projector, Resampler
 from imprompt.encoders import Encoder
+from imprompt.errors import UserError
 from imprompt.hosts.unet import Processors, adapter_shape, attach, initialise, layer_inputs
 from imprompt.prompter import ImagePrompt
 
@@ -31,6 +33,18 @@ class IPAdapter:
         adapter = Adapter(projector(encoder.width(grid), cross, grid, tokens), layers, cross)
         initialise(adapter, unet)
         return cls(unet, encoder, adapter)
+
+    def bring_together(self, how: str) -> None:
+        """Let several references be brought together in this way, by new weights where it has any. Raises UserError."""
+        if self.grid and how == "attention":
+            raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take joint, or self-attention")
+        if not self.grid and how == "joint":
+            raise UserError("combine: joint reads a grid, and this adapter pooled embeddings; take average, or attention")
+        self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid))
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"aggregator": self.adapter.aggregator.name}
 
     def null(self) -> Tensor:
         return self.encoder.null(self.grid)

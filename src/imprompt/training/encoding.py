@@ -129,7 +129,7 @@ def agree(choice: Train, made: dict[str, Any]) -> None:
     """Raise UserError where a training names what its cache was not made of or with."""
     asking = {f.name: f.default for f in fields(Train) if f.name in made}
     for name, default in asking.items():
-        if name in FREE:
+        if name in FREE or (name == "references" and (choice.subjects or choice.references == 1)):  # left open, or put together here
             continue
         asked = getattr(choice, name)
         asked, there = (str(Path(str(v)).absolute()) if name == "data" and not is_mini(str(v)) else v for v in (asked, made[name]))
@@ -150,6 +150,7 @@ def facts(choice: Encode, framing: Framing, chunks: int, content: str) -> dict[s
         "base": choice.base, "encoder": choice.encoder or choice.base, "features": READS[choice.method],
         "chunks": chunks, "seed": choice.seed, "size": framing.size, "crop": framing.crop, "flip": framing.flip, "buckets": framing.buckets,
         "own_crop": framing.own_crop, "augment": framing.augment, "references": framing.references, "least": framing.least,
+        "caption": framing.caption,
     }  # fmt: skip
 
 
@@ -191,9 +192,11 @@ def framing_of(choice: Train | Encode, pipe: Any) -> Framing:
     size = choice.size or own_size(pipe)
     check_size(pipe, size, size)
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    fewest = choice.fewest if isinstance(choice, Train) else choice.references
     return Framing(
-        size, choice.crop, choice.flip, choice.buckets, multiple, choice.own_crop, choice.augment, choice.references, choice.least
-    )
+        size, choice.crop, choice.flip, choice.buckets, multiple, choice.own_crop, choice.augment, choice.references, fewest, choice.least,
+        choice.caption,
+    )  # fmt: skip
 
 
 def rows_of(encoded: Encoded, items: Iterable[Example]) -> list[Row]:
@@ -202,7 +205,7 @@ def rows_of(encoded: Encoded, items: Iterable[Example]) -> list[Row]:
     return [
         Row(
             encoded.mean[i], encoded.std[i], text.states[i], None if text.pooled is None else text.pooled[i], encoded.image[i],
-            encoded.sizes[i], None if encoded.weight is None else encoded.weight[i], item.text, item.key, item.seed,
+            encoded.sizes[i], None if encoded.weight is None else encoded.weight[i], item.text, item.key, item.seed, item.subject,
         )
         for i, item in enumerate(items)
     ]  # fmt: skip

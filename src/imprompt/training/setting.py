@@ -1,10 +1,12 @@
 """What a run works with: the base and its frozen parts, the method, the data. Everything that can be wrong is found here."""
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,14 +17,15 @@ from imprompt.checkpoints import Spec
 from imprompt.config import Train
 from imprompt.core.adapter import Adapter
 from imprompt.core.diffusion import Schedule
-from imprompt.data.cache import Cache, Row
+from imprompt.data.cache import Cache, Row, Siblings, Stored
 from imprompt.data.frame import Example, Framing, example, stack
+from imprompt.data.identities import Identities, split
 from imprompt.data.loader import UNREADABLE, Loader, Skipped
 from imprompt.data.readers import Mini, Shards, is_mini, open_data
 from imprompt.data.records import Counted, Record, Records, Without
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
-from imprompt.files import writable_folder
+from imprompt.files import atomic_path, writable_folder
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.ip_adapter import IPAdapter
@@ -91,11 +94,15 @@ class Source:
         )
 
     @classmethod
-    def cached(cls, cache: Cache, frozen: Frozen, precision: torch.dtype) -> "Source":
+    def cached(cls, cache: Cache, frozen: Frozen, precision: torch.dtype, choice: Train) -> "Source":
         """Rows of a feature cache; their pictures are what the VAE makes of the latents."""
+
+        def make(stored: Stored, seed: int) -> Row:
+            return cache.after(stored, seed, choice.references, choice.fewest) if stored.others else cache.row(stored.at, seed)
+
         return cls(
-            cast(Records, cache),
-            lambda stored, seed: cache.row(stored.at, seed),
+            cast(Records, Siblings(cache, choice.subjects) if choice.subjects else cache),
+            make,
             Row,
             lambda rows: Encoded.of(rows, precision).to(frozen.device),
             lambda _, encoded: frozen.pictures(encoded.mean),
@@ -120,6 +127,8 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     cache = Cache(choice.cache) if choice.cache else None
     data = cache.about["data"] if cache else choice.data
     opened = open_data(data) if cache is None or is_mini(data) else None  # before anything large is loaded
+    if opened is not None and choice.subjects:
+        opened = by_subject(opened, choice.subjects)
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
     given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
@@ -131,15 +140,19 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
         pipe.unet.disable_gradient_checkpointing()
     torch.manual_seed(choice.seed)
     method = tuned(choice, pipe.unet, *given, encoder) if given else create(choice.method, pipe, encoder)
+    if choice.combine != "auto":
+        cast(IPAdapter, method).bring_together(choice.combine)
     method.module.to(device).requires_grad_(True)
     frozen = Frozen(pipe, method.encoder, method.grid)
     framing = framing_of(choice, pipe)
     fresh = Source.fresh(opened, framing, frozen) if opened is not None else None
     if cache is not None:
         check(cache, choice, frozen)
-    source = Source.cached(cache, frozen, precision) if cache else cast(Source, fresh)
+    source = Source.cached(cache, frozen, precision, choice) if cache else cast(Source, fresh)
     shown = fresh or source  # of a cache of mini too: the world has held-out subjects of its own
-    held, rest = held_out(shown.records, choice.validation)
+    held, rest = held_out(shown.records, choice)
+    if choice.subjects and rank == 0:
+        write_split(out / "subjects.json", cast(Identities, source.records), rest if shown is source else source.records, choice)
     examined = shown.examined(held, choice.batch)
     skipped = Skipped(choice.max_unreadable, out / f"unreadable-{rank}.tsv")
     records = rest if shown is source else source.records
@@ -163,14 +176,42 @@ def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: Image
     return IPAdapter(unet, encoder, adapter)
 
 
-def held_out(records: Records, count: int) -> tuple[list[Record], Records]:
+def by_subject(records: Records, least: int) -> Identities:
+    """Records put together by subject. Raises UserError for a stream, where subjects are not together."""
+    if not isinstance(records, Counted):
+        raise UserError("subjects: shards are read as a stream, in which a subject's pictures are far apart; encode them: --cache FOLDER")
+    return Identities(records, least)
+
+
+def write_split(path: Path, everyone: Identities, rest: Records, choice: Train) -> None:
+    """Which subjects are trained on, and which are left for testing."""
+    trained = sorted(cast(Identities, rest).subjects)
+    facts = {"least": choice.subjects, "held_out": choice.held_out, "seed": choice.seed}
+    with atomic_path(path) as partial:
+        partial.write_text(
+            json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1, ensure_ascii=False),
+            "utf-8",
+        )
+
+
+def held_out(records: Records, choice: Train) -> tuple[list[Record], Records]:
     """What is examined and never trained on, and the rest.
 
-    Of shards the first records are examined, and trained on too; so is a very small set.
+    Of shards the first records are examined, and trained on too; so is a very small set. Where subjects are trained on,
+    others are examined, each in one picture.
     """
-    if isinstance(records, Mini):
-        other = Mini(max(count, 1) * Mini.PHOTOS, held_out=True)
-        return [other[i * Mini.PHOTOS] for i in range(count)], records
+    count = choice.validation
+    if isinstance(records, Identities) and not isinstance(records.records, Mini):
+        trained, tested = split(list(records.subjects), choice.held_out, choice.seed) if choice.held_out else (list(records.subjects), [])
+        other = records.of(tested or trained)
+        firsts = [n for n in range(len(other)) if n == 0 or other.subject_of(n) != other.subject_of(n - 1)]
+        return [other[n] for n in firsts[:count]], records.of(trained)
+    world = records.records if isinstance(records, Identities) else records
+    if isinstance(world, Mini):
+        fresh: Counted = Mini(max(count, 1) * world.photos, held_out=True, photos=world.photos)
+        if isinstance(records, Identities):
+            fresh = Identities(fresh, records.least)
+        return [fresh[i * world.photos] for i in range(count)], records
     if isinstance(records, Counted):
         chosen = random.Random(HELD_OUT_SEED).sample(range(len(records)), min(count, len(records)))
         return [records[i] for i in chosen], records if len(records) < 8 * count else Without(records, chosen)

@@ -49,7 +49,7 @@ class Keeper:
             "method": choice.method,
             "encoder": choice.encoder or str(choice.base),
             "data": Path(setting.data).name,
-        }
+        } | setting.method.about
 
     # The state
 
