@@ -25,16 +25,16 @@ GOAL, FLAT = 1.5, 0.02
 def batched(console: Console, pictures: int, rounds: int, steps: int) -> None:
     """The same pictures, 64 at a time and one at a time."""
     choice = Evaluate(steps=steps).settled()
-    contender, cases = load_contender("mini", choice), open_cases("mini", pictures)
-    references = [cases[i].reference for i in range(pictures)]
+    contender, prompts = load_contender("mini", choice), open_cases(replace(choice, limit=pictures))
+    cases = [prompts[i] for i in range(pictures)]
     how = How(steps, 3.0, (64, 64))
 
     def at_once() -> None:
-        contender.draw(references, [""] * pictures, range(pictures), how)
+        contender.draw(cases, [""] * pictures, range(pictures), how)
 
     def one_by_one() -> None:
-        for seed, reference in enumerate(references):
-            contender.draw([reference], [""], [seed], how)
+        for seed, case in enumerate(cases):
+            contender.draw([case], [""], [seed], how)
 
     found = interleave({"at once": at_once, "one by one": one_by_one}, rounds, time.process_time).ratio("one by one")
     verdict = "goal met" if found.median >= GOAL else "goal missed"

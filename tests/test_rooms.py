@@ -12,9 +12,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "files", "core", "pages", "memory"),
     ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
-    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.recipe", "mini.style"),
+    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.identity", "mini.recipe", "mini.style"),
     ("similarity", "methods"),
-    ("generating", "mini.judging", "training", "evaluate"),
+    ("generating", "mini.judging", "training", "evaluate", "personalising"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
 ]
@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
 OUTSIDE = {
     "diffusers": ("hosts", "pipelines", "mini", "training", "methods", "evaluate.outside"),
     "transformers": ("encoders", "pipelines", "mini", "similarity", "methods", "evaluate"),
-    "safetensors": ("checkpoints", "data", "evaluate.shelf"),
+    "safetensors": ("checkpoints", "data", "evaluate.shelf", "evaluate.gallery"),
     "huggingface_hub": ("hub",),
     "rich": ("cli",),
     "webdataset": ("data",),

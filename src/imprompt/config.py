@@ -82,7 +82,63 @@ class Generate:
         return int(parts[0]), int(parts[-1])
 
 
-# Each method, and what it reads of a picture: the encoder's pooled embedding or its grid, the pixels, or the latents.
+WAYS = ("attention", "self-attention", "average", "max", "concat", "dreambooth", "dreambooth-lora", "inversion")
+
+
+@dataclass(frozen=True)
+class Personalise:
+    """Draw a person or a thing again, after several photographs."""
+
+    folder: str = _option("", "folder of photographs of one subject, or a list of them", place=True)
+    prompt: tuple[str, ...] = _option((), "text, * stands for the subject; repeat it for several", metavar="TEXT")
+    negative: str = _option("", "what not to draw")
+    method: str = _option("attention", f"one of {', '.join(WAYS)}; the last three learn the subject first")
+    noun: str = _option("", "what the subject is: cat, person; needed by the methods that learn it")
+    adapter: str | None = _option(None, "adapter: a file, mini … (default: the embedded one that suits the method, on mini)")
+    encoder: str | None = _option(None, "image encoder: folder or hub id (default: found from the adapter)")
+    scale: float = _option(1.0, "λ, the weight of the photographs: 0 … 1 and beyond")
+    base: str = _option("mini", "base model: mini, a folder or a hub id")
+    learning: int = _option(0, "optimiser steps of a method that learns the subject (default: the method's own)")
+    prior: int = _option(-1, "pictures of other such things that a DreamBooth is to keep; the base draws them (default: 200, 16 on mini)")
+    steps: int = _option(30, "denoising steps")
+    guidance: float | None = _option(None, "guidance scale (default: 3 on mini, 7.5 elsewhere)")
+    scheduler: str = _option("ddim", f"one of {', '.join(SCHEDULERS)}")
+    seed: int = _option(0, "seed of the first picture of each prompt; the next ones count up")
+    count: int = _option(4, "pictures for each prompt")
+    size: str | None = _option(None, "side in pixels, or WIDTHxHEIGHT (default: the model's own)")
+    fit: str = _option("crop", "photographs that are not square: crop, pad or squash")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
+    device: str = _option("auto", "auto, cpu, cuda, mps …")
+    out: str = _option("imprompt-out", "folder for the pictures, the contact sheet and what was learned")
+
+    def __post_init__(self) -> None:
+        _one_of(WAYS, method=self.method)
+        _at_least(0, learning=self.learning)
+        if not self.folder:
+            raise UserError("folder: expected a folder of photographs of one subject, received nothing")
+        if self.method in PERSONAL and not self.noun:
+            raise UserError(f"noun: {self.method} has to know what the subject is, such as cat or person; received nothing")
+        self.drawn("")
+
+    def prompts(self) -> tuple[str, ...]:
+        """Each prompt, with the noun in the place of *; without any, a photograph of the subject."""
+        told = self.prompt or (f"a photo of a {self.noun}" if self.noun else "",)
+        return tuple(text if self.method in PERSONAL else text.replace("*", self.noun) for text in told)
+
+    def drawn(self, text: str, **more: Any) -> Generate:
+        """The drawing of one prompt."""
+        shared = {f.name for f in fields(Generate)} & {f.name for f in fields(self)} - {"prompt", "adapter"}
+        return Generate(**{name: getattr(self, name) for name in shared}, prompt=text, **more)
+
+    def training(self) -> "Train":
+        """The training of a method that learns the subject."""
+        return Train(
+            data=self.folder, base=self.base, method=self.method, noun=self.noun, steps=self.learning, prior=self.prior,
+            device=self.device, out=str(Path(self.out) / self.method),
+        )  # fmt: skip
+
+
+# Each method, and what it reads of a picture: the encoder's pooled embedding or its grid, the pixels, the latents, or nothing.
 READS = {
     "ip-adapter": "pooled",
     "ip-adapter-plus": "grid",
@@ -99,6 +155,9 @@ READS = {
     "kandinsky": "pooled",
     "versatile": "grid",
     "reference-only": "latents",
+    "dreambooth": "nothing",
+    "dreambooth-lora": "nothing",
+    "inversion": "nothing",
 }
 COPIES = (
     "shuffle",
@@ -118,7 +177,9 @@ MANY = (
     "t2i-style",
     "blip-diffusion",
 )  # hear several references
-METHODS = tuple(name for name in READS if name != "reference-only")  # those that are trained
+PERSONAL = tuple(name for name, read in READS.items() if read == "nothing")  # learn one subject, and are shown no picture afterwards
+GENERAL = tuple(name for name in READS if name not in PERSONAL)
+METHODS = tuple(name for name in GENERAL if name != "reference-only")  # those that are trained to hear pictures
 
 # What fits the embedded model, for whatever the user left open; elsewhere it is P1's settings (arXiv:2308.06721, section 4.1.2).
 _MINI: dict[str, Any] = {
@@ -146,14 +207,42 @@ _PAPER: dict[str, Any] = {
 _ADAM = {"optimizer": "adamw", "lr": 1e-3}  # on mini, where Muon is not to be had
 
 
+# Of one subject's photographs: nothing is dropped, nothing is held out, nothing is tried before. PLACEHOLDER figures on mini.
+_SUBJECT: dict[str, Any] = {
+    "drop_text": 0.0,
+    "drop_image": 0.0,
+    "drop_both": 0.0,
+    "validation": 0,
+    "preflight": False,
+    "schedule": "constant",
+    "warmup": 0,
+    "ema": 0.0,
+    "save_every": 200,
+    "keep": 1,
+}
+_ONE_SUBJECT: dict[tuple[str, bool], dict[str, Any]] = {  # by method, and whether on mini
+    ("dreambooth", True): {"steps": 60, "batch": 8, "lr": 3e-4, "optimizer": "muon", "prior": 16, "token": "sks"},
+    ("dreambooth-lora", True): {"steps": 60, "batch": 8, "lr": 3e-3, "optimizer": "adamw", "prior": 16, "token": "sks"},
+    ("inversion", True): {"steps": 100, "batch": 8, "lr": 2e-2, "optimizer": "adamw", "prior": 0, "token": "<subject>"},
+    ("dreambooth", False): {"steps": 800, "batch": 2, "lr": 5e-6, "optimizer": "adamw", "prior": 200, "token": "sks"},
+    ("dreambooth-lora", False): {"steps": 500, "batch": 2, "lr": 1e-4, "optimizer": "adamw", "prior": 200, "token": "sks"},
+    ("inversion", False): {"steps": 3_000, "batch": 4, "lr": 5e-4, "optimizer": "adamw", "prior": 0, "token": "<subject>"},
+}
+
+
 @dataclass(frozen=True)
 class Train:
     """Train an adapter. Fields left open depend on the base: see `settled`."""
 
     data: str = _option("mini", "training data: mini, a folder, COCO, a list (.jsonl, .csv, .parquet), or .tar shards")
     base: str = _option("mini", "base model: mini, a folder or a hub id")
-    method: str = _option("ip-adapter", f"one of {', '.join(METHODS)}")
+    method: str = _option("ip-adapter", f"one of {', '.join(METHODS)}; of one subject alone {', '.join(PERSONAL)}")
     out: str = _option("run", "folder of the run")
+    noun: str = _option("", f"what the subject is, for {', '.join(PERSONAL)}: cat, person")
+    token: str = _option("", "the subject's name in texts (default: sks before the noun, or <subject>)")
+    prior: int = _option(-1, "pictures of other such things that a DreamBooth is to keep; the base draws them (default: 200, 16 on mini)")
+    prior_weight: float = _option(1.0, "how much they count")
+    prior_folder: str | None = _option(None, "where they are kept, for several trainings (default: class/ in the run's folder)")
     adapter: str | None = _option(None, "fine-tune from this adapter file instead of starting anew")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's or the adapter's own)")
     cache: str | None = _option(None, "feature cache to train from; encoded from the data first, where it is not complete")
@@ -217,7 +306,9 @@ class Train:
             raise UserError(f"references: {self.method} hears one; expected 1, or one of {', '.join(MANY)} as the method")
         if self.drop_text + self.drop_image + self.drop_both > 1:
             raise UserError("drop_text, drop_image and drop_both: expected at most 1 together")
-        _one_of(METHODS, method=self.method)
+        _one_of((*METHODS, *PERSONAL), method=self.method)
+        if self.method in PERSONAL:
+            self._of_one_subject()
         _one_of(("auto", *AGGREGATORS), combine=self.combine)
         if self.combine != "auto" and not self.method.startswith("ip-adapter"):
             raise UserError(f"combine: {self.method} has a way of its own; expected ip-adapter or ip-adapter-plus as the method")
@@ -241,9 +332,18 @@ class Train:
         if not self.ema < 1:
             raise UserError(f"ema: expected less than 1, received {self.ema}")
 
+    def _of_one_subject(self) -> None:
+        if not self.noun:
+            raise UserError(f"noun: {self.method} has to know what the subject is, such as cat or person; received nothing")
+        if self.cache or self.adapter or self.subjects:
+            raise UserError(f"{self.method} learns one subject from its photographs; leave cache, adapter and subjects out")
+        _finite(prior_weight=self.prior_weight)
+
     def settled(self) -> "Train":
         """With every open field filled in."""
         usual = _MINI if self.base == "mini" else _PAPER
+        if self.method in PERSONAL:
+            usual = usual | _SUBJECT | _ONE_SUBJECT[self.method, self.base == "mini"]
         if self.deepspeed:
             usual = usual | {"ema": 0.0} | (_ADAM if self.base == "mini" else {})
         elif self.base == "mini" and (self.optimizer.startswith("adamw") or self.precision == "float16"):
@@ -330,6 +430,13 @@ class Evaluate:
     base: str = _option("mini", "base model: mini, a folder or a hub id")
     encoder: str | None = _option(None, "image encoder of the adapters: folder or hub id (default: each one's own)")
     data: str = _option("mini", "pictures with captions: mini's held-out set, COCO, or any training data")
+    subjects: int = _option(0, "draw by subject, of those with at least so many photographs; 0 for after each picture by itself")
+    references: int = _option(1, "photographs of a subject that are drawn after")
+    targets: int = _option(1, "other photographs of each subject that are to be drawn")
+    split: str | None = _option(None, "subjects.json of a training: its test subjects alone", metavar="FILE")
+    noun: str = _option("", "what the subjects are, as captions call them: person (default: of mini the kind)")
+    caption: str = _option("", "text of pictures that have none (default: a photo of a NOUN)")
+    identity: str = _option("auto", "what tells subjects apart: mini, insightface, facenet or none (default: mini's with subjects on mini)")
     limit: int = _option(0, "number of prompts (default: 1000 of mini, 5000 of other data)")
     samples: int = _option(4, "pictures for each prompt")
     text: str = _option("none", "what the image prompts are given as text: none or caption")
@@ -352,7 +459,12 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         _at_least(1, samples=self.samples, steps=self.steps, processes=self.processes, size=1 if self.size is None else self.size)
-        _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed)
+        _at_least(1, references=self.references, targets=self.targets)
+        _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed, subjects=self.subjects)
+        if self.subjects == 1:
+            raise UserError("subjects: expected at least 2 photographs of a subject, one to draw after and one to draw; received 1")
+        if not self.subjects and (self.references, self.targets, self.split) != (1, 1, None):
+            raise UserError("references, targets and split are for pictures by subject: say how many photographs, --subjects 10")
         if self.seed > 2**62:
             raise UserError(f"seed: expected less than 2⁶², received {self.seed}")
         if self.curve == 1:
@@ -373,6 +485,7 @@ class Evaluate:
             batch=self.batch or (64 if mini else 8),
             judge=self.judge or ("mini" if mini else "openai/clip-vit-large-patch14"),
             features=("mini" if mini else "clip") if self.features == "auto" else self.features,
+            identity=("mini" if mini and self.subjects else "none") if self.identity == "auto" else self.identity,
         )
 
 
@@ -395,7 +508,7 @@ class Reproduce:
         _one_of(PAPERS, paper=self.paper)
         _one_of(("full", "smoke"), budget=self.budget)
         for name in self.method:
-            _one_of(tuple(READS), method=name)
+            _one_of(GENERAL, method=name)
 
 
 def _at_least(low: int, **values: int) -> None:

@@ -127,3 +127,29 @@ class LatentEncoder(PixelEncoder):
     def null(self, grid: bool) -> Tensor:
         """Zeros."""
         return torch.zeros_like(self.features(torch.zeros(1, 3, self.side, self.side), grid))
+
+
+class NothingEncoder:
+    """Sees nothing: for methods that learn their subject and are shown no picture. Features are one zero."""
+
+    side = 1
+
+    def __init__(self) -> None:
+        self.model: Any = nn.Identity()
+
+    def width(self, grid: bool) -> int:
+        return 1
+
+    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """(pictures, 3, 1, 1) of zeros."""
+        return torch.zeros(len(images), 3, 1, 1)
+
+    def features(self, pixels: Tensor, grid: bool) -> Tensor:
+        """(pictures, 1, 1) of zeros."""
+        return pixels.new_zeros(len(pixels), 1, 1)
+
+    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
+        return self.features(self.prepare(images), grid)
+
+    def null(self, grid: bool) -> Tensor:
+        return torch.zeros(1, 1, 1)

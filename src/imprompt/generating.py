@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from imprompt.config import Generate
+from imprompt import hub
+from imprompt.config import PERSONAL, Generate
 from imprompt.errors import UserError
 from imprompt.hosts.unet import attach
 from imprompt.memory import enough_memory
+from imprompt.methods.dreambooth import DreamBooth
+from imprompt.methods.inversion import Inversion
+from imprompt.methods.loading import load_method, method_of
 from imprompt.pipelines import check_size, guidance_of, load_base, own_size, pick_device, pick_dtype, scheduled
 from imprompt.prompter import ImagePrompt, Prompter, load
 
@@ -30,8 +34,11 @@ class Drawn(NamedTuple):
 
 def draw(choice: Generate, progress: Progress = lambda done, total: None) -> list[Drawn]:
     """Draw the pictures that `choice` describes. The same seed on the same machine gives the same picture."""
-    if not choice.image and not choice.prompt and choice.adapter:
+    learned = _learned(choice)
+    if not choice.image and choice.adapter and not learned:
         raise UserError("an adapter without a reference does nothing; give --image")
+    if choice.image and learned:
+        raise UserError(f"{choice.adapter} is a {learned} that has learned its subject; leave --image out")
     device = pick_device(choice.device)
     mini = choice.base == "mini"
     if choice.image and not choice.adapter and not mini:
@@ -55,10 +62,16 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
             adapter = choice.adapter or "mini"
             prompter = _prompter(adapter, choice.encoder, device, os.path.getmtime(adapter) if os.path.isfile(adapter) else 0.0)
             stack.enter_context(attach(pipe, _prompt(prompter, choice)))
+        text = choice.prompt
+        if learned and choice.adapter:
+            method = load_method(choice.adapter, pipe, choice.base)
+            nothing = method.null()[None].to(pipe.unet.device)
+            stack.enter_context(method.attached(pipe, nothing, nothing, choice.scale))
+            text = method.said(text) if isinstance(method, (DreamBooth, Inversion)) else text
         for number, batch in enumerate(batches):
             done = number * choice.steps
             images += pipe(
-                [choice.prompt] * len(batch),
+                [text] * len(batch),
                 negative_prompt=[choice.negative] * len(batch),
                 num_inference_steps=choice.steps,
                 guidance_scale=choice.guidance if choice.guidance is not None else guidance_of(choice.base),
@@ -68,6 +81,14 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
                 callback_on_step_end=step,
             ).images
     return [Drawn(image, seed) for image, seed in zip(images, seeds, strict=True)]
+
+
+def _learned(choice: Generate) -> str:
+    """The method by which an adapter's file has learned one subject; empty where it hears any picture."""
+    if choice.adapter is None or choice.adapter in hub.EMBEDDED or not os.path.isfile(choice.adapter):
+        return ""
+    name = method_of(choice.adapter)
+    return name if name in PERSONAL else ""
 
 
 def _prompt(prompter: Prompter, choice: Generate) -> ImagePrompt:

@@ -7,7 +7,7 @@ from imprompt.checkpoints import Spec
 from imprompt.errors import UserError
 
 MINI = Path(__file__).parent / "mini" / "weights"
-EMBEDDED = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensors"}
+EMBEDDED = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensors", "mini-subject": "adapter-subject.safetensors"}
 
 # Encoders of the public releases: (hub id, subfolder) by what an adapter reads.
 _RELEASE = "h94/IP-Adapter"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt import checkpoints
+from imprompt import checkpoints, hub
 from imprompt.checkpoints import Spec
 from imprompt.config import COMBINE
 from imprompt.core.adapter import Adapter
@@ -156,6 +156,17 @@ def _mask(mask: Picture | Tensor) -> Tensor:
     return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(grey.height, grey.width) / 255
 
 
+def find_encoder(base: str, named: str | None, spec: Spec | None = None) -> ImageEncoder:
+    """The image encoder: the one named, the base's own, or the one the adapter was trained with."""
+    if named:
+        return ImageEncoder.load(named)
+    if base == "mini":
+        return ImageEncoder.load(hub.MINI / "image_encoder")
+    if spec is not None:
+        return ImageEncoder.load(*hub.default_encoder(spec))
+    return ImageEncoder.load(*hub.RELEASED_ENCODER)
+
+
 def load(source: str | Path, weight: str | None = None, encoder: str | Path | None = None) -> Prompter:
     """Load an adapter and its encoder.
 
@@ -164,8 +175,6 @@ def load(source: str | Path, weight: str | None = None, encoder: str | Path | No
     The encoder is found from the adapter's shapes; `encoder` (a folder or a hub id) overrules. Offline, with
     HF_HUB_OFFLINE=1, hub ids are looked up in the local cache only.
     """
-    from imprompt import hub
-
     path, found = hub.find_adapter(str(source), weight)
     adapter, spec = checkpoints.load_adapter(path)
     where = (str(encoder), None) if encoder else found or hub.default_encoder(spec)

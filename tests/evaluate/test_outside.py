@@ -13,7 +13,12 @@ from PIL import Image
 
 from imprompt.errors import UserError
 from imprompt.evaluate import outside
-from imprompt.evaluate.contender import How
+from imprompt.evaluate.contender import Case, How
+
+
+def cases(*references):
+    return [Case("", "", (picture,), picture) for picture in references]
+
 
 HOW = How(steps=2, guidance=3.0, size=(32, 32))
 
@@ -76,27 +81,27 @@ def test_every_kind_is_tried_here(source_of):
 
 def test_seed_and_reference_make_the_picture(what, contender_of):
     contender = contender_of(what)
-    first, other, later = contender.draw([RED, NOISE, RED], ["a fish"] * 3, [1, 1, 2], HOW)
+    first, other, later = contender.draw(cases(RED, NOISE, RED), ["a fish"] * 3, [1, 1, 2], HOW)
     assert first.size == (32, 32) and first.mode == "RGB"
     assert difference(first, other) > 2, "the reference is not heard"
     assert difference(first, later) > 2, "the seed is not heard"
-    assert difference(first, contender.draw([RED], ["a fish"], [1], HOW)[0]) <= 2, "it matters what is drawn beside it"
+    assert difference(first, contender.draw(cases(RED), ["a fish"], [1], HOW)[0]) <= 2, "it matters what is drawn beside it"
 
 
 def test_order_does_not_matter(what, contender_of):
     contender = contender_of(what)
-    a, b = contender.draw([RED, NOISE], ["a fish", ""], [1, 2], HOW)
-    d, c = contender.draw([NOISE, RED], ["", "a fish"], [2, 1], HOW)
+    a, b = contender.draw(cases(RED, NOISE), ["a fish", ""], [1, 2], HOW)
+    d, c = contender.draw(cases(NOISE, RED), ["", "a fish"], [2, 1], HOW)
     assert difference(a, c) <= 2 and difference(b, d) <= 2
 
 
 def test_text_is_heard_where_there_is_an_ear(what, contender_of):
-    a, b = contender_of(what).draw([RED, RED], ["a red fish", "a small house at night"], [1, 1], HOW)
+    a, b = contender_of(what).draw(cases(RED, RED), ["a red fish", "a small house at night"], [1, 1], HOW)
     assert (difference(a, b) > 1) == SOURCES[what][1]
 
 
 def test_other_sizes_and_no_guidance(what, contender_of):
-    [picture] = contender_of(what).draw([noise(1, (50, 30)).convert("L")], [""], [1], How(2, 1.0, (44, 28)))
+    [picture] = contender_of(what).draw(cases(noise(1, (50, 30)).convert("L")), [""], [1], How(2, 1.0, (44, 28)))
     assert picture.size == (44, 28) and picture.mode == "RGB"
 
 
@@ -143,7 +148,7 @@ def test_blip_reads_forwards(contender_of):
 
 def test_scale_weighs_the_controlnet(contender_of):
     deaf = How(2, 3.0, (32, 32), scale=0.0)
-    a, b = contender_of("shuffle").draw([RED, NOISE], ["", ""], [1, 1], deaf)
+    a, b = contender_of("shuffle").draw(cases(RED, NOISE), ["", ""], [1, 1], deaf)
     assert difference(a, b) <= 1
 
 
@@ -241,9 +246,9 @@ def test_what_is_no_source_gets_one_sentence(source_of, tmp_path):
 
 def test_settings_that_a_pipeline_refuses(source_of, contender_of):
     with pytest.raises(UserError, match="steps: expected at least 2 with UnCLIPImageVariationPipeline, received 1"):
-        contender_of("karlo").draw([RED], [""], [1], How(1, 3.0, (32, 32)))
+        contender_of("karlo").draw(cases(RED), [""], [1], How(1, 3.0, (32, 32)))
     with pytest.raises(UserError, match="fewer steps"):
-        contender_of("image variation").draw([RED], [""], [1], How(1001, 3.0, (32, 32)))
+        contender_of("image variation").draw(cases(RED), [""], [1], How(1001, 3.0, (32, 32)))
 
 
 def test_half_precision(what, source_of):
@@ -251,7 +256,7 @@ def test_half_precision(what, source_of):
     contender = outside.load_outside(source_of(what), "cpu", torch.bfloat16)
     if what in ("karlo", "blip"):
         with pytest.raises(UserError, match="try float32"):
-            contender.draw([RED], ["a fish"], [1], HOW)
+            contender.draw(cases(RED), ["a fish"], [1], HOW)
     else:
-        [picture] = contender.draw([RED], ["a fish"], [1], HOW)
+        [picture] = contender.draw(cases(RED), ["a fish"], [1], HOW)
         assert picture.size == (32, 32)

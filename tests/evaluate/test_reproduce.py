@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imprompt import cli
-from imprompt.config import METHODS, READS, Reproduce
+from imprompt.config import GENERAL, METHODS, Reproduce
 from imprompt.errors import UserError
 from imprompt.evaluate import claims
 from imprompt.evaluate.metrics import Interval
@@ -26,7 +26,7 @@ def smoke(tmp_path_factory):
 def test_every_method_is_trained_and_measured(smoke):
     choice, folder, told = smoke
     rows = {name: finished(folder, name) for name in jobs(choice)}
-    assert all(rows.values()) and set(READS) < set(rows)
+    assert all(rows.values()) and set(GENERAL) < set(rows)
     for name in METHODS:
         assert (folder / "train" / name / "adapter.safetensors").is_file()
         assert rows[name].score.trainable > 10_000 and rows[name].score.pictures == 8
@@ -82,7 +82,7 @@ def row(likeness, text=0.5, diversity=0.1, trainable=360_000, scale=1.0, seen=()
 
 
 def made_up(**changes):
-    rows = {name: row(0.8, 0.4) for name in READS}
+    rows = {name: row(0.8, 0.4) for name in GENERAL}
     rows |= {name: row(0.9, 0.5, trainable=12_000_000) for name in claims.FULL}
     rows |= {"text": row(0.7), "ip-adapter": row(0.89, 0.5), "ip-adapter-plus": row(0.91, 0.5, 0.05)}
     for i, name in enumerate(curve_names(Reproduce())):

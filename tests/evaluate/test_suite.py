@@ -60,7 +60,7 @@ def test_every_row_is_there_and_the_copy_is_a_copy(whole):
 def test_figures_are_those_of_the_pictures_that_were_kept(whole):
     """CLIP-T, diversity and FID once more, from the files, by other means."""
     folder, found, _ = whole
-    judge, cases = Judge(), open_cases("mini", 6)
+    judge, cases = Judge(), open_cases(Evaluate(limit=6))
 
     def pictures(name):
         return [Image.open(p).convert("RGB") for p in sorted((folder / "rows" / name / "pictures").iterdir())]
@@ -114,9 +114,9 @@ def test_every_picture_is_kept_with_its_seed(whole):
     names = sorted(p.name for p in (folder / "rows" / "mini" / "pictures").iterdir())
     assert names[:3] == ["00000-0-0.png", "00000-1-1.png", "00001-0-2.png"] and len(names) == 12
     contender = load_contender("mini", SMALL.settled())
-    case = open_cases("mini", 6)[1]
+    case = open_cases(Evaluate(limit=6))[1]
     how = suite.How(2, 3.0, (64, 64))
-    alone = contender.draw([case.reference], [""], [2], how)[0]
+    alone = contender.draw([case], [""], [2], how)[0]
     kept = Image.open(folder / "rows" / "mini" / "pictures" / names[2])
     difference = torch.tensor(list(alone.tobytes())).float() - torch.tensor(list(kept.convert("RGB").tobytes())).float()
     assert difference.abs().mean() < 2  # bfloat16, another batch
@@ -162,7 +162,7 @@ def test_a_real_picture_is_never_the_reference(tmp_path):
     turned.append(Record("b", records[1].target, references=(records[0].target,), subject="x"))
     for cases in (DataCases(records), DataCases(turned)):
         assert cases.has_others
-        assert all(cases.other(i).tobytes() != cases[i].reference.tobytes() for i in range(len(cases)))
+        assert all(cases.other(i).tobytes() != cases[i].target.tobytes() for i in range(len(cases)))
     with pytest.raises(ImageError, match="no other picture"):
         DataCases(records[:1]).other(0)
 

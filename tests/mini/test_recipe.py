@@ -17,7 +17,7 @@ from imprompt.mini.make import CONFIGS, make
 from imprompt.mini.recipe import ATTRIBUTES, Build, autoencoder, normalise_latents
 from imprompt.mini.style import STYLES, make_style
 
-PARTS = {"clip", "judge-clip", "judge", "vae", "unet", "adapter", "adapter-plus"}
+PARTS = {"clip", "judge-clip", "judge", "identity", "vae", "unet", "adapter", "adapter-plus"}
 
 
 @pytest.fixture(scope="module")

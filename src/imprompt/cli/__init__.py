@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     _fields(generate, config.Generate)
     generate.add_argument("--json", action="store_true", help="print the result for a program")
 
+    personalise = _verb(verbs, "personalise", "draw a person or a thing again, after several photographs", "personalise:run")
+    _fields(personalise, config.Personalise)
+    personalise.add_argument("--json", action="store_true", help="print the result for a program")
+
     train = _verb(verbs, "train", "train an adapter on your own pictures", "train:run")
     _fields(train, config.Train)
     train.add_argument("--json", action="store_true", help="print the result for a program")

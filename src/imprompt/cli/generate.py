@@ -5,14 +5,18 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL.PngImagePlugin import PngInfo
 
 from imprompt import __version__
 from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
-from imprompt.config import Generate
+from imprompt.config import Generate, Personalise
 from imprompt.files import atomic_path, writable_folder
+
+if TYPE_CHECKING:
+    from imprompt.generating import Drawn
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,11 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = time.monotonic() - start
     paths = []
     for picture in drawn:
-        settings = PngInfo()
-        settings.add_text("imprompt", json.dumps({**asdict(choice), "seed": picture.seed, "count": 1, "version": __version__}))
-        paths.append(folder / f"{picture.seed:06d}.png")
-        with atomic_path(paths[-1]) as partial:
-            picture.image.save(partial, pnginfo=settings)
+        paths.append(keep(folder / f"{picture.seed:06d}.png", picture, choice))
     contact = folder / "sheet.png"
     with atomic_path(contact) as partial:
         sheet(references, [picture.image for picture in drawn]).save(partial)
@@ -49,3 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print(f"seed {choice.seed}, {len(paths)} pictures in {seconds:.1f} s")
         print(contact)
+
+
+def keep(path: Path, picture: "Drawn", choice: Generate | Personalise, **more: str) -> Path:
+    """Write a picture with what repeats it in its metadata."""
+    settings = PngInfo()
+    settings.add_text("imprompt", json.dumps({**asdict(choice), **more, "seed": picture.seed, "count": 1, "version": __version__}))
+    with atomic_path(path) as partial:
+        picture.image.save(partial, pnginfo=settings)
+    return path

@@ -46,6 +46,7 @@ class Example(NamedTuple):
     seed: int
     key: str
     subject: str | None = None
+    counts: float = 1.0  # how much its loss counts
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +76,8 @@ def example(record: Record, seed: int, framing: Framing, prepare: Pixels) -> Exa
         mask = torch.from_numpy(np.array(cut.apply(open_image(record.mask).convert("L").resize(whole.size, Image.Resampling.NEAREST))))
     pixels = torch.from_numpy(np.array(target)).permute(2, 0, 1).contiguous()
     sizes = (whole.height, whole.width, cut.top, cut.left)
-    return Example(pixels, prepare(squares), record.text or framing.caption, mask, sizes, seed, record.key, record.subject)
+    text = record.text or framing.caption
+    return Example(pixels, prepare(squares), text, mask, sizes, seed, record.key, record.subject, record.weight)
 
 
 def _opened(references: Sequence[Picture], framing: Framing, rng: random.Random) -> list[Image.Image]:
@@ -165,6 +167,7 @@ class Batch(NamedTuple):
     mask: Tensor | None  # (batch, 1, height, width), uint8
     sizes: Tensor  # (batch, 6): original height and width, top, left, height, width
     seeds: list[int]
+    counts: Tensor  # (batch,): how much each one's loss counts
 
 
 def stack(examples: Sequence[Example]) -> Batch:
@@ -180,4 +183,5 @@ def stack(examples: Sequence[Example]) -> Batch:
         masks,
         torch.tensor([(*e.sizes, *e.shape[1:]) for e in examples]),
         [e.seed for e in examples],
+        torch.tensor([e.counts for e in examples]),
     )

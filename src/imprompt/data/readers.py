@@ -40,14 +40,14 @@ _MINI = re.compile(r"mini(?::([1-9]\d*)(?:x([1-9]\d*))?)?")
 def open_data(source: str | Path) -> Records:
     """The records at a place: `mini`, a folder, COCO, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
 
-    `mini:4000` is the first 4000 pictures of mini, `mini:4000x10` is as many with ten photographs of each subject instead of
-    four; COCO is its captions' JSON file, or the folder that holds annotations/.
+    `mini:4000` is the first 4000 pictures of mini; `mini:4000x10` has ten photographs of each subject instead of four, with
+    captions that say kind and place and nothing of the look. COCO is its captions' JSON file, or the folder that holds annotations/.
     Raises UserError where there is nothing, or nothing that is understood.
     """
     text = str(source)
     path = Path(text)
     if of_mini := _MINI.fullmatch(text):
-        return Mini(int(of_mini[1] or Mini.ALL), photos=int(of_mini[2] or Mini.PHOTOS))
+        return Mini(int(of_mini[1] or Mini.ALL), photos=int(of_mini[2] or Mini.PHOTOS), look=not of_mini[2])
     if ".tar" in text.rsplit("/", 1)[-1] or "::" in text:
         return Shards.expand(text)
     if is_coco(path):
@@ -292,12 +292,15 @@ class Shards:
 
 
 class Mini:
-    """The embedded world: subjects that mini was trained on, four photographs of each unless told otherwise."""
+    """The embedded world: subjects that mini was trained on, four photographs of each.
+
+    Without `look`, captions say kind and place alone: what a subject looks like is for its photographs to tell.
+    """
 
     PHOTOS, ALL = 4, 160_000
 
-    def __init__(self, count: int = ALL, held_out: bool = False, photos: int = PHOTOS):
-        self.count, self.held_out, self.photos = count, held_out, photos
+    def __init__(self, count: int = ALL, held_out: bool = False, photos: int = PHOTOS, look: bool = True):
+        self.count, self.held_out, self.photos, self.look = count, held_out, photos, look
 
     def __len__(self) -> int:
         return self.count
@@ -312,7 +315,8 @@ class Mini:
         subject = world.subject(self._seeds[i // self.photos])
         where = world.scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
         rng = random.Random(f"mini {i}")
-        text = world.photo_caption(subject, where, rng) if rng.random() < 0.15 else world.caption(subject, where, rng)
+        look = rng.random() >= 0.15 and self.look
+        text = world.caption(subject, where, rng) if look else world.photo_caption(subject, where, rng)
         return Record(f"mini:{i}", _photograph(subject, where), text, subject=str(subject.seed))
 
     def subject_of(self, i: int) -> str:

@@ -18,6 +18,7 @@ class Record:
     references: tuple[Picture, ...] = ()
     mask: Picture | None = None
     subject: str | None = None
+    weight: float = 1.0  # how much its loss counts
 
 
 @runtime_checkable

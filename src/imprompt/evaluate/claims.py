@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from imprompt.config import COPIES, READS, Reproduce
+from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
 from imprompt.evaluate.reproduce import (
@@ -50,7 +50,7 @@ PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
     "ip-adapter-plus": ("IP-Adapter, fine-grained", "by eye", None, None),
 }
 FULL = tuple(name for name in COPIES if name != "shuffle")
-ADAPTERS = tuple(name for name in READS if name not in FULL and not name.startswith("ip-adapter"))
+ADAPTERS = tuple(name for name in GENERAL if name not in FULL and not name.startswith("ip-adapter"))
 
 ONE_SEED = "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them."
 

@@ -1,10 +1,21 @@
-"""What is compared: something that draws one picture after each reference."""
+"""What is compared: something that draws a picture after one reference, or after several of one subject."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
+
+
+class Case(NamedTuple):
+    """One prompt."""
+
+    key: str
+    text: str
+    references: tuple[Image.Image, ...]  # square
+    target: Image.Image  # what is drawn is compared with it: the reference itself, or another photograph of the subject
+    subject: str = ""
+    noun: str = ""  # what the subject is, as the text calls it
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,6 @@ class Contender(Protocol):
     def trainable(self) -> int | None:
         """Parameters trained to hear a picture; None where nobody can tell."""
 
-    def draw(self, references: Sequence[Image.Image], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
-        """One picture for each reference, text and seed. The same seed draws the same picture."""
+    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
+        """One picture for each case, told this text and drawn with this seed. The same seed draws the same picture."""
         ...

@@ -70,6 +70,69 @@ def structure_distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
+# Who it is
+
+
+def centroid(gallery: Tensor, found: Tensor) -> Tensor:
+    """Whom several real photographs show: the mean of their embeddings, at length 1. (photographs, width), (photographs,) → (width,).
+
+    Photographs in which nobody was found are left out; zeros, which resemble nobody, where none is left.
+    """
+    gallery = _checked(gallery, "(photographs, width)")
+    if found.shape != gallery.shape[:1]:
+        raise ValueError(f"expected found of shape ({len(gallery)},), received {tuple(found.shape)}")
+    return F.normalize(F.normalize(gallery[found.cpu()], dim=1).sum(0), dim=0)
+
+
+def likeness(drawn: Tensor, found: Tensor, gallery: Tensor, gallery_found: Tensor) -> Tensor:
+    """Identity: cosines of drawn pictures with the centroid of their subject's real photographs. (n, width), (n,) → (n,).
+
+    −1 … 1, higher is more alike. nan where nobody was found in the drawn picture, or in any photograph: print that
+    share beside the mean of the rest, which alone rewards drawing nobody. The scale differs between encoders: print beside
+    it what real photographs of the same subject, and of others, reach.
+    """
+    drawn = _checked(drawn, "(n, width)")
+    whom = centroid(gallery, gallery_found)
+    return (F.normalize(drawn, dim=1) @ whom).masked_fill(~found.cpu() | ~whom.any(), math.nan)
+
+
+def recognised(drawn: Tensor, which: Tensor, centroids: Tensor) -> Tensor:
+    """Rank-1 identification: whether a picture is nearer to its own subject than to every other. (n, width), (n,) → (n,) bool.
+
+    `which` is each picture's subject among `centroids`, (subjects, width). The mean is 1 / subjects by chance and 1
+    at best; it falls as subjects are added, so print their count. A row of zeros, nobody found, is not recognised,
+    nor is a subject that another equals. ValueError below 2 subjects.
+    """
+    drawn, centroids = _checked(drawn, "(n, width)"), _checked(centroids, "(subjects, width)", least=2)
+    which = which.cpu()[:, None]
+    alike = F.normalize(drawn, dim=1) @ F.normalize(centroids, dim=1).mT  # (n, subjects)
+    others = alike.scatter(1, which, -math.inf).max(1).values
+    known = drawn.any(1) & centroids.any(1)[which[:, 0]]
+    return known & (alike.gather(1, which)[:, 0] > others)
+
+
+class Threshold(NamedTuple):
+    """The cosine above which two pictures count as one subject, and the share of true pairs that do."""
+
+    value: float
+    accepted: float
+
+
+def threshold(same: Tensor, different: Tensor, rate: float = 0.01) -> Threshold:
+    """Verification: the lowest cosine that at most `rate` of the pairs of different subjects exceed. (pairs,), (pairs,).
+
+    Take cosines of real photographs, and for `different` the pairs that matter: against look-alikes the threshold is higher.
+    `accepted`, 0 … 1 and higher is better, is the true accept rate at this false accept rate. ValueError where there
+    are too few different pairs for one of them to be `rate` of them.
+    """
+    same, different = _checked(same, "(pairs,)", least=1), _checked(different, "(pairs,)")
+    if not 0 < rate < 1 or len(different) * rate < 1:
+        raise ValueError(f"expected a rate below 1 and at least 1 / rate different pairs, received {rate} and {len(different)} pairs")
+    allowed = int(len(different) * rate + 1e-9)  # 300 · 0.01 is a little less than 3
+    value = float(different.sort(descending=True).values[allowed])
+    return Threshold(value, float((same > value).double().mean()))
+
+
 # Set against set
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from imprompt.errors import UserError, brief
-from imprompt.evaluate.contender import How
+from imprompt.evaluate.contender import Case, How
 from imprompt.images import to_rgb
 from imprompt.methods.shuffle import COARSE, moved
 from imprompt.pipelines import FILES
@@ -201,14 +201,14 @@ class Outside:
     pipes: tuple[Any, ...] = field(repr=False)  # the last one draws
 
     @torch.no_grad()
-    def draw(self, references: Sequence[Image.Image], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
-        """One picture for each reference, text and seed, all at once; in `how.size`, whatever size the pipeline draws.
+    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
+        """One picture for each case's first reference, all at once; in `how.size`, whatever size the pipeline draws.
 
         A picture's randomness is its own, so it does not matter which pictures are drawn together. Raises UserError for
         settings that the pipeline refuses.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        asked = Asked([to_rgb(picture) for picture in references], list(texts), generators, how)
+        asked = Asked([to_rgb(case.references[0]) for case in cases], list(texts), generators, how)
         words = self.kind.words(*self.pipes, asked)
         try:
             with _quiet():

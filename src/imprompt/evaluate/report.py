@@ -43,7 +43,7 @@ def score_row(studio: Studio, row: Row, out: Path) -> Score:
     seen, real = Seen(out, row.name, studio.chunks(row)), Seen(out, copy.name, studio.chunks(copy))
     prompts, lost = seen.column("prompt"), seen.lost
     count = 0 if prompts is None else len(prompts)
-    figures = scored(seen, real, choice.resamples, row.samples, sets=not row.curve) if count else {}
+    figures = scored(seen, real, choice.resamples, row.samples, not row.curve, studio.gallery) if count else {}
     trainable = None if row.source in REAL else studio.contender(row.source).trainable
     score = Score(row.name, count, count // row.samples, len(lost), trainable, seen.seconds / max(count, 1), row.scale, row.curve, figures)
     with atomic_path(kept) as partial:

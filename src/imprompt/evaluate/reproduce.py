@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from imprompt.config import COPIES, METHODS, READS, Encode, Evaluate, Reproduce, Train
+from imprompt.config import COPIES, GENERAL, METHODS, READS, Encode, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
 from imprompt.errors import UserError
 from imprompt.evaluate.metrics import Interval
@@ -81,7 +81,7 @@ class Finished(NamedTuple):
 
 def jobs(choice: Reproduce) -> list[str]:
     """Every row's name: what is not trained, the methods, the curve of λ, and the adapter on a custom model."""
-    methods = [name for name in READS if not choice.method or name in choice.method]
+    methods = [name for name in GENERAL if not choice.method or name in choice.method]
     return ["copy", "real", "text", *sorted(methods, key=lambda name: name not in COPIES), *curve_names(choice), *custom_names(choice)]
 
 
@@ -284,7 +284,7 @@ def run(choice: Reproduce) -> Iterator[Progress]:
     if any(CUSTOM in name for name in names) and not (out / STYLE / "model" / "model_index.json").is_file():
         first.append(("style", ()))
     plain = [n for n in names if n in ("copy", "real", "text")]
-    methods = [n for n in names if n in READS]
+    methods = [n for n in names if n in GENERAL]
     after = [n for n in names if n not in plain and n not in methods]  # need the adapter, or the custom model
     stages = [[*first, *_rows(plain[:1])], _rows([*methods, *plain[1:]]), _rows(after)]
     done, total = 0, sum(len(stage) for stage in stages)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imprompt.evaluate import metrics
+from imprompt.evaluate.gallery import Gallery
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.shelf import Shelf
 
@@ -23,6 +24,9 @@ COLUMNS = {
     "CMMD": "↓ to the references",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
+    "identity": "↑ cosine with the subject's other photographs, by an encoder of identity",
+    "recognised": "↑ share nearest to its own subject of all",
+    "no face": "↓ share in which the encoder of identity found nobody",
 }
 
 
@@ -64,9 +68,14 @@ class Seen:
         return (self.shelf.read(number) for number in range(self.chunks))
 
 
-def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True) -> dict[str, Interval]:
-    """The figures of a row. `sets` adds those that compare whole sets of pictures, which need many: none below FEW prompts."""
-    groups = seen.column("prompt")
+def scored(
+    seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None
+) -> dict[str, Interval]:
+    """The figures of a row. `sets` adds those that compare whole sets of pictures, which need many: none below FEW prompts.
+
+    With a gallery of subjects, intervals are over subjects, and it is told how often who was drawn is recognised.
+    """
+    groups = seen.column("prompt" if gallery is None else "group")
     assert groups is not None
     found: dict[str, Interval] = {}
     if len(groups.unique()) < 2:
@@ -78,7 +87,9 @@ def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = Tr
     clip = seen.column("clip")
     if samples > 1 and clip is not None:
         spread = metrics.diversity(clip.unflatten(0, (-1, samples)))
-        found["diversity"] = metrics.mean_interval(spread, torch.arange(len(spread)), resamples)
+        found["diversity"] = metrics.mean_interval(spread, groups[::samples], resamples)
+    if gallery is not None:
+        found |= identified(seen, gallery, groups, resamples)
     if not sets or len(groups.unique()) < FEW:
         return found
     pairs = [(seen.column(name), real.column(name)) for name in ("features", "clip")]
@@ -92,6 +103,21 @@ def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = Tr
     if classes is not None:
         logits = classes.clamp(min=1e-12).log()
         found["IS"] = metrics.jackknife(lambda rows: metrics.inception_score(logits[rows], splits=1), groups)
+    return found
+
+
+def identified(seen: Seen, gallery: Gallery, groups: Tensor, resamples: int) -> dict[str, Interval]:
+    """Whether each picture shows its subject. Pictures in which nobody was found count as not recognised, and have no likeness."""
+    embedded, there = seen.column("identity"), seen.column("found")
+    assert embedded is not None and there is not None
+    right = metrics.recognised(embedded, groups, gallery.centroids)
+    found = {"recognised": metrics.mean_interval(right.double(), groups, resamples)}
+    if not there.all():
+        found["no face"] = metrics.mean_interval((~there).double(), groups, resamples)
+    known = there & gallery.found[groups]
+    if len(groups[known].unique()) > 1:
+        alike = metrics.cosines(embedded[known], gallery.centroids[groups[known]])
+        found["identity"] = metrics.mean_interval(alike, groups[known], resamples)
     return found
 
 

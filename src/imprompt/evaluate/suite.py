@@ -20,15 +20,17 @@ import torch
 from PIL import Image
 
 from imprompt import hub
-from imprompt.config import Evaluate
+from imprompt.config import PERSONAL, Evaluate
 from imprompt.data.loader import UNREADABLE
 from imprompt.data.readers import is_mini
 from imprompt.errors import UserError, brief
 from imprompt.evaluate import metrics
-from imprompt.evaluate.cases import Case, Cases, open_cases
-from imprompt.evaluate.contender import Contender, How
-from imprompt.evaluate.contenders import check_source, load_contender, named
+from imprompt.evaluate.cases import Cases, SubjectCases, open_cases
+from imprompt.evaluate.contender import Case, Contender, How
+from imprompt.evaluate.contenders import Learner, check_source, load_contender, named, taken_apart
 from imprompt.evaluate.eyes import Eyes
+from imprompt.evaluate.gallery import Gallery, kept_gallery
+from imprompt.evaluate.identity import Identity, load_identity
 from imprompt.evaluate.shelf import Shelf, agree, folder_of
 from imprompt.files import writable_folder
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype, scheduled
@@ -48,6 +50,7 @@ class Row:
     prompts: int
     scale: float = 1.0
     curve: str = ""  # the row whose curve of λ this is a point of
+    references: int = 0  # how many of a subject's are heard; 0 for all that there are
 
 
 class Progress(NamedTuple):
@@ -96,13 +99,28 @@ class Studio:
 
     def __init__(self, choice: Evaluate):
         self.choice, self.out = choice, Path(choice.out)
-        self.cases = open_cases(choice.data, choice.limit)
+        self.cases = open_cases(choice)
         self._at: tuple[str, Contender] | None = None
 
     @cached_property
     def eyes(self) -> Eyes:
         assert self.choice.judge is not None
         return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device), self.choice.lpips)
+
+    @cached_property
+    def identity(self) -> Identity | None:
+        """What tells subjects apart, where there are some."""
+        if self.choice.identity == "none" or not self.cases.subjects:
+            return None
+        return load_identity(self.choice.identity, claim_device(self.choice.device))
+
+    @cached_property
+    def gallery(self) -> Gallery | None:
+        """Every subject as its photographs show it: looked at once, and kept."""
+        if self.identity is None:
+            return None
+        assert isinstance(self.cases, SubjectCases)
+        return kept_gallery(self.out / "gallery.safetensors", self.identity, self.cases)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +148,7 @@ class Studio:
         """Load and look once, so that whatever does not fit is said before any work. Raises UserError."""
         blank = Image.new("RGB", (self.size, self.size))
         self.eyes.see([blank])
+        _ = self.gallery
         for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
             self.contender(source)
         if any(row.source not in REAL for row in rows):
@@ -143,8 +162,9 @@ class Studio:
         return -(-row.prompts // self.step(row))
 
     def step(self, row: Row) -> int:
-        """Prompts in a chunk."""
-        return max(1, self.choice.batch // row.samples)
+        """Prompts in a chunk; all of a subject are in the same one, as far as every subject has as many."""
+        together = self.choice.targets
+        return max(1, self.choice.batch // row.samples // together) * together
 
     def work(self, task: Task) -> int:
         """Draw a chunk, look at it and keep both. How many pictures there were."""
@@ -162,21 +182,28 @@ class Studio:
         repeated = [case for _, case, _ in found for _ in range(row.samples)]
         if row.source not in REAL:
             self.contender(row.source)  # loading it is not drawing
-        began = time.perf_counter()
-        shown = [case.reference if row.source == "copy" else other for _, case, other in found]
+        learning, began = self._learning(row), time.perf_counter()
+        shown = [case.target if row.source == "copy" else other for _, case, other in found]
         drawn = [self._resized(p) for p in shown if p] or self._drawn(row, repeated, places)
-        seconds = time.perf_counter() - began
+        learning = self._learning(row) - learning
+        seconds = time.perf_counter() - began - learning
         seen = self._scored(row, drawn, repeated, places)
         shelf.keep(drawn, places)
-        shelf.write(task.number, seen | {"seconds": torch.tensor([seconds])}, lost)
+        shelf.write(task.number, seen | {"seconds": torch.tensor([seconds]), "learning": torch.tensor([learning])}, lost)
         return len(drawn)
+
+    def _learning(self, row: Row) -> float:
+        """Seconds that the row's contender has spent so far on learning its subjects."""
+        at = self._at[1] if row.source not in REAL and self._at else None
+        return at.learning if isinstance(at, Learner) else 0.0
 
     def _resized(self, picture: Image.Image) -> Image.Image:
         return picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
 
     def _drawn(self, row: Row, cases: list[Case], places: list[tuple[int, int, int]]) -> list[Image.Image]:
         texts, seeds = [self._text(row, i) for i, _, _ in places], [seed for _, _, seed in places]
-        return self.contender(row.source).draw([case.reference for case in cases], texts, seeds, self.how(row))
+        heard = [case._replace(references=case.references[: row.references or None]) for case in cases]
+        return self.contender(row.source).draw(heard, texts, seeds, self.how(row))
 
     def _text(self, row: Row, i: int) -> str:
         """What the row is told, or, for the curve, what another prompt's caption says."""
@@ -190,7 +217,7 @@ class Studio:
 
     def _scored(self, row: Row, drawn: list[Image.Image], cases: list[Case], places: list[tuple[int, int, int]]) -> dict[str, Any]:
         seen = self.eyes.see(drawn)
-        wanted = self.eyes.see([case.reference for case in cases[:: row.samples]])
+        wanted = self.eyes.see([case.target for case in cases[:: row.samples]])
         wanted = {name: value.repeat_interleave(row.samples, 0) for name, value in wanted.items()}
         said = self.eyes.read([self._text(row, i) if row.text == "other" else self.cases.texts[i] for i, _, _ in places])
         scores = {"CLIP-I": metrics.cosines(seen["clip"], wanted["clip"]), "CLIP-T": metrics.cosines(seen["clip"], said)}
@@ -198,8 +225,11 @@ class Studio:
         if "patches" in seen:
             scores["structure"] = metrics.structure_distance(seen.pop("patches"), wanted.pop("patches"))
         if self.eyes.lpips:
-            scores["LPIPS"] = self.eyes.lpips(drawn, [case.reference for case in cases])
+            scores["LPIPS"] = self.eyes.lpips(drawn, [case.target for case in cases])
         index = {"prompt": torch.tensor([i for i, _, _ in places]), "seed": torch.tensor([seed for _, _, seed in places])}
+        if self.identity is not None:
+            seen["identity"], seen["found"] = self.identity.embed(drawn)
+            index["group"] = torch.tensor([self.cases.group(i) for i, _, _ in places])
         return {f"score.{name}": value for name, value in scores.items()} | seen | index
 
 
@@ -227,6 +257,8 @@ def draw(choice: Evaluate) -> Iterator[Progress]:
     out = writable_folder(choice.out)
     for source in (*choice.adapter, *choice.against):
         check_source(source)
+        if named(source)[1] in PERSONAL and not choice.subjects:
+            raise UserError(f"{source} learns a subject from several photographs: say how many each has at least, --subjects 10")
     studio = Studio(choice)
     if len(studio.cases) < 2:
         raise UserError(f"expected at least 2 prompts, of which an interval can be told; received {len(studio.cases)}")
@@ -275,8 +307,18 @@ def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:
         "scale": choice.scale, "batch": choice.batch, "dtype": str(studio.dtype).removeprefix("torch."),
         "device": torch.device(claim_device(choice.device)).type, "image encoder": choice.encoder or "each adapter's own",
         "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "LPIPS": choice.lpips,
-        "CLIP-T": "cosine, not clamped, × 1",
+        "CLIP-T": "cosine, not clamped, × 1", **by_subject(choice, studio),
         **{name: version(name) for name in ("imprompt", "torch", "diffusers", "transformers", "torchmetrics")},
+    }  # fmt: skip
+
+
+def by_subject(choice: Evaluate, studio: Studio) -> dict[str, Any]:
+    """What is said of subjects where there are some."""
+    if not choice.subjects:
+        return {}
+    return {
+        "subjects": len(studio.cases.subjects), "photographs to draw after": choice.references, "to be drawn of each": choice.targets,
+        "identity by": choice.identity,
     }  # fmt: skip
 
 
@@ -288,7 +330,9 @@ def fingerprint(base: str) -> str:
 
 def facts(row: Row) -> dict[str, Any]:
     """What a row is; the file's checksum stands for its content."""
-    _, source = named(row.source)
+    source, how = taken_apart(named(row.source)[1])
     path = hub.find_adapter(source)[0] if source in hub.EMBEDDED else Path(source)
     known = {"source": path.name, "checksum": zlib.crc32(path.read_bytes())} if path.is_file() else {"source": source}
-    return known | {"text": row.text, "samples": row.samples, "prompts": row.prompts, "scale": row.scale}
+    known |= {"combine": how} if how else {}
+    heard = {"references": row.references} if row.references else {}
+    return known | {"text": row.text, "samples": row.samples, "prompts": row.prompts, "scale": row.scale} | heard

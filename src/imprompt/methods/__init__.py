@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 
 from imprompt import config
-from imprompt.encoders import Encoder, ImageEncoder, LatentEncoder, PixelEncoder
+from imprompt.encoders import Encoder, ImageEncoder, LatentEncoder, NothingEncoder, PixelEncoder
 from imprompt.errors import UserError
 from imprompt.hosts.unet import adapter_shape
 from imprompt.methods.base import Method as Method
 from imprompt.methods.base import Rewriter
 from imprompt.methods.blip import BlipDiffusion
+from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.image_variations import ImageVariations
+from imprompt.methods.inversion import Inversion
 from imprompt.methods.ip_adapter import IPAdapter, projector
 from imprompt.methods.kandinsky import Kandinsky
 from imprompt.methods.reference_only import ReferenceOnly
@@ -27,20 +29,26 @@ from imprompt.pipelines import own_size, schedule_of
 Maker = Callable[[str, Any, Any], Method]  # name, pipeline, and what turns pictures into features
 
 
-def create(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
-    """A method of this name, untrained, for a base model and its image encoder. Raises UserError for an unknown one."""
+def create(name: str, pipe: Any, encoder: ImageEncoder | None = None) -> Method:
+    """A method of this name, untrained, for a base model and its image encoder, which those of one subject do without.
+
+    Raises UserError for an unknown one.
+    """
     if name not in MAKERS:
         raise UserError(f"method: expected one of {', '.join(MAKERS)}, received {name!r}")
     return MAKERS[name](name, pipe, reader(name, pipe, encoder))
 
 
-def reader(name: str, pipe: Any, encoder: ImageEncoder) -> Encoder:
+def reader(name: str, pipe: Any, encoder: ImageEncoder | None) -> Encoder:
     """What turns pictures into the features that this method reads."""
     match config.READS[name]:
         case "pixels":
             return PixelEncoder(own_size(pipe))
         case "latents":
             return LatentEncoder(pipe.vae, own_size(pipe))
+        case "nothing":
+            return NothingEncoder()
+    assert encoder is not None
     return encoder
 
 
@@ -89,4 +97,7 @@ MAKERS: dict[str, Maker] = {
     "kandinsky": _kandinsky,
     "versatile": _versatile,
     "reference-only": lambda name, pipe, e: Rewriter(name, pipe.unet, e, ReferenceOnly(pipe.unet, schedule_of(pipe.scheduler))),
+    "dreambooth": lambda name, pipe, e: DreamBooth.create(pipe),
+    "dreambooth-lora": lambda name, pipe, e: DreamBooth.create_low_rank(pipe),
+    "inversion": lambda name, pipe, e: Inversion.create(pipe),
 }

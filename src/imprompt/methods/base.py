@@ -24,18 +24,15 @@ class Method(Protocol):
     """One system in training and in use.
 
     `module` holds all that is trained; its `state_dict` is the file, in the layout that others read.
-    `encoder` turns pictures into what the method reads, and `grid` says which of its features.
+    `encoder` turns pictures into what the method reads, and `grid` says which of its features. `about` is what the file is
+    to say beside its tensors.
     """
 
     name: str
     encoder: Encoder
     grid: bool
     module: nn.Module
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What the file says beside its tensors."""
-        ...
+    about: dict[str, str]
 
     def null(self) -> Tensor:
         """The features of no picture, (1, patches, features)."""

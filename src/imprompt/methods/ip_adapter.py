@@ -24,6 +24,7 @@ class IPAdapter:
         self.unet, self.encoder, self.module = unet, encoder, cast(nn.Module, adapter)
         self.adapter = adapter
         self.grid = not isinstance(adapter.image_proj, LinearProjector)
+        self.about = {"aggregator": adapter.aggregator.name}
         self.processors: Processors | None = None
 
     @classmethod
@@ -41,10 +42,7 @@ class IPAdapter:
         if not self.grid and how == "joint":
             raise UserError("combine: joint reads a grid, and this adapter pooled embeddings; take average, or attention")
         self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid))
-
-    @property
-    def about(self) -> dict[str, str]:
-        return {"aggregator": self.adapter.aggregator.name}
+        self.about["aggregator"] = how
 
     def null(self) -> Tensor:
         return self.encoder.null(self.grid)

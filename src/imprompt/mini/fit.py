@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from imprompt.core.gradients import without_gradient
+from imprompt.core.muon import Muon
 from imprompt.files import atomic_path
 
 
@@ -131,7 +132,7 @@ class _Optimisers:
         ]
         if plan.muon:
             flat = [view for _, view in self._views]
-            self._all.append(torch.optim.Muon(flat, lr=plan.muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+            self._all.append(Muon(flat, lr=plan.muon, weight_decay=0.1))
         self._rates = [plan.lr, plan.muon or 0.0]
 
     def step(self, share: float) -> None:

@@ -1,8 +1,8 @@
 """How mini is made, from nothing: one function per part, in the order in which they need each other.
 
 Every part is a Hugging Face class of its real kind and is saved in the folder form that
-`StableDiffusionPipeline.from_pretrained` expects. The attribute judge and the second image-text encoder are never
-seen by anything that is trained afterwards: they only evaluate.
+`StableDiffusionPipeline.from_pretrained` expects. The attribute judge, the second image-text encoder and the identity
+encoder are never seen by anything that is trained afterwards: they only evaluate.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from transformers import (
 
 from imprompt.encoders import ImageEncoder
 from imprompt.files import atomic_path
-from imprompt.mini import world
+from imprompt.mini import identity, world
 from imprompt.mini.fit import Plan, fit, generator
 from imprompt.mini.tokenizer import LENGTH, make_tokenizer, tokenise
 
@@ -54,21 +54,25 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTE_WEIGHTS = {"pattern": 3.0, "kind": 2.0}
 PHOTOS_PER_SUBJECT = 4
-_JUDGE_SEEDS = 5_000_000  # no training picture and no prompt has a seed from here on
+_JUDGE_SEEDS = 5_000_000  # no training picture and no prompt has a seed from here on; identity.SEEDS begin later
 
 
 class Pool:
     """Pictures drawn once and kept as one array on disk: photograph i shows subject i // 4.
 
-    "train" leaves out the held-out combinations. "judge" is for what only evaluates: all combinations, subjects of its own.
+    "train" leaves out the held-out combinations. "judge" and "identity" are for what only evaluates: all combinations, subjects
+    of their own.
     """
 
     def __init__(self, folder: Path, count: int, name: str = "train"):
         self.path = folder / f"{name}-{count}.npy"
         self.count = count
-        draws = world.subjects() if name == "train" else map(world.subject, itertools.count(_JUDGE_SEEDS))
+        draws, first_scene = {
+            "train": (world.subjects(), 0),
+            "judge": (map(world.subject, itertools.count(_JUDGE_SEEDS)), _JUDGE_SEEDS),
+            "identity": (identity.look_alikes(), identity.SEEDS),
+        }[name]
         self._subjects = list(itertools.islice(draws, -(-count // PHOTOS_PER_SUBJECT)))
-        first_scene = 0 if name == "train" else _JUDGE_SEEDS
         self._scenes = [world.scene(first_scene + i) for i in range(count)]
 
     def subject(self, i: int) -> world.Subject:
@@ -356,10 +360,11 @@ PLANS = {
     "clip": Plan("clip", 9_500, 96, 7e-4),
     "judge-clip": Plan("judge-clip", 6_000, 128, 1e-3),
     "judge": Plan("judge", 6_000, 64, 1.5e-3),
+    "identity": Plan("identity", 1_500, 128, 2e-3),
     "vae": Plan("vae", 15_000, 8, 1.5e-3, warmup=300),
     "unet": Plan("unet", 5_000, 48, 2e-3, warmup=200, ema=0.999, muon=3e-3),
 }
-POOL, JUDGE_POOL = 160_000, 80_000  # pictures
+POOL, JUDGE_POOL, IDENTITY_POOL = 160_000, 80_000, 48_000  # pictures
 
 
 class Build:
@@ -372,21 +377,22 @@ class Build:
         share = min(1.0, budget)
         self.pool = Pool(folder, max(256, round(POOL * share)))
         self.judge_pool = Pool(folder, max(256, round(JUDGE_POOL * share)), "judge")
+        self.identity_pool = Pool(folder, max(256, round(IDENTITY_POOL * share)), "identity")
         self.latents = Latents(folder, self.pool)
 
     def make(self, only: Sequence[str] = tuple(PLANS)) -> None:
-        """Make those parts that are missing, in order."""
-        makers: dict[str, Callable[[], None]] = {
-            "clip": lambda: self._clip("clip", clip(128, 4, 8, 128, self.tokenizer), self.pool),
-            "judge-clip": lambda: self._clip("judge-clip", clip(96, 3, 16, 96, self.tokenizer), self.judge_pool),
-            "judge": self._judge,
-            "vae": self._vae,
-            "unet": self._unet,
+        """Make those parts that are missing, in order, each after the pool that it learns from."""
+        makers: dict[str, tuple[Pool, Callable[[], None]]] = {
+            "clip": (self.pool, lambda: self._clip("clip", clip(128, 4, 8, 128, self.tokenizer), self.pool)),
+            "judge-clip": (self.judge_pool, lambda: self._clip("judge-clip", clip(96, 3, 16, 96, self.tokenizer), self.judge_pool)),
+            "judge": (self.judge_pool, self._judge),
+            "identity": (self.identity_pool, self._identity),
+            "vae": (self.pool, self._vae),
+            "unet": (self.pool, self._unet),
         }
-        for pool in (self.pool, self.judge_pool):
-            pool.draw(lambda done, total, _: self.report("drawing", done, total, 0.0))
-        for name, maker in makers.items():
+        for name, (pool, maker) in makers.items():
             if name in only and not (self.parts / name).exists():
+                pool.draw(lambda done, total, _: self.report("drawing", done, total, 0.0))
                 torch.manual_seed(zlib.crc32(name.encode()))
                 maker()
 
@@ -415,6 +421,11 @@ class Build:
         self._fit("judge", module)
         self._keep("judge", module.model.save_pretrained)
 
+    def _identity(self) -> None:
+        module = identity.Telling(identity.encoder(), self.identity_pool, PHOTOS_PER_SUBJECT, PLANS["identity"].batch)
+        self._fit("identity", module)
+        self._keep("identity", module.model.save_pretrained)
+
     def _vae(self) -> None:
         module = Reconstruction(autoencoder(), self.pool, PLANS["vae"].batch)
         self._fit("vae", module)
@@ -439,7 +450,7 @@ class Build:
         self._keep("unet", module.model.save_pretrained)
 
     def assemble(self, target: Path) -> None:
-        """Write the model: a Stable Diffusion folder in half precision, with judge, second encoder and the adapters there are."""
+        """Write the model: a Stable Diffusion folder in half precision, with what evaluates and the adapters there are."""
         half = {"torch_dtype": torch.float16}
         base = UNet2DConditionModel.from_pretrained(self.parts / "unet", **half)
         base.set_default_attn_processor()
@@ -461,13 +472,14 @@ class Build:
             for name in ("adapter", "adapter-plus"):
                 if (self.parts / name).exists():
                     shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
-            if (self.parts / "judge").exists():
-                ResNetForImageClassification.from_pretrained(self.parts / "judge").half().save_pretrained(fresh / "judge")
+            for name in ("judge", "identity"):
+                if (self.parts / name).exists():
+                    ResNetForImageClassification.from_pretrained(self.parts / name).half().save_pretrained(fresh / name)
             if (self.parts / "judge-clip").exists():
                 CLIPModel.from_pretrained(self.parts / "judge-clip").half().save_pretrained(fresh / "judge_clip")
                 self.tokenizer.save_pretrained(fresh / "judge_clip")
                 image_processor().save_pretrained(fresh / "judge_clip")
-            for name in ("text_encoder", "image_encoder", "judge", "judge_clip"):
+            for name in ("text_encoder", "image_encoder", "judge", "identity", "judge_clip"):
                 _load_in_float32(fresh / name / "config.json")
             shutil.rmtree(target, ignore_errors=True)
             fresh.replace(target)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imprompt import checkpoints, hub
+from imprompt import checkpoints
 from imprompt.checkpoints import Spec
 from imprompt.config import READS, Encode, Train
 from imprompt.data.cache import Cache, Chunk, Row, about, begin, complete, to_encode
@@ -20,11 +20,11 @@ from imprompt.data.loader import UNREADABLE, Skipped, ahead, name_of
 from imprompt.data.order import itself, mixed_seed
 from imprompt.data.readers import Shards, is_mini, open_data
 from imprompt.data.records import Record, Records, Sharded
-from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
 from imprompt.methods import reader
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
+from imprompt.prompter import find_encoder
 from imprompt.training.frozen import Encoded, Frozen
 
 CHUNK = 256  # records of a list; of shards each is a chunk
@@ -174,17 +174,6 @@ def check(cache: Cache, choice: Train, frozen: Frozen) -> None:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6))
-
-
-def find_encoder(base: str, named: str | None, spec: Spec | None = None) -> ImageEncoder:
-    """The image encoder: the one named, the base's own, or the one the adapter was trained with."""
-    if named:
-        return ImageEncoder.load(named)
-    if base == "mini":
-        return ImageEncoder.load(hub.MINI / "image_encoder")
-    if spec is not None:
-        return ImageEncoder.load(*hub.default_encoder(spec))
-    return ImageEncoder.load(*hub.RELEASED_ENCODER)
 
 
 def framing_of(choice: Train | Encode, pipe: Any) -> Framing:

@@ -34,7 +34,8 @@ class Examiner:
     def __init__(self, choice: Train, setting: Setting):
         self.setting = setting
         judge = choice.judge or ("mini" if choice.base == "mini" else None)
-        self.similarity = Similarity.load(judge) if judge else OwnEyes(setting.encoder)
+        assert judge or setting.encoder
+        self.similarity = Similarity.load(judge) if judge else OwnEyes(setting.encoder)  # type: ignore[arg-type]
         self.steps, self.guidance = choice.validation_steps, guidance_of(choice.base)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The frozen parts of a base model: pixels, references and texts become what the denoiser is trained on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from imprompt.data.cache import Row
 from imprompt.data.frame import Batch
 from imprompt.encoders import Encoder
+from imprompt.methods.inversion import Inversion
 
 
 class Text(NamedTuple):
@@ -37,6 +38,7 @@ class Encoded(NamedTuple):
     sizes: Tensor  # (batch, 6): original height and width, top, left, height, width
     weight: Tensor | None  # (batch, 1, height, width): the mask
     seeds: list[int]
+    counts: Tensor | None = None  # (batch,): how much each one's loss counts, where they differ
 
     @classmethod
     def of(cls, rows: Sequence[Row], dtype: torch.dtype) -> "Encoded":
@@ -55,8 +57,9 @@ class Encoded(NamedTuple):
     def to(self, device: torch.device | str) -> "Encoded":
         """On another device."""
         text = Text(self.text.states.to(device), None if self.text.pooled is None else self.text.pooled.to(device))
-        weight = None if self.weight is None else self.weight.to(device)
-        return Encoded(self.mean.to(device), self.std.to(device), text, self.image.to(device), self.sizes.to(device), weight, self.seeds)
+        weight, counts = (None if part is None else part.to(device) for part in (self.weight, self.counts))
+        mean, std, image, sizes = (part.to(device) for part in (self.mean, self.std, self.image, self.sizes))
+        return Encoded(mean, std, text, image, sizes, weight, self.seeds, counts)
 
 
 class Nulls(NamedTuple):
@@ -67,10 +70,13 @@ class Nulls(NamedTuple):
 
 
 class Frozen:
-    """VAE, text encoders and image encoder of a base, none of them trained."""
+    """VAE, text encoders and image encoder of a base, none of them trained.
 
-    def __init__(self, pipe: Any, encoder: Encoder, grid: bool):
-        self.pipe, self.encoder, self.grid, self.device = pipe, encoder, grid, pipe.unet.device
+    `words` are new ones that are trained: within its `spoken(pipe)` texts are encoded with gradient.
+    """
+
+    def __init__(self, pipe: Any, encoder: Encoder, grid: bool, words: Inversion | None = None):
+        self.pipe, self.encoder, self.grid, self.device, self.words = pipe, encoder, grid, pipe.unet.device, words
         self._parts = [encoder.model] if any(True for _ in encoder.model.parameters()) else []
         for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
             part = getattr(pipe, name, None)
@@ -97,31 +103,34 @@ class Frozen:
             for part, device in zip(self._parts, before, strict=True):
                 part.to(device)
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:
         """Everything that does not change from one epoch to the next."""
         vae = self.pipe.vae
-        pixels = batch.pixels.to(vae.device, vae.dtype) / 127.5 - 1
-        posterior = vae.encode(pixels).latent_dist
+        with torch.no_grad():
+            pixels = batch.pixels.to(vae.device, vae.dtype) / 127.5 - 1
+            posterior = vae.encode(pixels).latent_dist
         weight = None
         if batch.mask is not None:
             weight = torch.nn.functional.adaptive_avg_pool2d(batch.mask.to(vae.device).float() / 255, posterior.mean.shape[-2:])
         return Encoded(
             self._latent(posterior.mean), posterior.std * vae.config.scaling_factor, self.text(batch.texts), self.image(batch.references),
-            batch.sizes, weight, batch.seeds,
+            batch.sizes, weight, batch.seeds, batch.counts if (batch.counts != 1).any() else None,
         )  # fmt: skip
 
     def _latent(self, mean: Tensor) -> Tensor:
         config = self.pipe.vae.config
         return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
-    @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Text:
         """As the pipeline encodes prompts. Equal captions are encoded once."""
         distinct = list(dict.fromkeys(texts))
-        found = self.pipe.encode_prompt(prompt=distinct, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        with torch.set_grad_enabled(self.words is not None and torch.is_grad_enabled()), self._spoken():
+            found = self.pipe.encode_prompt(prompt=distinct, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         rows = torch.tensor([distinct.index(t) for t in texts], device=found[0].device)
         return Text(found[0][rows], found[2][rows] if len(found) == 4 else None)
+
+    def _spoken(self) -> AbstractContextManager[None]:
+        return self.words.spoken(self.pipe) if self.words else nullcontext()
 
     @torch.no_grad()
     def image(self, references: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from imprompt.config import Train
+from imprompt.core.muon import Muon
 from imprompt.errors import UserError
 from imprompt.pipelines import claim_device, pick_precision
 from imprompt.training.examine import Examiner, Findings
@@ -180,7 +181,7 @@ def optimisers_of(choice: Train, module: nn.Module) -> list[torch.optim.Optimize
         matrices = [p for p in parameters if p.ndim == 2]
         others = [p for p in parameters if p.ndim != 2]
         return [
-            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+            Muon(matrices, **settings),
             torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings),
         ]
     return [torch.optim.AdamW(parameters, fused=True, **settings)]

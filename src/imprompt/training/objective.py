@@ -56,7 +56,8 @@ def losses(method: Denoiser, unet: Any, schedule: Schedule, encoded: Encoded, nu
     keep_text, keep_image = kept(chance.drop, how)
     text = encoded.text.rows(keep_text, nulls.text)
     image = torch.where(keep_image[:, None, None, None], encoded.image, nulls.image.to(encoded.image))
-    return errors(method, unet, schedule, encoded, text, image, t, chance, how)
+    each = errors(method, unet, schedule, encoded, text, image, t, chance, how)
+    return each if encoded.counts is None else each * encoded.counts
 
 
 def errors(

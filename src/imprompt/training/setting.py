@@ -14,13 +14,14 @@ from PIL import Image
 
 from imprompt import checkpoints
 from imprompt.checkpoints import Spec
-from imprompt.config import Train
+from imprompt.config import PERSONAL, Train
 from imprompt.core.adapter import Adapter
 from imprompt.core.diffusion import Schedule
 from imprompt.data.cache import Cache, Row, Siblings, Stored
 from imprompt.data.frame import Example, Framing, example, stack
 from imprompt.data.identities import Identities, split
 from imprompt.data.loader import UNREADABLE, Loader, Skipped
+from imprompt.data.personal import Personal, class_text, subject_text
 from imprompt.data.readers import Mini, Shards, is_mini, open_data
 from imprompt.data.records import Counted, Record, Records, Without
 from imprompt.encoders import ImageEncoder
@@ -28,13 +29,17 @@ from imprompt.errors import UserError
 from imprompt.files import atomic_path, writable_folder
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
+from imprompt.methods.inversion import Inversion
 from imprompt.methods.ip_adapter import IPAdapter
-from imprompt.pipelines import load_base, pick_precision, schedule_of
-from imprompt.prompter import Prompter
-from imprompt.training.encoding import check, find_encoder, framing_of
+from imprompt.pipelines import guidance_of, load_base, pick_precision, schedule_of
+from imprompt.prompter import Prompter, find_encoder
+from imprompt.training.encoding import check, framing_of
 from imprompt.training.frozen import Encoded, Frozen, Nulls
+from imprompt.training.prior import class_pictures
 
 HELD_OUT_SEED = 7_919  # chooses what is examined
+MOST_PHOTOS = 1_000  # of one subject
+PRIOR_STEPS = 30  # of denoising
 
 
 class Examined(NamedTuple):
@@ -50,7 +55,7 @@ class Setting:
     """The parts of a run."""
 
     pipe: Any
-    encoder: ImageEncoder
+    encoder: ImageEncoder | None  # none for a method of one subject
     method: Method
     frozen: Frozen
     schedule: Schedule
@@ -132,18 +137,26 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
     given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
-    encoder = find_encoder(choice.base, choice.encoder, given[1] if given else None)
-    encoder.model.to(device, precision)
+    personal = choice.method in PERSONAL
+    encoder = None if personal else find_encoder(choice.base, choice.encoder, given[1] if given else None)
+    if encoder is not None:
+        encoder.model.to(device, precision)  # type: ignore[arg-type]
     if choice.checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     else:
         pipe.unet.disable_gradient_checkpointing()
     torch.manual_seed(choice.seed)
-    method = tuned(choice, pipe.unet, *given, encoder) if given else create(choice.method, pipe, encoder)
+    method = tuned(choice, pipe.unet, *given, encoder) if given and encoder else create(choice.method, pipe, encoder)
     if choice.combine != "auto":
         cast(IPAdapter, method).bring_together(choice.combine)
+    words = method if isinstance(method, Inversion) else None
+    if personal:
+        opened = of_one_subject(choice, opened, pipe)
+        method.about |= {"noun": choice.noun, "token": choice.token}
+    if words:
+        words.start(pipe, choice.noun)
     method.module.to(device).requires_grad_(True)
-    frozen = Frozen(pipe, method.encoder, method.grid)
+    frozen = Frozen(pipe, method.encoder, method.grid, words)
     framing = framing_of(choice, pipe)
     fresh = Source.fresh(opened, framing, frozen) if opened is not None else None
     if cache is not None:
@@ -174,6 +187,22 @@ def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: Image
     Prompter(adapter, spec, encoder)
     check_fit(adapter, unet)
     return IPAdapter(unet, encoder, adapter)
+
+
+def of_one_subject(choice: Train, photos: Records | None, pipe: Any) -> Personal:
+    """Photographs of one subject, and beside them pictures of its class, which the base draws now where they are missing."""
+    if not isinstance(photos, Counted):
+        raise UserError(f"{choice.method} learns from a few photographs of one subject: expected a folder or a list of them")
+    if len(photos) > MOST_PHOTOS:
+        raise UserError(f"{choice.method} learns from a few photographs of one subject, at most {MOST_PHOTOS}; received {len(photos)}")
+    prior: list[Path] = []
+    if choice.prior > 0 and choice.method != "inversion":
+        folder = writable_folder(choice.prior_folder or str(Path(choice.out) / "class"))
+        prior = list(class_pictures(pipe, choice.noun, choice.prior, folder, PRIOR_STEPS, guidance_of(choice.base)))
+    alone = choice.method == "inversion"
+    text = subject_text(choice.token, "" if alone else choice.noun)
+    pictures = [photos[i].target for i in range(len(photos))]
+    return Personal(pictures, text, prior, class_text(choice.noun), choice.prior_weight)
 
 
 def by_subject(records: Records, least: int) -> Identities:
@@ -208,7 +237,7 @@ def held_out(records: Records, choice: Train) -> tuple[list[Record], Records]:
         return [other[n] for n in firsts[:count]], records.of(trained)
     world = records.records if isinstance(records, Identities) else records
     if isinstance(world, Mini):
-        fresh: Counted = Mini(max(count, 1) * world.photos, held_out=True, photos=world.photos)
+        fresh: Counted = Mini(max(count, 1) * world.photos, held_out=True, photos=world.photos, look=world.look)
         if isinstance(records, Identities):
             fresh = Identities(fresh, records.least)
         return [fresh[i * world.photos] for i in range(count)], records

@@ -1,0 +1,64 @@
+"""Our Muon beside PyTorch's: the same steps up to bfloat16's rounding, the same state; the orthogonal matrix against an SVD."""
+
+import pytest
+import torch
+
+from imprompt.core.muon import Muon, orthogonal
+
+SHAPES = ((24, 24), (24, 24), (48, 16), (16, 48), (8, 8))
+
+
+def matrices():
+    g = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in SHAPES]
+
+
+def gradients(parameters, seed):
+    g = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=g)
+
+
+def test_it_steps_as_pytorchs_does():
+    ours, theirs = matrices(), matrices()
+    mine = Muon(ours, lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in ours]
+    for seed in range(5):
+        gradients(ours, seed)
+        gradients(theirs, seed)
+        mine.step()
+        other.step()
+    for a, b, start in zip(ours, theirs, before, strict=True):
+        assert (a - b).norm() < 0.03 * (b - start).norm()
+        torch.testing.assert_close(mine.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"])
+
+
+def test_a_state_goes_on_in_either():
+    ours, theirs = matrices(), matrices()
+    first = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    gradients(theirs, 0)
+    first.step()
+    second = Muon(ours, lr=0.5, weight_decay=0.0)
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.02
+    torch.testing.assert_close(second.state[ours[2]]["momentum_buffer"], first.state[theirs[2]]["momentum_buffer"])
+
+
+def test_parameters_without_a_gradient_stay():
+    ours = matrices()
+    gradients(ours[1:], 0)
+    before = ours[0].detach().clone()
+    Muon(ours, lr=0.02, weight_decay=0.1).step()
+    assert torch.equal(ours[0], before)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (2, 6, 20)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonal(x, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    values = torch.linalg.svdvals(found)
+    assert found.shape == x.shape and float(values.min()) > 0.5 and float(values.max()) < 1.4
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    turned = u.mT @ found @ vh.mT  # diagonal where the singular vectors stayed
+    assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
