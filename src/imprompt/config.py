@@ -204,6 +204,7 @@ _PAPER: dict[str, Any] = {
     "timesteps": "uniform",
     "drop_text": 0.05,
 }
+MINI_SUBJECT: dict[str, Any] = {"lr": 1e-3, "drop_text": 0.1}  # where an adapter of mini goes on by subjects: captions tell no look
 _ADAM = {"optimizer": "adamw", "lr": 1e-3}  # on mini, where Muon is not to be had
 
 
@@ -438,6 +439,7 @@ class Evaluate:
     caption: str = _option("", "text of pictures that have none (default: a photo of a NOUN)")
     identity: str = _option("auto", "what tells subjects apart: mini, insightface, facenet or none (default: mini's with subjects on mini)")
     limit: int = _option(0, "number of prompts (default: 1000 of mini, 5000 of other data)")
+    learning: int = _option(0, "optimiser steps of methods that learn each subject (default: their own)")
     samples: int = _option(4, "pictures for each prompt")
     text: str = _option("none", "what the image prompts are given as text: none or caption")
     scale: float = _option(1.0, "λ, the weight of the image")
@@ -460,7 +462,7 @@ class Evaluate:
     def __post_init__(self) -> None:
         _at_least(1, samples=self.samples, steps=self.steps, processes=self.processes, size=1 if self.size is None else self.size)
         _at_least(1, references=self.references, targets=self.targets)
-        _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed, subjects=self.subjects)
+        _at_least(0, limit=self.limit, curve=self.curve, batch=self.batch, seed=self.seed, subjects=self.subjects, learning=self.learning)
         if self.subjects == 1:
             raise UserError("subjects: expected at least 2 photographs of a subject, one to draw after and one to draw; received 1")
         if not self.subjects and (self.references, self.targets, self.split) != (1, 1, None):
@@ -489,7 +491,11 @@ class Evaluate:
         )
 
 
-PAPERS = ("ip-adapter",)
+PAPERS = ("ip-adapter", "personalisation")
+
+
+# The rows of the second paper that can be named one by one.
+REMEMBERED = ("one", "concat", "average", "max", "self-attention", "attention", "average-trained", "references", *PERSONAL)
 
 
 @dataclass(frozen=True)
@@ -508,7 +514,7 @@ class Reproduce:
         _one_of(PAPERS, paper=self.paper)
         _one_of(("full", "smoke"), budget=self.budget)
         for name in self.method:
-            _one_of(GENERAL, method=name)
+            _one_of(GENERAL if self.paper == "ip-adapter" else REMEMBERED, method=name)
 
 
 def _at_least(low: int, **values: int) -> None:

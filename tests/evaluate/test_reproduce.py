@@ -10,9 +10,10 @@ from imprompt import cli
 from imprompt.config import GENERAL, METHODS, Reproduce
 from imprompt.errors import UserError
 from imprompt.evaluate import claims
+from imprompt.evaluate.first_paper import CUSTOM, curve_names
 from imprompt.evaluate.metrics import Interval
-from imprompt.evaluate.reproduce import CUSTOM, Finished, curve_names, finished, finished_path, jobs, run
 from imprompt.evaluate.score import Score
+from imprompt.evaluate.study import Finished, finished, finished_path, run, study_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def smoke(tmp_path_factory):
 
 def test_every_method_is_trained_and_measured(smoke):
     choice, folder, told = smoke
-    rows = {name: finished(folder, name) for name in jobs(choice)}
+    rows = {name: finished(folder, name) for name in study_of(choice).names()}
     assert all(rows.values()) and set(GENERAL) < set(rows)
     for name in METHODS:
         assert (folder / "train" / name / "adapter.safetensors").is_file()
@@ -85,7 +86,7 @@ def made_up(**changes):
     rows = {name: row(0.8, 0.4) for name in GENERAL}
     rows |= {name: row(0.9, 0.5, trainable=12_000_000) for name in claims.FULL}
     rows |= {"text": row(0.7), "ip-adapter": row(0.89, 0.5), "ip-adapter-plus": row(0.91, 0.5, 0.05)}
-    for i, name in enumerate(curve_names(Reproduce())):
+    for i, name in enumerate(curve_names()):
         rows[name] = row(0.1 + 0.1 * i, 0.5 - 0.05 * i, scale=i, seen=(1.0, 2.0))
     rows |= {f"text {CUSTOM}": row(0.68), f"ip-adapter {CUSTOM}": row(0.87)}
     return rows | changes

@@ -44,8 +44,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Reproduce)
     quiet_libraries()
     with progress_bar("reproducing", show=not arguments.json) as bar:
-        from imprompt.evaluate.claims import report
-        from imprompt.evaluate.reproduce import run as work
+        from imprompt.evaluate.study import report_of
+        from imprompt.evaluate.study import run as work
 
         done, total = 0, 1
         for at in work(choice):
@@ -54,7 +54,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
                 if at.stage != "rows":
                     bar.say(f"{at.stage} done ({done} of {total})")
             bar.advance(done, total, f"{at.row}: {at.stage} {at.done}/{at.total}" if at.row else "")
-        page, claims = report(choice)
+        page, claims = report_of(choice)
     if arguments.json:
         print(
             json.dumps(

@@ -1,33 +1,17 @@
-"""The first paper's claims, each judged on our rows: holds, or does not hold. And its table, beside ours.
-
-A claim that one row is better than another is judged by the mean of the differences, prompt by prompt; it holds where
-the whole 95 % interval of that mean is on the right side.
-"""
+"""The first paper's claims, each judged on our rows: holds, or does not hold. And its table, beside ours."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from PIL import Image
 
 from imprompt.config import COPIES, GENERAL, Reproduce
-from imprompt.evaluate.metrics import Interval, mean_interval
+from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
 from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
-from imprompt.evaluate.reproduce import (
-    BUDGETS,
-    CUSTOM,
-    Finished,
-    curve_names,
-    custom_names,
-    finished,
-    finished_path,
-    jobs,
-    machine,
-    training,
-)
+from imprompt.evaluate.study import finished, finished_path, machine, study_of
+from imprompt.evaluate.verdicts import Claim, Rows, better, difference, judged, listed, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -54,59 +38,26 @@ ADAPTERS = tuple(name for name in GENERAL if name not in FULL and not name.start
 
 ONE_SEED = "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them."
 
-Rows = Mapping[str, Finished]
-
-
-class Claim(NamedTuple):
-    """One claim and what became of it."""
-
-    letter: str
-    text: str
-    holds: bool | None  # None: rows are missing
-    figures: str
-
-    @property
-    def verdict(self) -> str:
-        return "not judged" if self.holds is None else "holds" if self.holds else "does not hold"
-
-
-def better(rows: Rows, one: str, other: str, column: str) -> Interval:
-    """Mean difference of two rows over the same prompts."""
-    a, b = (torch.tensor(rows[name].each[column]) for name in (one, other))
-    return mean_interval(a - b, torch.arange(len(a)))
-
-
-def _difference(value: Interval) -> str:
-    return f"{value.value:+.3f} ({value.low:+.3f} … {value.high:+.3f})"
-
-
-def _value(rows: Rows, name: str, column: str) -> float:
-    return rows[name].score.figures[column].value
-
 
 def claims(rows: Rows) -> list[Claim]:
     """All of the paper's claims on these rows."""
-    judged = [cheap_and_good, best_adapter, decoupled, fine_grained, trade, reuse]
-    texts = [
-        "the adapter is within 3 % of the best fully fine-tuned row's CLIP-I, at less than 5 % of its trainable parameters",
-        "the adapter beats every other adapter row on CLIP-I and on CLIP-T",
-        "decoupled cross-attention beats the simple adapter on CLIP-I",
-        "fine-grained features beat global ones on CLIP-I, and are less diverse",
-        "λ trades CLIP-I against CLIP-T monotonically, and λ = 0 is the base model",
-        "reuse on a custom model costs less than 5 % of CLIP-I",
-    ]
-    found = []
-    for letter, text, judge in zip("abcdef", texts, judged, strict=True):
-        try:
-            found.append(Claim(letter, text, *judge(rows)))
-        except KeyError as missing:
-            found.append(Claim(letter, text, None, f"row {missing.args[0]} is not there yet"))
-    return found
+    texts: dict[str, tuple[str, Callable[[Rows], tuple[bool, str]]]] = {
+        "a": (
+            "the adapter is within 3 % of the best fully fine-tuned row's CLIP-I, at less than 5 % of its trainable parameters",
+            cheap_and_good,
+        ),
+        "b": ("the adapter beats every other adapter row on CLIP-I and on CLIP-T", best_adapter),
+        "c": ("decoupled cross-attention beats the simple adapter on CLIP-I", decoupled),
+        "d": ("fine-grained features beat global ones on CLIP-I, and are less diverse", fine_grained),
+        "e": ("λ trades CLIP-I against CLIP-T monotonically, and λ = 0 is the base model", trade),
+        "f": ("reuse on a custom model costs less than 5 % of CLIP-I", reuse),
+    }
+    return judged(rows, texts)
 
 
 def cheap_and_good(rows: Rows) -> tuple[bool, str]:
-    best = max(FULL, key=lambda name: _value(rows, name, "CLIP-I"))
-    mine, theirs = _value(rows, "ip-adapter", "CLIP-I"), _value(rows, best, "CLIP-I")
+    best = max(FULL, key=lambda name: value_of(rows, name, "CLIP-I"))
+    mine, theirs = value_of(rows, "ip-adapter", "CLIP-I"), value_of(rows, best, "CLIP-I")
     share = (rows["ip-adapter"].score.trainable or 0) / (rows[best].score.trainable or 1)
     return (
         mine >= 0.97 * theirs and share < 0.05,
@@ -120,22 +71,22 @@ def best_adapter(rows: Rows) -> tuple[bool, str]:
         gaps = {name: better(rows, "ip-adapter", name, column) for name in ADAPTERS}
         nearest = min(gaps, key=lambda name: gaps[name].value)
         lost += [f"{name} on {column}" for name, gap in gaps.items() if gap.low <= 0]
-        told.append(f"{column}: {_difference(gaps[nearest])} to {nearest}, the nearest")
+        told.append(f"{column}: {difference(gaps[nearest])} to {nearest}, the nearest")
     return not lost, "; ".join(told) + (f"; not beaten: {', '.join(lost)}" if lost else "")
 
 
 def decoupled(rows: Rows) -> tuple[bool, str]:
     gap = better(rows, "ip-adapter", "simple", "CLIP-I")
-    return gap.low > 0, f"{_value(rows, 'ip-adapter', 'CLIP-I'):.3f} against {_value(rows, 'simple', 'CLIP-I'):.3f}, {_difference(gap)}"
+    return gap.low > 0, f"{value_of(rows, 'ip-adapter', 'CLIP-I'):.3f} against {value_of(rows, 'simple', 'CLIP-I'):.3f}, {difference(gap)}"
 
 
 def fine_grained(rows: Rows) -> tuple[bool, str]:
     likeness, variety = (better(rows, "ip-adapter-plus", "ip-adapter", column) for column in ("CLIP-I", "diversity"))
-    return likeness.low > 0 and variety.high < 0, f"CLIP-I {_difference(likeness)}, diversity {_difference(variety)}"
+    return likeness.low > 0 and variety.high < 0, f"CLIP-I {difference(likeness)}, diversity {difference(variety)}"
 
 
 def trade(rows: Rows) -> tuple[bool, str]:
-    points = [rows[name] for name in curve_names(Reproduce()) if not name.endswith("base")]
+    points = [rows[name] for name in curve_names() if not name.endswith("base")]
     base, off = rows["ip-adapter λ base"].each["seen"], points[0].each["seen"]
     same = max(abs(a - b) for a, b in zip(base, off, strict=True))
     courses = {column: [point.score.figures[column].value for point in points] for column in ("CLIP-I", "CLIP-T")}
@@ -147,8 +98,8 @@ def trade(rows: Rows) -> tuple[bool, str]:
 
 
 def reuse(rows: Rows) -> tuple[bool, str]:
-    mine, there = _value(rows, "ip-adapter", "CLIP-I"), _value(rows, f"ip-adapter {CUSTOM}", "CLIP-I")
-    plain, styled = _value(rows, "text", "CLIP-I"), _value(rows, f"text {CUSTOM}", "CLIP-I")
+    mine, there = value_of(rows, "ip-adapter", "CLIP-I"), value_of(rows, f"ip-adapter {CUSTOM}", "CLIP-I")
+    plain, styled = value_of(rows, "text", "CLIP-I"), value_of(rows, f"text {CUSTOM}", "CLIP-I")
     figures = f"{mine:.3f} on mini, {there:.3f} on the custom model ({there / mine - 1:+.1%}); "
     figures += f"text alone {plain:.3f} and {styled:.3f} ({styled / plain - 1:+.1%})"
     return there >= 0.95 * mine, figures
@@ -162,10 +113,10 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     out = Path(choice.out)
     folder = writable_folder(out / "report")
     everything = Reproduce(paper=choice.paper, budget=choice.budget)
-    rows = {name: row for name in jobs(everything) if (row := finished(out, name))}
-    table = [name for name in ("copy", "real", "text", *PAPER, *custom_names(everything)) if name in rows]
-    judged = claims(rows)
-    points = [rows[name].score for name in curve_names(everything) if name in rows and not name.endswith("base")]
+    rows = {name: row for name in study_of(everything).names() if (row := finished(out, name))}
+    table = [name for name in ("copy", "real", "text", *PAPER, *CUSTOM_NAMES) if name in rows]
+    verdicts = claims(rows)
+    points = [rows[name].score for name in curve_names() if name in rows and not name.endswith("base")]
     kept = next((row.protocol for name, row in rows.items() if name in PAPER and row.protocol), {})
     words = [
         f"# IP-Adapter's comparison on mini, budget {choice.budget}",
@@ -174,7 +125,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "",
         "## The paper's claims",
         "",
-        *(f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in judged),
+        *listed(verdicts),
         "",
         ONE_SEED,
         "",
@@ -196,11 +147,11 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     page = "\n".join(words)
     _bytes(folder / "README.md", page.encode())
     _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
-    _bytes(folder / "results.json", json.dumps(_plain(rows, judged), indent=1, ensure_ascii=False).encode())
+    _bytes(folder / "results.json", json.dumps(_plain(rows, verdicts), indent=1, ensure_ascii=False).encode())
     strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
-    return _html(choice, folder, rows, judged, strips), judged
+    return _html(choice, folder, rows, verdicts, strips), verdicts
 
 
 def _budget(choice: Reproduce) -> str:
@@ -236,16 +187,16 @@ def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
     return {name: Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names}
 
 
-def _plain(rows: Rows, judged: Sequence[Claim]) -> dict[str, object]:
+def _plain(rows: Rows, claims: Sequence[Claim]) -> dict[str, object]:
     return {
-        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in judged],
+        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
         "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
         "machine": machine(),
     }
 
 
-def _html(choice: Reproduce, folder: Path, rows: Rows, judged: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
-    verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in judged)
+def _html(choice: Reproduce, folder: Path, rows: Rows, claims: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
+    verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in claims)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
     body += f"<p>{ONE_SEED}</p>"
     body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}<p><small>{escape(legend())}</small></p>"

@@ -140,10 +140,10 @@ def legend() -> str:
     return "± half of the 95 % interval over prompts. " + "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items()) + "."
 
 
-def strip(out: Path, name: str) -> Image.Image:
-    """The first pictures of a row, side by side."""
+def strip(out: Path, name: str, prompts: Sequence[int] = range(SHOWN)) -> Image.Image:
+    """The first pictures of a row, one for each of these prompts, side by side."""
     blank = Image.new("RGB", (64, 64), "white")
-    return sheet([], [picture or blank for picture in Shelf(out, name).pictures(range(SHOWN))], columns=SHOWN, cell=96)
+    return sheet([], [picture or blank for picture in Shelf(out, name).pictures(prompts[:SHOWN])], columns=SHOWN, cell=96)
 
 
 def below(strips: Sequence[Image.Image]) -> Image.Image:
@@ -156,23 +156,34 @@ def below(strips: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
+Line = list[tuple[float, Interval]]
+
+
 def curves(points: Sequence[Score]) -> bytes:
-    """λ against CLIP-I and CLIP-T, one line for each adapter, with intervals."""
+    """λ against CLIP-I and CLIP-T, one line for each adapter."""
+    names = dict.fromkeys(p.curve for p in points)
+    panels = {column: {c: [(p.scale, p.figures[column]) for p in points if p.curve == c] for c in names} for column in ("CLIP-I", "CLIP-T")}
+    return plotted(panels, "λ")
+
+
+def plotted(panels: Mapping[str, Mapping[str, Line]], across: str, ticks: Sequence[float] = ()) -> bytes:
+    """Panels side by side: title → line → points with their intervals. As a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("CLIP-I", "CLIP-T"), strict=True):
-        for curve in dict.fromkeys(p.curve for p in points):
-            mine = [p for p in points if p.curve == curve]
-            values = [p.figures[name] for p in mine]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, line in lines.items():
+            values = [value for _, value in line]
             ends = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
-            axis.errorbar([p.scale for p in mine], [v.value for v in values], ends, marker="o", markersize=3, linewidth=1.2, label=curve)
-        axis.set(title=name, xlabel="λ")
+            axis.errorbar([x for x, _ in line], [v.value for v in values], ends, marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.set(title=title, xlabel=across)
+        if ticks:
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)

@@ -68,9 +68,7 @@ class Seen:
         return (self.shelf.read(number) for number in range(self.chunks))
 
 
-def scored(
-    seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None
-) -> dict[str, Interval]:
+def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None) -> dict[str, Interval]:
     """The figures of a row. `sets` adds those that compare whole sets of pictures, which need many: none below FEW prompts.
 
     With a gallery of subjects, intervals are over subjects, and it is told how often who was drawn is recognised.

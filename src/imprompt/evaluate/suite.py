@@ -318,7 +318,7 @@ def by_subject(choice: Evaluate, studio: Studio) -> dict[str, Any]:
         return {}
     return {
         "subjects": len(studio.cases.subjects), "photographs to draw after": choice.references, "to be drawn of each": choice.targets,
-        "identity by": choice.identity,
+        "identity by": choice.identity, "learning": choice.learning or "each method's own steps",
     }  # fmt: skip
 
 

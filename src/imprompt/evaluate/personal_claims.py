@@ -1,0 +1,259 @@
+"""The second paper's claims, each judged on our rows, and ours beside them; its table next to ours."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from math import hypot
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from imprompt.config import PERSONAL, Reproduce
+from imprompt.evaluate.metrics import Interval, mean_interval
+from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
+from imprompt.evaluate.second_paper import BUDGETS, NINE, PHOTOS, POOLED, TRAINED, SecondPaper, by_subject
+from imprompt.evaluate.study import Finished, finished, finished_path, machine
+from imprompt.evaluate.verdicts import Claim, Rows, difference, judged, listed, value_of
+from imprompt.files import atomic_path, writable_folder
+from imprompt.pages import inline, write_page
+
+# Our row → the paper's name, its IS and FID (LFW, people with at least ten photographs).
+PAPER: dict[str, tuple[str, float | None, float | None]] = {
+    "one": ("IP-Adapter, one image", 15.37, 8.92),
+    "dreambooth": ("DreamBooth", 17.64, 9.61),
+    "max": ("IP-Adapter + max pooling", 14.12, 10.10),
+    "average": ("IP-Adapter + average pooling", 13.56, 11.82),
+    "self-attention": ("IP-Adapter + self-attention", 18.72, 7.56),
+    "concat": ("concatenation", None, None),
+    "average-trained": ("average pooling, trained likewise", None, None),
+    "attention": ("our attention", None, None),
+    "dreambooth-lora": ("DreamBooth with LoRA", None, None),
+    "inversion": ("Textual Inversion", None, None),
+}
+FIVE = ("one", "dreambooth", "max", "average", "self-attention")
+SHOWN = ("copy", "real", "text", *PAPER)
+EACH = ("CLIP-I", "CLIP-T", "diversity", "identity", "recognised")  # kept prompt by prompt
+
+SEEDS = (
+    "Intervals are over subjects. Of the trained rows each figure is the mean over the seeds; where a figure compares whole sets of "
+    "pictures, its interval covers those of all seeds. Methods that learn a subject learned each with a seed of its own, so their "
+    "intervals hold that chance too."
+)
+
+
+# -------------------------------------------------------------------------------------------------------- rows and claims
+
+
+def gathered(rows: Rows, seeds: int) -> dict[str, Finished]:
+    """The rows of the table: the seeds of a trained way become one row, once all of them are there."""
+    found = {name: row for name, row in rows.items() if name in SHOWN}
+    for kind in TRAINED:
+        of_kind = [rows.get(f"{kind} seed {seed}") for seed in range(seeds)]
+        there = [row for row in of_kind if row is not None]
+        if len(there) == seeds:
+            found[kind] = merged(kind, there)
+    return found
+
+
+def merged(name: str, rows: Sequence[Finished]) -> Finished:
+    """The mean of several seeds."""
+    first = rows[0]
+    columns = set.intersection(*(set(row.each) for row in rows))
+    each = {c: torch.tensor([row.each[c] for row in rows], dtype=torch.float64).mean(0).tolist() for c in columns}
+    figures: dict[str, Interval] = {}
+    for column in first.score.figures:
+        values = [row.score.figures[column] for row in rows if column in row.score.figures]
+        if column in EACH and column in each:
+            figures[column] = over_subjects(by_subject(each[column], each["subject"]))
+        else:
+            mean = sum(v.value for v in values) / len(values)
+            figures[column] = Interval(mean, min(v.low for v in values), max(v.high for v in values))
+    minutes = {key: sum(row.minutes[key] for row in rows) / len(rows) for key in first.minutes}
+    return Finished(replace(first.score, name=name, figures=figures), minutes, each, first.protocol)
+
+
+def over_subjects(values: torch.Tensor) -> Interval:
+    """The mean of one value for each subject."""
+    return mean_interval(values, torch.arange(len(values)))
+
+
+def better(rows: Rows, one: str, other: str, column: str = "identity") -> Interval:
+    """Mean difference of two rows over the same subjects."""
+    a, b = rows[one].each, rows[other].each
+    count = min(len(a[column]), len(b[column]))  # of a curve there are fewer prompts
+    gap = [x - y for x, y in zip(a[column][:count], b[column][:count], strict=True)]
+    return over_subjects(by_subject(gap, a["subject"][:count]))
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """The paper's, a … e, and ours, f, on the rows of the table and of the curves."""
+    texts: dict[str, tuple[str, Callable[[Rows], tuple[bool, str]]]] = {
+        "a": ("self-attention has the lowest FID of the paper's five", lambda r: best_of_five(r, "FID", -1)),
+        "b": ("self-attention has the highest Inception Score of the five", lambda r: best_of_five(r, "IS", 1)),
+        "c": ("self-attention has the highest identity of the five", best_identity),
+        "d": ("pooling without training has a worse FID than one image", pooling_costs),
+        "e": ("more references help self-attention: identity after nine is above that after one", more_help),
+        "f": ("nine references through our attention beat one reference, average and max in identity", ours),
+    }
+    return judged(rows, texts)
+
+
+def apart(better: Interval, worse: Interval, sign: int) -> bool:
+    """Whether two figures of whole sets differ by more than both intervals allow."""
+    halves = [(v.high - v.low) / 2 for v in (better, worse)]
+    return sign * (better.value - worse.value) > hypot(*halves)
+
+
+def best_of_five(rows: Rows, column: str, sign: int) -> tuple[bool, str]:
+    figures = {name: rows[name].score.figures[column] for name in FIVE}
+    mine = figures.pop("self-attention")
+    told = ", ".join(f"{name} {value.value:.2f}" for name, value in figures.items())
+    close = [name for name, value in figures.items() if not apart(mine, value, sign)]
+    return not close, f"{column} {mine.value:.2f}; {told}" + (f"; not apart from, or behind: {', '.join(close)}" if close else "")
+
+
+def best_identity(rows: Rows) -> tuple[bool, str]:
+    gaps = {name: better(rows, "self-attention", name) for name in FIVE[:-1]}
+    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, "self-attention", gaps)
+
+
+def pooling_costs(rows: Rows) -> tuple[bool, str]:
+    one, others = rows["one"].score.figures["FID"], {name: rows[name].score.figures["FID"] for name in ("max", "average")}
+    told = ", ".join(f"{name} {value.value:.2f}" for name, value in others.items())
+    return all(apart(one, value, -1) for value in others.values()), f"FID {one.value:.2f} after one image; {told}"
+
+
+def more_help(rows: Rows) -> tuple[bool, str]:
+    line = [rows[name] for name in rows if name.startswith("self-attention seed 0 after ")]
+    if not line:
+        raise KeyError("self-attention seed 0 after 1")
+    gap = better(rows, f"self-attention seed 0 after {NINE}", "self-attention seed 0 after 1")
+    course = " ".join(f"{row.score.figures['identity'].value:.3f}" for row in line)
+    counts = " ".join(name.rpartition(" ")[2] for name in rows if name.startswith("self-attention seed 0 after "))
+    return gap.low > 0, f"identity after {counts}: {course}; nine to one {difference(gap)}"
+
+
+def ours(rows: Rows) -> tuple[bool, str]:
+    gaps = {name: better(rows, "attention", name) for name in ("one", "average", "max")}
+    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, "attention", gaps)
+
+
+def _gaps(rows: Rows, name: str, gaps: Mapping[str, Interval]) -> str:
+    told = "; ".join(f"to {other} {difference(gap)}" for other, gap in gaps.items())
+    return f"identity {value_of(rows, name, 'identity'):.3f}; {told}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
+    """Write README.md, index.html, results.json, table.csv and pictures into OUT/report."""
+    study = SecondPaper(replace(choice, method=()))
+    out, budget = Path(choice.out), BUDGETS[choice.budget]
+    folder = writable_folder(out / "report")
+    rows = {name: row for name in study.names() if (row := finished(out, name))}
+    table = gathered(rows, budget.seeds)
+    verdicts = claims(rows | table)
+    shown = [name for name in SHOWN if name in table]
+    scores = [replace(table[name].score, name=name) for name in shown]
+    lines = course(rows, study)
+    by_seed = [rows[name].score for kind in TRAINED for name in study.seeds(kind) if name in rows]
+    words = [
+        f"# The same subject again: the second paper's comparison on mini, budget {choice.budget}", "",
+        f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}", "",
+        "## Claims", "", *listed(verdicts), "", SEEDS, "",
+        "## The paper's table, and ours", "", beside(table), "",
+        "## All figures", "", markdown(scores), legend(), "",
+        *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
+        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. Row real: the first reference.", "",
+    ]  # fmt: skip
+    if lines:
+        _bytes(folder / "references.png", plotted(lines, "references", budget.counts))
+        words += ["## The number of references", "", "![figures against the number of references](references.png)", ""]
+    kept = next((row.protocol for row in rows.values() if row.protocol), {})
+    words += ["## Protocol", "", *(f"- {name}: {value}" for name, value in kept.items()), ""]
+    _bytes(folder / "README.md", "\n".join(words).encode())
+    everything = [replace(row.score, name=name) for name, row in rows.items()]
+    _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
+    _bytes(folder / "results.json", json.dumps(_plain(rows, table, verdicts), indent=1, ensure_ascii=False).encode())
+    strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
+    with atomic_path(folder / "sheet.png") as partial:
+        below(list(strips.values())).save(partial)
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>"
+    body += "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in verdicts) + "</ul>"
+    body += (
+        f"<p>{SEEDS}</p><h2>Figures</h2>{html_table(scores)}<p><small>{escape(legend())}</small></p><h2>Pictures</h2>{html_strips(strips)}"
+    )
+    body += f"<h2>The number of references</h2>{inline((folder / 'references.png').read_bytes())}" if lines else ""
+    write_page(folder / "index.html", "The same subject again, on mini", body)
+    return folder / "index.html", verdicts
+
+
+def course(rows: Rows, study: SecondPaper) -> dict[str, dict[str, Line]]:
+    """What to plot over the number of references."""
+    found: dict[str, dict[str, Line]] = {}
+    for title in ("identity", "FID", "CLIP-T"):
+        lines = {}
+        for way, names in study.curves().items():
+            there = [(float(name.rpartition(" ")[2]), rows[name].score.figures.get(title)) for name in names if name in rows]
+            line = [(count, value) for count, value in there if value is not None]
+            if line:
+                lines[way.partition(" seed ")[0]] = line
+        if lines:
+            found[title] = lines
+    return found
+
+
+def beside(table: Rows) -> str:
+    """The paper's figures next to ours, with what a new subject costs."""
+    lines = [
+        "| method | paper: IS ↑ | FID ↓ | ours: IS ↑ | FID ↓ | identity ↑ | recognised ↑ | trainable | seconds for a new subject |",
+        "|---" * 9 + "|",
+    ]
+    for name, (title, their_is, their_fid) in PAPER.items():
+        if name not in table:
+            continue
+        row = table[name]
+        theirs = " | ".join("–" if v is None else f"{v:.2f}" for v in (their_is, their_fid))
+        mine = " | ".join(f"{f[c].value:.{d}f}" if c in (f := row.score.figures) else "–" for c, d in (("IS", 2), ("FID", 2)))
+        more = " | ".join(f"{f[c].value:.3f}" if c in (f := row.score.figures) else "–" for c in ("identity", "recognised"))
+        seconds = seconds_of(name, row)
+        lines.append(f"| {title} | {theirs} | {mine} | {more} | {(row.score.trainable or 0) / 1e6:.2f} M | {seconds:.2g} |")
+    return "\n".join(lines) + "\n"
+
+
+def seconds_of(name: str, row: Finished) -> float:
+    """Before a new subject can be drawn: its photographs looked at, or learned from."""
+    if name in PERSONAL:
+        return 60 * row.minutes.get("learning", 0.0) / max(1, len(set(row.each["subject"])))
+    return sum(row.each.get("seconds", [0.0]))
+
+
+def _budget(choice: Reproduce) -> str:
+    b = BUDGETS[choice.budget]
+    return (
+        f"trained rows: from the embedded adapter, {b.steps:,} steps × {b.batch} of {b.pictures:,} photographs ({PHOTOS} of each subject, "
+        f"one drawn after the others), {b.seeds} seeds; every row: {b.subjects} held-out subjects × {b.targets} photographs to be drawn × "
+        f"{b.samples}, after {NINE} references (one: after one), text says kind and place, λ = 1, DDIM {b.drawing}, guidance 3. "
+        f"Pooling ({', '.join(POOLED)}): no training"
+    )
+
+
+def _shown(name: str) -> str:
+    return f"{name} seed 0" if name in TRAINED else name
+
+
+def _plain(rows: Rows, table: Rows, claims: Sequence[Claim]) -> dict[str, object]:
+    return {
+        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
+        "table": {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row)} for name, row in table.items()},
+        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
+        "machine": machine(),
+    }
+
+
+def _bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)

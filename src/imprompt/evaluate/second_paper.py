@@ -1,0 +1,181 @@
+"""The second paper's comparison: the same subject again, after several photographs, by every method that can.
+
+Every row draws the same held-out subjects, told kind and place; what they look like is for their photographs to tell. The
+trained rows go on from the embedded adapter, leave one out, at one budget, with three seeds each. Methods that learn a
+subject learn each one with a seed of its own.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+
+from imprompt import hub
+from imprompt.config import MINI_SUBJECT, PERSONAL, Evaluate, Train
+from imprompt.data.cache import complete
+from imprompt.evaluate.contender import Contender
+from imprompt.evaluate.contenders import WithMethod
+from imprompt.evaluate.metrics import cosines, recognised
+from imprompt.evaluate.report import strip
+from imprompt.evaluate.score import Seen
+from imprompt.evaluate.study import Job, Study, rounded, rows
+from imprompt.evaluate.suite import Row, Studio
+
+NINE = 9
+POOLED = ("concat", "average", "max")  # without training
+TRAINED = ("self-attention", "attention", "average-trained")
+ADAPTER = "mini"  # what they all begin with
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every trained row gets, and what all are measured on."""
+
+    steps: int  # of the optimiser
+    batch: int
+    pictures: int  # of mini's training set, PHOTOS of each subject
+    seeds: int
+    subjects: int  # to test on
+    targets: int  # photographs of each that are to be drawn
+    samples: int
+    drawing: int  # DDIM steps
+    counts: tuple[int, ...]  # of references, for the curve
+    curve: int  # subjects of the curve
+    learning: int  # steps of the methods that learn a subject; 0 for their own
+
+
+PHOTOS = 10  # the second paper's: one to be drawn, nine references
+GALLERY = 16  # photographs of a test subject that can be references
+BUDGETS = {
+    "full": Budget(1_000, 48, 24_000, 3, 120, 4, 2, 25, (1, 2, 3, 5, 9, 16), 60, 0),
+    "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2),
+}
+
+
+class SecondPaper(Study):
+    """Rows: what is not drawn, one reference, several by each method, and the curves over their number."""
+
+    @property
+    def budget(self) -> Budget:
+        return BUDGETS[self.choice.budget]
+
+    def facts(self) -> dict[str, Any]:
+        return {"paper": self.choice.paper, "budget": self.choice.budget, **asdict(self.budget)}
+
+    def names(self) -> list[str]:
+        def asked(kind: str) -> bool:
+            return not self.choice.method or kind in self.choice.method
+
+        trained = [name for kind in TRAINED if asked(kind) for name in self.seeds(kind)]
+        learned = [name for name in PERSONAL if asked(name)]
+        plain = [name for name in ("one", *POOLED) if asked(name)]
+        curves = [name for names in self.curves().values() for name in names] if asked("references") else []
+        return ["copy", "real", "text", *plain, *trained, *learned, *curves]
+
+    def seeds(self, kind: str) -> list[str]:
+        """The rows of a way that is trained: one for each seed."""
+        return [f"{kind} seed {seed}" for seed in range(self.budget.seeds)]
+
+    def curves(self) -> dict[str, list[str]]:
+        """For each way the rows of its curve over the number of references; of the trained ways with the first seed."""
+        ways = [*POOLED, *(f"{kind} seed 0" for kind in TRAINED)]
+        return {way: [f"{way} after {count}" for count in self.budget.counts] for way in ways}
+
+    def stages(self, missing: Sequence[str]) -> list[list[Job]]:
+        trains = [name for name in missing if self.training(name) and not (self.weights(_way(name)).parent / "trained.json").is_file()]
+        first: list[Job] = []
+        if trains and not complete(self.cache("pooled")):
+            first = [("fill", (f"mini:{self.budget.pictures}x{PHOTOS}", "ip-adapter"))]
+        curves = [name for name in missing if " after " in name]
+        slow = [name for name in missing if name in PERSONAL]
+        trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
+        plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
+        return [[*first, *rows([name for name in missing if name == "copy"])], rows([*trained, *plain]), rows(slow), rows(curves)]
+
+    def row(self, name: str) -> tuple[Row, str]:
+        b = self.budget
+        prompts = b.subjects * b.targets
+        if name in ("copy", "real"):
+            return Row(name, name, "none", 1, prompts), "mini"
+        if name == "text":
+            return Row(name, "text", "caption", b.samples, prompts), "mini"
+        if name == "one":
+            return Row(name, f"one={ADAPTER}", "caption", b.samples, prompts, references=1), "mini"
+        if name in PERSONAL:
+            return Row(name, name, "caption", b.samples, prompts, references=NINE), "mini"
+        way, _, count = name.partition(" after ")
+        source = f"{name}={self.weights(way)}" if _kind(way) in TRAINED else f"{name}={ADAPTER}@{way}"
+        if count:
+            return Row(name, source, "caption", 1, b.curve * b.targets, references=int(count)), "mini"
+        return Row(name, source, "caption", b.samples, prompts, references=NINE), "mini"
+
+    def training(self, name: str) -> Train | None:
+        """Leave one out, from the embedded adapter on."""
+        way, b = _way(name), self.budget
+        if _kind(way) not in TRAINED:
+            return None
+        kind, _, seed = way.partition(" seed ")
+        return Train(
+            adapter=str(hub.find_adapter(ADAPTER)[0]), combine=kind.removesuffix("-trained"), cache=str(self.cache("pooled")),
+            subjects=PHOTOS, references=NINE, seed=int(seed), steps=b.steps, batch=b.batch, out=str(self.out / "train" / way),
+            validation=min(8, b.subjects), validate_every=b.steps, save_every=max(1, b.steps // 6), keep=1,
+            validation_steps=min(20, b.drawing), preflight=False, device=self.choice.device, warmup=min(50, b.steps // 2),
+            **MINI_SUBJECT,
+        )  # fmt: skip
+
+    def evaluation(self, base: str, folder: Path) -> Evaluate:
+        b = self.budget
+        return Evaluate(
+            base=base, data="mini", subjects=GALLERY + b.targets, references=GALLERY, targets=b.targets, limit=b.subjects * b.targets,
+            samples=b.samples, text="caption", steps=b.drawing, guidance=3.0, judge="mini", features="mini", identity="mini",
+            out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning,
+        ).settled()  # fmt: skip
+
+    def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:
+        found = super().each(seen, row, studio)
+        drawn, group, gallery = seen.column("identity"), seen.column("group"), studio.gallery
+        assert drawn is not None and group is not None and gallery is not None
+        alike = cosines(drawn, gallery.centroids[group])
+        right = recognised(drawn, group, gallery.centroids).double()
+        found["identity"], found["recognised"] = (rounded(v.unflatten(0, (-1, row.samples)).mean(1)) for v in (alike, right))
+        found["subject"] = group[:: row.samples].tolist()
+        if row.source not in ("copy", "real", "text", *PERSONAL):
+            found["seconds"] = [heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])]
+        return found
+
+    def strip(self, studio: Studio, row: Row) -> Image.Image:
+        """One picture of each of the first subjects."""
+        return strip(studio.out, row.name, range(0, row.prompts, self.budget.targets))
+
+
+def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
+    """Seconds that the pictures of a new subject take to be looked at: the median of some."""
+    assert isinstance(contender, WithMethod)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        contender.method.encoder.encode(references, contender.method.grid)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def _way(name: str) -> str:
+    """A row of a curve without the number of references."""
+    return name.partition(" after ")[0]
+
+
+def _kind(name: str) -> str:
+    """A row's way of bringing references together, without its seed."""
+    return _way(name).partition(" seed ")[0]
+
+
+def by_subject(values: Sequence[float], subjects: Sequence[float]) -> torch.Tensor:
+    """The mean for each subject."""
+    groups = torch.tensor(subjects, dtype=torch.long)
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, torch.tensor(values, dtype=torch.float64))
+    return sums / groups.bincount()

@@ -1,0 +1,58 @@
+"""Claims about rows, and whether they hold.
+
+A claim that one row is better than another is judged by the mean of the differences, prompt by prompt; it holds where
+the whole 95 % interval of that mean is on the right side.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from imprompt.evaluate.metrics import Interval, mean_interval
+from imprompt.evaluate.study import Finished
+
+Rows = Mapping[str, Finished]
+
+
+class Claim(NamedTuple):
+    """One claim and what became of it."""
+
+    letter: str
+    text: str
+    holds: bool | None  # None: rows are missing
+    figures: str
+
+    @property
+    def verdict(self) -> str:
+        return "not judged" if self.holds is None else "holds" if self.holds else "does not hold"
+
+
+def better(rows: Rows, one: str, other: str, column: str) -> Interval:
+    """Mean difference of two rows over the same prompts."""
+    a, b = (torch.tensor(rows[name].each[column]) for name in (one, other))
+    return mean_interval(a - b, torch.arange(len(a)))
+
+
+def difference(value: Interval) -> str:
+    return f"{value.value:+.3f} ({value.low:+.3f} … {value.high:+.3f})"
+
+
+def value_of(rows: Rows, name: str, column: str) -> float:
+    return rows[name].score.figures[column].value
+
+
+def judged(rows: Rows, texts: Mapping[str, tuple[str, Callable[[Rows], tuple[bool, str]]]]) -> list[Claim]:
+    """Each claim by its letter: its text, and what judges it."""
+    found = []
+    for letter, (text, judge) in texts.items():
+        try:
+            found.append(Claim(letter, text, *judge(rows)))
+        except KeyError as missing:
+            found.append(Claim(letter, text, None, f"row {missing.args[0]} is not there yet"))
+    return found
+
+
+def listed(claims: Sequence[Claim]) -> list[str]:
+    """As lines of Markdown."""
+    return [f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in claims]
