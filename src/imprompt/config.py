@@ -440,6 +440,7 @@ class Evaluate:
     identity: str = _option("auto", "what tells subjects apart: mini, insightface, facenet or none (default: mini's with subjects on mini)")
     limit: int = _option(0, "number of prompts (default: 1000 of mini, 5000 of other data)")
     learning: int = _option(0, "optimiser steps of methods that learn each subject (default: their own)")
+    prior: int = _option(-1, "pictures of other such things that they are to keep (default: their own number)")
     samples: int = _option(4, "pictures for each prompt")
     text: str = _option("none", "what the image prompts are given as text: none or caption")
     scale: float = _option(1.0, "λ, the weight of the image")

@@ -16,9 +16,6 @@ from imprompt.evaluate.identity import load_identity
 from imprompt.evaluate.metrics import centroid, likeness, recognised, threshold
 from imprompt.mini import world
 
-RANK_1, VERIFIED = 0.9, 0.9  # of those shipped: PLACEHOLDER
-
-
 # Figures
 
 
@@ -70,28 +67,35 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """(subjects, photographs, width) of 50 held-out subjects, each in six scenes of its own."""
-    encoder = load_identity("mini")
-    whom = itertools.islice(world.subjects(held_out=True), 50)
+def whom():
+    return list(itertools.islice(world.subjects(held_out=True), 50))
+
+
+@pytest.fixture(scope="module")
+def seen(whom):
+    """(subjects, photographs, width): held-out subjects, each in six scenes of its own."""
     images = [world.draw(s, world.scene(40_000_000 + 6 * i + j)) for i, s in enumerate(whom) for j in range(6)]
-    embedded, found = encoder.embed(images)
+    embedded, found = load_identity("mini").embed(images)
     assert found.all() and torch.allclose(embedded.norm(dim=1), torch.ones(300), atol=1e-5)
     return embedded.unflatten(0, (50, 6))
 
 
 def test_mini_recognises_held_out_subjects_elsewhere(seen):
+    """One photograph against five others of each. Measured: 1.00."""
     galleries = torch.stack([centroid(photos[1:], torch.ones(5, dtype=torch.bool)) for photos in seen])
-    assert recognised(seen[:, 0], torch.arange(50), galleries).double().mean() >= RANK_1
+    assert recognised(seen[:, 0], torch.arange(50), galleries).double().mean() >= 0.96
 
 
-def test_mini_verifies_held_out_subjects(seen):
+@pytest.mark.parametrize("look_alikes, least", [(False, 0.97), (True, 0.8)])
+def test_mini_verifies_held_out_subjects(seen, whom, look_alikes, least):
+    """At one false accept in a hundred; measured: 1.00 of true pairs pass, .91 where strangers have kind, colour and pattern in common."""
     alike = torch.einsum("spd,tqd->stpq", seen, seen)
-    pairs = torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)
-    same = alike.diagonal()[pairs].flatten()
-    different = alike[torch.triu(torch.ones(50, 50, dtype=torch.bool), 1)].flatten()
-    assert threshold(same, different, 0.01).accepted >= VERIFIED
-    assert threshold(same, different, 0.01).value < same.mean()
+    same = alike.diagonal()[torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)].flatten()
+    sorts = [(s.kind, s.colour, s.pattern) for s in whom]
+    others = [(i, j) for i, j in itertools.combinations(range(50), 2) if not look_alikes or sorts[i] == sorts[j]]
+    assert len(others) == (36 if look_alikes else 1225)
+    found = threshold(same, torch.stack([alike[pair] for pair in others]).flatten())
+    assert found.accepted >= least
 
 
 def test_mini_takes_pictures_of_any_size_and_gives_the_same_in_any_company():

@@ -95,7 +95,7 @@ class Learner:
         choice = Train(
             data=str(folder / "photographs"), base=self.choice.base, method=self.method, noun=case.noun, out=str(folder / "run"),
             seed=self.choice.seed + zlib.crc32(case.subject.encode()) % 10_000, device=self.choice.device, workers=1,
-            steps=self.choice.learning, prior_folder=str(Path(self.choice.out) / "class"),
+            steps=self.choice.learning, prior=self.choice.prior, prior_folder=str(Path(self.choice.out) / "class"),
         )  # fmt: skip
         began = time.perf_counter()
         for _ in train(choice):

@@ -37,7 +37,7 @@ def looked_at(identity: Identity, cases: SubjectCases) -> Gallery:
         raise UserError("nobody was found in any photograph; expected other data, or another --identity")
     nobody = torch.zeros_like(next(iter(known.values())))
     centroids = torch.stack([known.get(number, nobody) for number in range(len(cases.subjects))])
-    return Gallery(centroids, centroids.any(1))
+    return Gallery(centroids.float(), centroids.any(1))
 
 
 def kept_gallery(path: Path, identity: Identity, cases: SubjectCases) -> Gallery:

@@ -47,13 +47,14 @@ class Budget:
     counts: tuple[int, ...]  # of references, for the curve
     curve: int  # subjects of the curve
     learning: int  # steps of the methods that learn a subject; 0 for their own
+    prior: int  # pictures of the class that they are to keep; −1 for their own number
 
 
 PHOTOS = 10  # the second paper's: one to be drawn, nine references
 GALLERY = 16  # photographs of a test subject that can be references
 BUDGETS = {
-    "full": Budget(1_000, 48, 24_000, 3, 120, 4, 2, 25, (1, 2, 3, 5, 9, 16), 60, 0),
-    "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2),
+    "full": Budget(1_000, 48, 24_000, 3, 120, 4, 2, 25, (1, 2, 3, 5, 9, 16), 60, 0, -1),
+    "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2, 2),
 }
 
 
@@ -133,7 +134,7 @@ class SecondPaper(Study):
         return Evaluate(
             base=base, data="mini", subjects=GALLERY + b.targets, references=GALLERY, targets=b.targets, limit=b.subjects * b.targets,
             samples=b.samples, text="caption", steps=b.drawing, guidance=3.0, judge="mini", features="mini", identity="mini",
-            out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning,
+            out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning, prior=b.prior,
         ).settled()  # fmt: skip
 
     def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:

@@ -319,6 +319,7 @@ def by_subject(choice: Evaluate, studio: Studio) -> dict[str, Any]:
     return {
         "subjects": len(studio.cases.subjects), "photographs to draw after": choice.references, "to be drawn of each": choice.targets,
         "identity by": choice.identity, "learning": choice.learning or "each method's own steps",
+        "pictures to keep": choice.prior if choice.prior >= 0 else "each method's own number",
     }  # fmt: skip
 
 
