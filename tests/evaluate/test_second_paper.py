@@ -13,7 +13,7 @@ from imprompt.evaluate import personal_claims as claims
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.score import Score
 from imprompt.evaluate.second_paper import POOLED, TRAINED, by_subject
-from imprompt.evaluate.study import Finished, finished, finished_path, run, study_of
+from imprompt.evaluate.study import Finished, finished, run, study_of
 
 
 @pytest.fixture(scope="module")

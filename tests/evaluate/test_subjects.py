@@ -195,7 +195,24 @@ def test_a_real_tree_goes_from_folder_to_report(people, tmp_path):
     from imprompt import cli
 
     words = ["evaluate", "--data", str(people), "--out", str(tmp_path / "out"), "--json"]
-    words += "--subjects 3 --references 2 --noun cat --identity mini --samples 2 --steps 2 --limit 9 --text caption".split()
+    words += [
+        "--subjects",
+        "3",
+        "--references",
+        "2",
+        "--noun",
+        "cat",
+        "--identity",
+        "mini",
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--limit",
+        "9",
+        "--text",
+        "caption",
+    ]
     assert cli.main([*words, "--adapter", "mini@average"]) == 0
     rows = {row["row"]: row for row in csv.DictReader(Path(tmp_path / "out" / "table.csv").read_text().splitlines())}
     assert int(rows["mini@average"]["prompts"]) + int(rows["mini@average"]["lost"]) == 3 and rows["mini@average"]["identity"]
