@@ -10,7 +10,7 @@ from PIL import Image
 from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
 from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
-from imprompt.evaluate.study import finished, finished_path, machine, study_of
+from imprompt.evaluate.study import SAMPLER, finished, finished_path, machine, study_of
 from imprompt.evaluate.verdicts import Claim, Rows, better, difference, judged, listed, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
@@ -159,7 +159,8 @@ def _budget(choice: Reproduce) -> str:
     return (
         f"every trained row: {b.steps:,} steps × {b.batch} pictures of the same {b.pictures:,}, the same seed and settings "
         f"({usual.optimizer}, learning rate {usual.lr:g}, {usual.schedule}); "
-        f"every row: {b.prompts:,} held-out prompts × {b.samples}, DDIM {b.drawing}, guidance 3, empty text (row text: the caption)"
+        f"every row: {b.prompts:,} held-out prompts × {b.samples}, {SAMPLER} {b.drawing} steps, guidance 3, "
+        "empty text (row text: the caption)"
     )
 
 

@@ -80,12 +80,12 @@ class Learner:
         for subject in dict.fromkeys(case.subject for case in cases):
             places = [n for n, case in enumerate(cases) if case.subject == subject]
             with TemporaryDirectory() as folder:
-                known = self._learned(cases[places[0]], Path(folder))
+                known = self.learned(cases[places[0]], Path(folder))
                 pictures = known.draw([cases[n] for n in places], [texts[n] for n in places], [seeds[n] for n in places], how)
             drawn |= dict(zip(places, pictures, strict=True))
         return [drawn[n] for n in range(len(cases))]
 
-    def _learned(self, case: Case, folder: Path) -> WithMethod:
+    def learned(self, case: Case, folder: Path) -> WithMethod:
         """The method after its training on a case's references. Its seed follows from the subject's name."""
         from imprompt.training import train
 

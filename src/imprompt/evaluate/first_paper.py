@@ -8,7 +8,7 @@ from typing import Any
 from imprompt.config import COPIES, GENERAL, METHODS, READS, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.score import Seen
-from imprompt.evaluate.study import Job, Progress, Study, rounded, rows
+from imprompt.evaluate.study import SAMPLER, Job, Progress, Study, rounded, rows
 from imprompt.evaluate.suite import Row, Studio, curve_of
 from imprompt.files import writable_folder
 from imprompt.mini.style import make_style
@@ -26,13 +26,13 @@ class Budget:
     pictures: int  # different ones, of mini's training set
     prompts: int
     samples: int
-    drawing: int  # DDIM steps
+    drawing: int  # steps of SAMPLER
     curve: int  # prompts of the curve of λ
     style: float  # share of the custom model's usual training
 
 
 BUDGETS = {
-    "full": Budget(1_500, 48, 36_000, 1_000, 4, 25, 200, 1.0),
+    "full": Budget(500, 48, 24_000, 1_000, 4, 8, 200, 0.6),
     "smoke": Budget(2, 4, 64, 4, 2, 2, 2, 0.004),
 }
 
@@ -45,7 +45,7 @@ class FirstPaper(Study):
         return BUDGETS[self.choice.budget]
 
     def facts(self) -> dict[str, Any]:
-        return {"paper": self.choice.paper, "budget": self.choice.budget, **asdict(self.budget)}
+        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
 
     def names(self) -> list[str]:
         asked = self.choice.method
@@ -94,8 +94,8 @@ class FirstPaper(Study):
     def evaluation(self, base: str, folder: Path) -> Evaluate:
         b = self.budget
         return Evaluate(
-            base=base, data="mini", limit=b.prompts, samples=b.samples, steps=b.drawing, guidance=3.0, judge="mini", features="mini",
-            encoder=None, out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(),
+            base=base, data="mini", limit=b.prompts, samples=b.samples, steps=b.drawing, scheduler=SAMPLER, guidance=3.0, judge="mini",
+            features="mini", encoder=None, out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(),
         ).settled()  # fmt: skip
 
     def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from imprompt.config import PERSONAL, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
 from imprompt.evaluate.second_paper import BUDGETS, NINE, PHOTOS, POOLED, TRAINED, SecondPaper, by_subject
-from imprompt.evaluate.study import Finished, finished, finished_path, machine
+from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path, machine
 from imprompt.evaluate.verdicts import Claim, Rows, difference, judged, listed, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
@@ -236,7 +236,7 @@ def _budget(choice: Reproduce) -> str:
     return (
         f"trained rows: from the embedded adapter, {b.steps:,} steps × {b.batch} of {b.pictures:,} photographs ({PHOTOS} of each subject, "
         f"one drawn after the others), {b.seeds} seeds; every row: {b.subjects} held-out subjects × {b.targets} photographs to be drawn × "
-        f"{b.samples}, after {NINE} references (one: after one), text says kind and place, λ = 1, DDIM {b.drawing}, guidance 3. "
+        f"{b.samples}, after {NINE} references (one: after one), text says kind and place, λ = 1, {SAMPLER} {b.drawing} steps, guidance 3. "
         f"Pooling ({', '.join(POOLED)}): no training"
     )
 

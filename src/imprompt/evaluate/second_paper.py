@@ -23,7 +23,7 @@ from imprompt.evaluate.contenders import WithMethod
 from imprompt.evaluate.metrics import cosines, recognised
 from imprompt.evaluate.report import strip
 from imprompt.evaluate.score import Seen
-from imprompt.evaluate.study import Job, Study, rounded, rows
+from imprompt.evaluate.study import SAMPLER, Job, Study, rounded, rows
 from imprompt.evaluate.suite import Row, Studio
 
 NINE = 9
@@ -43,7 +43,7 @@ class Budget:
     subjects: int  # to test on
     targets: int  # photographs of each that are to be drawn
     samples: int
-    drawing: int  # DDIM steps
+    drawing: int  # steps of SAMPLER
     counts: tuple[int, ...]  # of references, for the curve
     curve: int  # subjects of the curve
     learning: int  # steps of the methods that learn a subject; 0 for their own
@@ -53,7 +53,7 @@ class Budget:
 PHOTOS = 10  # the second paper's: one to be drawn, nine references
 GALLERY = 16  # photographs of a test subject that can be references
 BUDGETS = {
-    "full": Budget(1_000, 48, 24_000, 3, 120, 4, 2, 25, (1, 2, 3, 5, 9, 16), 60, 0, -1),
+    "full": Budget(300, 48, 12_000, 3, 120, 2, 2, 8, (1, 2, 3, 5, 9, 16), 60, 0, -1),
     "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2, 2),
 }
 
@@ -66,7 +66,7 @@ class SecondPaper(Study):
         return BUDGETS[self.choice.budget]
 
     def facts(self) -> dict[str, Any]:
-        return {"paper": self.choice.paper, "budget": self.choice.budget, **asdict(self.budget)}
+        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
 
     def names(self) -> list[str]:
         def asked(kind: str) -> bool:
@@ -133,8 +133,8 @@ class SecondPaper(Study):
         b = self.budget
         return Evaluate(
             base=base, data="mini", subjects=GALLERY + b.targets, references=GALLERY, targets=b.targets, limit=b.subjects * b.targets,
-            samples=b.samples, text="caption", steps=b.drawing, guidance=3.0, judge="mini", features="mini", identity="mini",
-            out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning, prior=b.prior,
+            samples=b.samples, text="caption", steps=b.drawing, scheduler=SAMPLER, guidance=3.0, judge="mini", features="mini",
+            identity="mini", out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning, prior=b.prior,
         ).settled()  # fmt: skip
 
     def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:
