@@ -244,7 +244,7 @@ class Train:
     prior: int = _option(-1, "pictures of other such things that a DreamBooth is to keep; the base draws them (default: 200, 16 on mini)")
     prior_weight: float = _option(1.0, "how much they count")
     prior_folder: str | None = _option(None, "where they are kept, for several trainings (default: class/ in the run's folder)")
-    adapter: str | None = _option(None, "fine-tune from this adapter file instead of starting anew")
+    adapter: str | None = _option(None, "fine-tune from this adapter instead of starting anew: a file, mini …")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: the base's or the adapter's own)")
     cache: str | None = _option(None, "feature cache to train from; encoded from the data first, where it is not complete")
     steps: int = _option(0, "optimiser steps (default: 2500 on mini, 20000 elsewhere)")

@@ -14,10 +14,10 @@ from imprompt.generating import draw
 from imprompt.mini import world
 from imprompt.mini.judging import Judge
 from imprompt.mini.make import CONFIGS, make
-from imprompt.mini.recipe import ATTRIBUTES, Build, autoencoder, normalise_latents
+from imprompt.mini.recipe import ADAPTERS, ATTRIBUTES, Build, autoencoder, normalise_latents
 from imprompt.mini.style import STYLES, make_style
 
-PARTS = {"clip", "judge-clip", "judge", "identity", "vae", "unet", "adapter", "adapter-plus"}
+PARTS = {"clip", "judge-clip", "judge", "identity", "vae", "unet", "adapter", "adapter-plus", "adapter-subject"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_folder_is_a_stable_diffusion(built):
     assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
 
 
-@pytest.mark.parametrize("name, kind", [("adapter", "global"), ("adapter-plus", "resampler")])
+@pytest.mark.parametrize("name, kind", [("adapter", "global"), ("adapter-plus", "resampler"), ("adapter-subject", "global")])
 def test_the_adapters_are_public_files(built, name, kind):
     adapter, spec = checkpoints.load_adapter(built / "weights" / f"{name}.safetensors")
     assert (spec.kind, spec.base, spec.dtype) == (kind, "mini", "float16")
@@ -55,7 +55,7 @@ def test_it_generates_after_a_reference(built, monkeypatch):
         monkeypatch.setattr(module, "MINI", built / "weights")
     pipelines.load_base.cache_clear()
     photo = world.draw(world.subject(0), world.scene(0))
-    for adapter in ("mini", "mini-plus"):
+    for adapter in hub.EMBEDDED:
         with_image = draw(Generate(image=(photo,), adapter=adapter, steps=2, count=2))
         assert [picture.seed for picture in with_image] == [0, 1]
     assert prompter.load("mini").spec.grid is False
@@ -69,10 +69,12 @@ def test_the_judge_reads_every_attribute(built):
     assert all(value in ATTRIBUTES[name] for row in read for name, value in row.items())
 
 
-@pytest.mark.parametrize("name", ["adapter", "adapter-plus"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_the_shipped_adapters_settings_are_those_of_the_command(name):
     choice = build(Train, read_toml(CONFIGS / f"{name}.toml")).settled()
-    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini", None)
+    subject = name == "adapter-subject"
+    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini" if subject else None)
+    assert checkpoints.load_adapter(hub.MINI / f"{name}.safetensors")[0].aggregator.name == ("attention" if subject else "concat")
     assert checkpoints.recognise(*checkpoints.read(hub.MINI / f"{name}.safetensors")).metadata["recipe"].endswith(f"configs/{name}.toml")
 
 

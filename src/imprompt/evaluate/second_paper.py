@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from imprompt import hub
 from imprompt.config import MINI_SUBJECT, PERSONAL, Evaluate, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.contender import Contender
@@ -122,7 +121,7 @@ class SecondPaper(Study):
             return None
         kind, _, seed = way.partition(" seed ")
         return Train(
-            adapter=str(hub.find_adapter(ADAPTER)[0]), combine=kind.removesuffix("-trained"), cache=str(self.cache("pooled")),
+            adapter=ADAPTER, combine=kind.removesuffix("-trained"), cache=str(self.cache("pooled")),
             subjects=PHOTOS, references=NINE, seed=int(seed), steps=b.steps, batch=b.batch, out=str(self.out / "train" / way),
             validation=min(8, b.subjects), validate_every=b.steps, save_every=max(1, b.steps // 6), keep=1,
             validation_steps=min(20, b.drawing), preflight=False, device=self.choice.device, warmup=min(50, b.steps // 2),

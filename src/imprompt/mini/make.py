@@ -11,11 +11,10 @@ from imprompt.config import Train, read_toml
 from imprompt.config import build as configured
 from imprompt.errors import UserError
 from imprompt.files import atomic_path
-from imprompt.mini.recipe import PLANS, Build
+from imprompt.mini.recipe import ADAPTERS, PLANS, Build
 from imprompt.training import recorded, train
 
 CONFIGS = Path(__file__).parent / "configs"
-ADAPTERS = ("adapter", "adapter-plus")  # each is a file in CONFIGS, and a part
 
 
 def make(build: Build, only: Sequence[str] = ()) -> None:
@@ -37,9 +36,12 @@ def chosen(build: Build, name: str) -> Train:
     """The committed settings, on the parts just made instead of those that ship."""
     choice = configured(Train, read_toml(CONFIGS / f"{name}.toml"))
     model = build.folder / "model"
+    if choice.adapter and not (build.parts / "adapter").exists():
+        raise UserError(f"{name} goes on from the part adapter, which is not there; make it first, or leave --only out")
     return replace(
         choice,
         base=str(model),
+        adapter=choice.adapter and str(build.parts / "adapter" / "adapter.safetensors"),
         encoder=str(model / "image_encoder"),
         judge=str(model / "judge_clip"),
         steps=max(2, round(choice.steps * build.budget)),
@@ -50,6 +52,7 @@ def chosen(build: Build, name: str) -> Train:
 def keep_adapter(build: Build, name: str, file: Path) -> None:
     """Make a trained adapter a part, in half precision."""
     adapter, _ = checkpoints.load_adapter(file)
-    about = {"base": "mini", "encoder": "mini CLIP", "recipe": f"imprompt train --config src/imprompt/mini/configs/{name}.toml"}
+    recipe = f"imprompt train --config src/imprompt/mini/configs/{name}.toml"
+    about = {"base": "mini", "encoder": "mini CLIP", "aggregator": adapter.aggregator.name, "recipe": recipe}
     with atomic_path(build.parts / name / "adapter.safetensors") as partial:
         checkpoints.save(adapter, partial, about, torch.float16)

@@ -37,6 +37,7 @@ from transformers import (
 
 from imprompt.encoders import ImageEncoder
 from imprompt.files import atomic_path
+from imprompt.hub import EMBEDDED
 from imprompt.mini import identity, world
 from imprompt.mini.fit import Plan, fit, generator
 from imprompt.mini.tokenizer import LENGTH, make_tokenizer, tokenise
@@ -356,6 +357,8 @@ class Denoising(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- all of it
 
+ADAPTERS = tuple(Path(file).stem for file in EMBEDDED.values())  # each is a part, and a file in configs/
+
 PLANS = {
     "clip": Plan("clip", 9_500, 96, 7e-4),
     "judge-clip": Plan("judge-clip", 6_000, 128, 1e-3),
@@ -469,7 +472,7 @@ class Build:
             fresh = Path(temporary) / target.name
             pipe.save_pretrained(fresh)
             image_processor().save_pretrained(fresh / "image_encoder")
-            for name in ("adapter", "adapter-plus"):
+            for name in ADAPTERS:
                 if (self.parts / name).exists():
                     shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
             for name in ("judge", "identity"):

@@ -22,6 +22,7 @@ from imprompt.data.readers import Shards, is_mini, open_data
 from imprompt.data.records import Record, Records, Sharded
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
+from imprompt.hub import find_adapter
 from imprompt.methods import reader
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
 from imprompt.prompter import find_encoder
@@ -118,7 +119,7 @@ def cached(choice: Train, rank: int, ranks: int) -> Iterator[Progress]:
     if complete(Path(choice.cache)):
         agree(choice, about(Path(choice.cache)))
         return
-    spec = checkpoints.load_adapter(choice.adapter)[1] if choice.adapter else None
+    spec = checkpoints.load_adapter(find_adapter(choice.adapter)[0])[1] if choice.adapter else None
     wanted = Encode.of(choice)
     if spec is not None:
         wanted = replace(wanted, method="ip-adapter-plus" if spec.grid else "ip-adapter")

@@ -28,6 +28,7 @@ from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
 from imprompt.files import atomic_path, writable_folder
 from imprompt.hosts.unet import check_fit
+from imprompt.hub import find_adapter
 from imprompt.methods import Method, create
 from imprompt.methods.inversion import Inversion
 from imprompt.methods.ip_adapter import IPAdapter
@@ -136,7 +137,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
         opened = by_subject(opened, choice.subjects)
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
-    given = checkpoints.load_adapter(choice.adapter) if choice.adapter else None
+    given = checkpoints.load_adapter(find_adapter(choice.adapter)[0]) if choice.adapter else None
     personal = choice.method in PERSONAL
     encoder = None if personal else find_encoder(choice.base, choice.encoder, given[1] if given else None)
     if encoder is not None:
