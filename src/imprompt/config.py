@@ -496,7 +496,9 @@ PAPERS = ("ip-adapter", "personalisation")
 
 
 # The rows of the second paper that can be named one by one.
-REMEMBERED = ("one", "concat", "average", "max", "self-attention", "attention", "average-trained", "references", *PERSONAL)
+REMEMBERED = (
+    "one", "one-plus", "concat", "average", "max", "joint-untrained", "self-attention", "attention", "joint", "references", *PERSONAL
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from imprompt.errors import UserError
 from imprompt.evaluate import personal_claims as claims
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.score import Score
-from imprompt.evaluate.second_paper import POOLED, TRAINED, by_subject
+from imprompt.evaluate.second_paper import PLAIN, POOLED, TRAINED, by_subject
 from imprompt.evaluate.study import Finished, finished, run, study_of
 
 
@@ -27,7 +27,7 @@ def test_every_row_is_trained_and_measured(smoke):
     choice, folder, told = smoke
     rows = {name: finished(folder, name) for name in study_of(choice).names()}
     assert all(rows.values())
-    assert {"copy", "real", "text", "one", *POOLED, *PERSONAL, *(f"{kind} seed {n}" for kind in TRAINED for n in (0, 1))} < set(rows)
+    assert {"copy", "real", "text", *PLAIN, *PERSONAL, *(f"{kind} seed {n}" for kind in TRAINED for n in (0, 1))} < set(rows)
     assert {f"{way} after {n}" for way in (*POOLED, *(f"{kind} seed 0" for kind in TRAINED)) for n in (1, 9)} < set(rows)
     for name, row in rows.items():
         if " after " not in name and name not in ("copy", "real"):
@@ -84,7 +84,7 @@ def row(identity=0.5, fid=10.0, score=5.0, width=0.1):
 
 def made_up(**changes):
     rows = {"one": row(0.6, 9.0, 5), "average": row(0.65, 10, 4), "max": row(0.62, 11, 4), "dreambooth": row(0.7, 9.6, 5.5)}
-    rows |= {"self-attention": row(0.8, 7.5, 6), "attention": row(0.9)}
+    rows |= {"self-attention": row(0.8, 7.5, 6), "joint": row(0.9), "one-plus": row(0.7)}
     rows |= {f"self-attention seed 0 after {n}": row(0.5 + 0.02 * n) for n in (1, 3, 9)}
     return rows | changes
 
@@ -106,7 +106,8 @@ def test_claims_hold_where_the_figures_say_so():
         ({"average": row(0.85, 10, 4)}, "abdef"),
         ({"max": row(0.62, 8.0, 4)}, "abcef"),
         ({"self-attention seed 0 after 9": row(0.5)}, "abcdf"),
-        ({"attention": row(0.61)}, "abcde"),
+        ({"joint": row(0.61)}, "abcde"),
+        ({"one-plus": row(0.95)}, "abcde"),
     ],
 )
 def test_a_claim_falls_where_the_figures_say_so(changes, left):

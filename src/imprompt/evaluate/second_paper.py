@@ -1,7 +1,7 @@
 """The second paper's comparison: the same subject again, after several photographs, by every method that can.
 
 Every row draws the same held-out subjects, told kind and place; what they look like is for their photographs to tell. The
-trained rows go on from the embedded adapter, leave one out, at one budget, with three seeds each. Methods that learn a
+trained rows go on from the embedded adapters, leave one out, at one budget, with three seeds each. Methods that learn a
 subject learn each one with a seed of its own.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from imprompt.config import MINI_SUBJECT, PERSONAL, Evaluate, Train
+from imprompt.config import MINI_SUBJECT, PERSONAL, READS, Evaluate, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.contender import Contender
 from imprompt.evaluate.contenders import WithMethod
@@ -26,9 +26,15 @@ from imprompt.evaluate.study import SAMPLER, Job, Study, rounded, rows
 from imprompt.evaluate.suite import Row, Studio
 
 NINE = 9
+COARSE, FINE = "mini", "mini-plus"  # the embedded adapters: of a pooled embedding, of a grid
 POOLED = ("concat", "average", "max")  # without training
-TRAINED = ("self-attention", "attention", "average-trained")
-ADAPTER = "mini"  # what they all begin with
+PLAIN = {  # rows without training: what they draw with, after how many references
+    "one": (COARSE, 1),
+    "one-plus": (FINE, 1),
+    **{way: (f"{COARSE}@{way}", NINE) for way in POOLED},
+    "joint-untrained": (f"{FINE}@joint", NINE),
+}
+TRAINED = {"self-attention": COARSE, "attention": COARSE, "joint": FINE}  # each way, and the adapter that it goes on from
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class SecondPaper(Study):
 
         trained = [name for kind in TRAINED if asked(kind) for name in self.seeds(kind)]
         learned = [name for name in PERSONAL if asked(name)]
-        plain = [name for name in ("one", *POOLED) if asked(name)]
+        plain = [name for name in PLAIN if asked(name)]
         curves = [name for names in self.curves().values() for name in names] if asked("references") else []
         return ["copy", "real", "text", *plain, *trained, *learned, *curves]
 
@@ -89,8 +95,9 @@ class SecondPaper(Study):
     def stages(self, missing: Sequence[str]) -> list[list[Job]]:
         trains = [name for name in missing if self.training(name) and not (self.weights(_way(name)).parent / "trained.json").is_file()]
         first: list[Job] = []
-        if trains and not complete(self.cache("pooled")):
-            first = [("fill", (f"mini:{self.budget.pictures}x{PHOTOS}", "ip-adapter"))]
+        for method in sorted({_method(name) for name in trains}):
+            if not complete(self.cache(READS[method])):
+                first.append(("fill", (f"mini:{self.budget.pictures}x{PHOTOS}", method)))
         curves = [name for name in missing if " after " in name]
         slow = [name for name in missing if name in PERSONAL]
         trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
@@ -104,24 +111,25 @@ class SecondPaper(Study):
             return Row(name, name, "none", 1, prompts), "mini"
         if name == "text":
             return Row(name, "text", "caption", b.samples, prompts), "mini"
-        if name == "one":
-            return Row(name, f"one={ADAPTER}", "caption", b.samples, prompts, references=1), "mini"
+        if name in PLAIN:
+            source, references = PLAIN[name]
+            return Row(name, f"{name}={source}", "caption", b.samples, prompts, references=references), "mini"
         if name in PERSONAL:
             return Row(name, name, "caption", b.samples, prompts, references=NINE), "mini"
         way, _, count = name.partition(" after ")
-        source = f"{name}={self.weights(way)}" if _kind(way) in TRAINED else f"{name}={ADAPTER}@{way}"
+        source = f"{name}={self.weights(way)}" if _kind(way) in TRAINED else f"{name}={COARSE}@{way}"
         if count:
             return Row(name, source, "caption", 1, b.curve * b.targets, references=int(count)), "mini"
         return Row(name, source, "caption", b.samples, prompts, references=NINE), "mini"
 
     def training(self, name: str) -> Train | None:
-        """Leave one out, from the embedded adapter on."""
+        """Leave one out, from an embedded adapter on."""
         way, b = _way(name), self.budget
         if _kind(way) not in TRAINED:
             return None
         kind, _, seed = way.partition(" seed ")
         return Train(
-            adapter=ADAPTER, combine=kind.removesuffix("-trained"), cache=str(self.cache("pooled")),
+            adapter=TRAINED[kind], combine=kind, cache=str(self.cache(READS[_method(way)])),
             subjects=PHOTOS, references=NINE, seed=int(seed), steps=b.steps, batch=b.batch, out=str(self.out / "train" / way),
             validation=min(8, b.subjects), validate_every=b.steps, save_every=max(1, b.steps // 6), keep=1,
             validation_steps=min(20, b.drawing), preflight=False, device=self.choice.device, warmup=min(50, b.steps // 2),
@@ -167,6 +175,11 @@ def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
 def _way(name: str) -> str:
     """A row of a curve without the number of references."""
     return name.partition(" after ")[0]
+
+
+def _method(name: str) -> str:
+    """The method whose features a trained row's cache holds."""
+    return "ip-adapter" if TRAINED[_kind(name)] == COARSE else "ip-adapter-plus"
 
 
 def _kind(name: str) -> str:
