@@ -15,6 +15,7 @@ from imprompt.config import COMBINE
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregators import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
+from imprompt.core.projectors import Resampler
 from imprompt.core.scales import Scale
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import ImageError, UserError
@@ -106,7 +107,7 @@ class Prompter:
         weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
         together without training: one of config.COMBINE (default: as the adapter was trained, or side by side).
         """
-        together = combined(combine, self.spec.grid)
+        together = combined(combine, self.adapter)
         features, null = self.encode(images, fit)
         where = None if mask is None else _mask(mask)
         return ImagePrompt(self.adapter, features[None], null[None], scale, where, start, end, _weights(weights, len(features)), together)
@@ -126,14 +127,14 @@ class Prompter:
         return self
 
 
-def combined(name: str | None, grid: bool) -> Aggregator | None:
+def combined(name: str | None, adapter: Adapter) -> Aggregator | None:
     """What brings references together without training, by name; None where the adapter's own does. Raises UserError."""
     if name is None:
         return None
     if name not in COMBINE:
         raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
-    if name == "joint" and not grid:
-        raise UserError("combine: joint lays the references' patches side by side, and this adapter reads pooled embeddings; take average")
+    if name == "joint" and not isinstance(adapter.image_proj, Resampler):
+        raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take average")
     return AGGREGATORS[name](0)
 
 

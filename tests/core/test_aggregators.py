@@ -116,6 +116,20 @@ def test_the_joint_reading_of_patches_is_a_set_function():
     assert (plus.tokens(x, aggregator=Joint()) - plus.tokens(x.flip(1), aggregator=Joint())).abs().max() <= 1e-5
 
 
+def test_the_joint_reading_weighs_references():
+    plus = random_adapter(sd15_unet(), "resampler")
+    x = torch.randn(1, 3, 17, 40)
+
+    def read(which, weights):
+        return plus.tokens(x[:, which], torch.tensor([weights]), Joint())
+
+    one = plus.tokens(x[:, :1])
+    for same in (read([0], [2.0]), read([0, 0, 0], [1.0] * 3), read([0, 1], [1.0, 0.0])):
+        torch.testing.assert_close(same, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read([0, 1, 2], [2.0, 1.0, 1.0]), read([0, 0, 1, 2], [1.0] * 4), rtol=1e-4, atol=1e-5)
+    assert (read([0, 1], [1.0, 1.0]) - read([0, 1], [3.0, 1.0])).abs().max() > 1e-3
+
+
 def test_every_trained_weight_gets_a_gradient():
     for module in (SelfAttention(WIDTH), shaken(SetAttention(WIDTH))):
         module.embeddings(references(9), torch.ones(2, 9)).square().sum().backward()

@@ -52,9 +52,10 @@ class Adapter(nn.Module):
         """
         together = aggregator or self.aggregator
         weights = features.new_ones(features.shape[:2]) if weights is None else weights
+        bias = together.bias(weights, features.shape[2])
         features = together.embeddings(features, weights)
         batch, references = features.shape[:2]
-        tokens: Tensor = self.image_proj(features.flatten(0, 1))
+        tokens: Tensor = self.image_proj(features.flatten(0, 1), *(() if bias is None else (bias,)))
         return together.tokens(tokens.reshape(batch, references, -1, self.cross), weights)
 
     def forward(self, features: Tensor, weights: Tensor | None = None, aggregator: Aggregator | None = None) -> dict[int, KeyValues]:

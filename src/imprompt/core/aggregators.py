@@ -24,6 +24,10 @@ class Aggregator(nn.Module):
         """Before the projector. (batch, references, patches, width), (batch, references) → (batch, fewer, patches, width)."""
         return features
 
+    def bias(self, weights: Tensor, patches: int) -> Tensor | None:
+        """In it, where it attends to patches: added to their scores, (batch, 1, 1, references · patches). None for nothing."""
+        return None
+
     def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """After it. (batch, references, tokens, cross) → (batch, all tokens, cross)."""
         return tokens.flatten(1, 2)
@@ -128,13 +132,19 @@ class SetAttention(Aggregator):
 
 
 class Joint(Aggregator):
-    """For projectors that read a grid: all references' patches lie before the queries at once, so the tokens stay as many as for one."""
+    """For resamplers: all references' patches lie before the queries at once, so the tokens stay as many as for one.
+
+    Together they weigh as much as one reference's, so the same pictures twice are the same as once.
+    """
 
     name = "joint"
     beside = False
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         return features.flatten(1, 2)[:, None]
+
+    def bias(self, weights: Tensor, patches: int) -> Tensor | None:
+        return None if weights.shape[1] == 1 else _bias(weights / weights.sum(1, keepdim=True), patches)
 
 
 # By name, from the width of the features that they read. config.COMBINE are those that need no training.

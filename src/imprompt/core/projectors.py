@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imprompt.core.attention import attend
@@ -52,12 +53,12 @@ class Resampler(nn.Module):
         self.proj_out = nn.Linear(width, cross)
         self.norm_out = nn.LayerNorm(cross)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, patches, features) → (batch, tokens, cross)."""
+    def forward(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(batch, patches, features) → (batch, tokens, cross). bias: added to the patches' scores, (batch, 1, 1, patches)."""
         x = self.proj_in(features)
         latents = self.latents.expand(len(x), -1, -1)
         for attention, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], self.layers):
-            latents = latents + attention(x, latents)
+            latents = latents + attention(x, latents, bias)
             latents = latents + mlp(latents)
         return cast(Tensor, self.norm_out(self.proj_out(latents)))
 
@@ -75,11 +76,13 @@ class ResamplerAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+    def forward(self, x: Tensor, latents: Tensor, bias: Tensor | None = None) -> Tensor:
         x, latents = self.norm1(x), self.norm2(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
-        return cast(Tensor, self.to_out(attend(query, key, value, self.heads)))
+        if bias is not None:
+            bias = F.pad(bias.to(query.dtype), (0, latents.shape[1]))
+        return cast(Tensor, self.to_out(attend(query, key, value, self.heads, bias=bias)))
 
 
 def feed_forward(width: int, factor: int = 4) -> nn.Sequential:

@@ -39,8 +39,8 @@ class IPAdapter:
         """Let several references be brought together in this way, by new weights where it has any. Raises UserError."""
         if self.grid and how == "attention":
             raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take joint, or self-attention")
-        if not self.grid and how == "joint":
-            raise UserError("combine: joint reads a grid, and this adapter pooled embeddings; take average, or attention")
+        if how == "joint" and not isinstance(self.adapter.image_proj, Resampler):
+            raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take attention")
         self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid))
         self.about["aggregator"] = how
 
