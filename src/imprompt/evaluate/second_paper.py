@@ -58,7 +58,7 @@ class Budget:
 PHOTOS = 10  # the second paper's: one to be drawn, nine references
 GALLERY = 16  # photographs of a test subject that can be references
 BUDGETS = {
-    "full": Budget(300, 48, 12_000, 3, 120, 2, 2, 8, (1, 2, 3, 5, 9, 16), 60, 0, -1),
+    "full": Budget(300, 32, 12_000, 3, 100, 2, 2, 8, (1, 2, 3, 5, 9, 16), 50, 0, -1),
     "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2, 2),
 }
 
@@ -102,7 +102,8 @@ class SecondPaper(Study):
         slow = [name for name in missing if name in PERSONAL]
         trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
         plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
-        return [[*first, *rows([name for name in missing if name == "copy"])], rows([*trained, *plain]), rows(slow), rows(curves)]
+        copied = rows([name for name in missing if name == "copy"])
+        return [[*first, *copied], rows([*slow, *trained, *plain]), rows(curves)]  # the longest first
 
     def row(self, name: str) -> tuple[Row, str]:
         b = self.budget
