@@ -40,7 +40,7 @@ def main(words: Sequence[str] = ()) -> None:
         trained = hub.MINI / hub.EMBEDDED["mini-subject"]
         if name == "attention" and trained.is_file():
             prompter = load("mini-subject")
-        together = AGGREGATORS[name](prompter.spec.features)
+        together = AGGREGATORS[name](prompter.spec.features, prompter.spec.cross)
 
         def draw(number: int, p: Prompter = prompter, a: Aggregator = together) -> Any:
             with attach(pipe, prompt(p, pictures[:number], a)):

@@ -262,7 +262,7 @@ def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
             f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet"
         )
     with torch.device("meta"):
-        adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross, AGGREGATORS[spec.aggregator](spec.features))
+        adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross, AGGREGATORS[spec.aggregator](spec.features, spec.cross))
     expected = {key: value.shape for key, value in adapter.state_dict().items()}
     wrong = [key for key, size in expected.items() if key not in tensors or tensors[key].shape != size] or [
         key for key in tensors if key not in expected

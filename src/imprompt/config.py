@@ -22,7 +22,7 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 # How several references are brought together without training, and with it too.
 COMBINE = ("concat", "average", "max", "average-tokens", "max-tokens", "joint")
-AGGREGATORS = (*COMBINE, "self-attention", "attention")
+AGGREGATORS = (*COMBINE, "self-attention", "attention", "attention-tokens")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def combined(name: str | None, adapter: Adapter) -> Aggregator | None:
         raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
     if name == "joint" and not isinstance(adapter.image_proj, Resampler):
         raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take average")
-    return AGGREGATORS[name](0)
+    return AGGREGATORS[name](0, 0)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import random_adapter, sd15_unet
-from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum, SelfAttention, SetAttention
+from conftest import CROSS, random_adapter, sd15_unet
+from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum, SelfAttention, SetAttention, TokenAttention
 from imprompt.core.attention import attend
 
 WIDTH, PATCHES, TOKENS = 24, 1, 4
@@ -26,6 +26,7 @@ ALL = {
     "max of tokens": lambda: Maximum(on_tokens=True),
     "self-attention": lambda: shaken(SelfAttention(WIDTH)),
     "attention": lambda: shaken(SetAttention(WIDTH)),
+    "attention over tokens": lambda: shaken(TokenAttention(CROSS)),
 }
 
 
@@ -99,12 +100,15 @@ def test_nine_references_are_read_whatever_is_given(count, first):
 def test_ours_starts_as_the_average(adapter):
     x, ours = references(5), SetAttention(WIDTH)
     torch.testing.assert_close(heard(adapter, x, aggregator=ours), heard(adapter, x, aggregator=Average()), rtol=1e-4, atol=1e-5)
+    start = heard(adapter, x, aggregator=Average(on_tokens=True))
+    torch.testing.assert_close(heard(adapter, x, aggregator=TokenAttention(CROSS)), start, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_stay_as_many_as_for_one(adapter):
     for aggregator in (Average(), Maximum(), Average(True), Maximum(True)):
         assert adapter.tokens(references(64), aggregator=aggregator).shape[1] == TOKENS
     assert adapter.tokens(references(64), aggregator=SetAttention(WIDTH)).shape[1] == 4 * TOKENS
+    assert adapter.tokens(references(64), aggregator=TokenAttention(CROSS)).shape[1] == TOKENS
     assert adapter.tokens(references(9), aggregator=SelfAttention(WIDTH)).shape[1] == 9 * TOKENS
     plus = random_adapter(sd15_unet(), "resampler")
     assert plus.tokens(torch.randn(2, 64, 17, 40), aggregator=Joint()).shape[1] == plus.tokens(torch.randn(2, 1, 17, 40)).shape[1]
@@ -134,3 +138,6 @@ def test_every_trained_weight_gets_a_gradient():
     for module in (SelfAttention(WIDTH), shaken(SetAttention(WIDTH))):
         module.embeddings(references(9), torch.ones(2, 9)).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    module = shaken(TokenAttention(CROSS))
+    module.tokens(torch.randn(2, 9, TOKENS, CROSS), torch.ones(2, 9)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())

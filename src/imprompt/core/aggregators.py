@@ -131,6 +131,35 @@ class SetAttention(Aggregator):
         return cast(Tensor, mean + self.mlp(query + found))[:, :, None]
 
 
+class TokenAttention(Aggregator):
+    """Ours, after the projector: each token of the mean reads all references' tokens by attention of several heads, and adds what it finds.
+
+    Any number of references. The outlet is zero at first, so that it starts as the average of the tokens. Of a resampler's tokens, which
+    have kept what a pooled embedding has lost.
+    """
+
+    name = "attention-tokens"
+    beside = False
+
+    def __init__(self, cross: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm_mean, self.norm_read = nn.LayerNorm(cross), nn.LayerNorm(cross)
+        self.to_q = nn.Linear(cross, cross, bias=False)
+        self.to_kv = nn.Linear(cross, 2 * cross, bias=False)
+        outlet = nn.Linear(2 * cross, cross)
+        nn.init.zeros_(outlet.weight)
+        nn.init.zeros_(outlet.bias)
+        self.mlp = nn.Sequential(nn.Linear(cross, 2 * cross), nn.GELU(), outlet)
+
+    def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        mean = _mean(tokens, weights).flatten(1, 2)
+        key, value = self.to_kv(self.norm_read(tokens.flatten(1, 2))).chunk(2, dim=-1)
+        query = self.to_q(self.norm_mean(mean))
+        bias = _bias(weights, tokens.shape[2]).to(tokens.dtype)
+        return cast(Tensor, mean + self.mlp(query + attend(query, key, value, self.heads, bias=bias)))
+
+
 class Joint(Aggregator):
     """For resamplers: all references' patches lie before the queries at once, so the tokens stay as many as for one.
 
@@ -147,16 +176,17 @@ class Joint(Aggregator):
         return None if weights.shape[1] == 1 else _bias(weights / weights.sum(1, keepdim=True), patches)
 
 
-# By name, from the width of the features that they read. config.COMBINE are those that need no training.
-AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
-    "concat": lambda width: Aggregator(),
-    "average": lambda width: Average(),
-    "max": lambda width: Maximum(),
-    "average-tokens": lambda width: Average(on_tokens=True),
-    "max-tokens": lambda width: Maximum(on_tokens=True),
-    "joint": lambda width: Joint(),
-    "self-attention": SelfAttention,
-    "attention": SetAttention,
+# By name, from the widths of features and tokens. config.COMBINE are those that need no training.
+AGGREGATORS: dict[str, Callable[[int, int], Aggregator]] = {
+    "concat": lambda width, cross: Aggregator(),
+    "average": lambda width, cross: Average(),
+    "max": lambda width, cross: Maximum(),
+    "average-tokens": lambda width, cross: Average(on_tokens=True),
+    "max-tokens": lambda width, cross: Maximum(on_tokens=True),
+    "joint": lambda width, cross: Joint(),
+    "self-attention": lambda width, cross: SelfAttention(width),
+    "attention": lambda width, cross: SetAttention(width),
+    "attention-tokens": lambda width, cross: TokenAttention(cross),
 }
 
 

@@ -38,10 +38,10 @@ class IPAdapter:
     def bring_together(self, how: str) -> None:
         """Let several references be brought together in this way, by new weights where it has any. Raises UserError."""
         if self.grid and how == "attention":
-            raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take joint, or self-attention")
+            raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take attention-tokens")
         if how == "joint" and not isinstance(self.adapter.image_proj, Resampler):
             raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take attention")
-        self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid))
+        self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid), self.adapter.cross)
         self.about["aggregator"] = how
 
     def null(self) -> Tensor:
