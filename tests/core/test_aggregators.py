@@ -10,11 +10,11 @@ from imprompt.core.attention import attend
 WIDTH, PATCHES, TOKENS = 24, 1, 4
 
 
-def shaken(module, seed=0):
+def shaken(module, seed=0, by=0.3):
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+            p.add_(by * torch.randn_like(p))
     return module
 
 
@@ -26,7 +26,7 @@ ALL = {
     "max of tokens": lambda: Maximum(on_tokens=True),
     "self-attention": lambda: shaken(SelfAttention(WIDTH)),
     "attention": lambda: shaken(SetAttention(WIDTH)),
-    "attention over tokens": lambda: shaken(TokenAttention(CROSS)),
+    "attention over tokens": lambda: shaken(TokenAttention(CROSS), by=0.1),  # so that what it says is as large as the tokens
 }
 
 
