@@ -35,10 +35,10 @@ def test_every_row_is_trained_and_measured(smoke):
     for name in PERSONAL:
         assert claims.seconds_of(name, rows[name]) > 0
     assert 0 < claims.seconds_of("average", rows["average"]) < claims.seconds_of("dreambooth", rows["dreambooth"])
-    assert rows["attention seed 0"].score.trainable > rows["one"].score.trainable
-    assert rows["attention seed 0"].each["identity"] != rows["attention seed 1"].each["identity"]
+    assert rows["attention-tokens seed 0"].score.trainable > rows["one"].score.trainable
+    assert rows["attention-tokens seed 0"].each["identity"] != rows["attention-tokens seed 1"].each["identity"]
     assert {at.stage for at in told} >= {"encoding", "training", "drawing"}
-    split = json.loads((folder / "train" / "attention seed 0" / "subjects.json").read_text())
+    split = json.loads((folder / "train" / "attention-tokens seed 0" / "subjects.json").read_text())
     assert len(split["train"]) == 4 and not split["test"]
 
 
@@ -56,7 +56,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
     text = (folder / "report" / "README.md").read_text("utf-8")
     for title, *_ in claims.PAPER.values():
         assert f"| {title} |" in text
-    assert "18.72" in text and "Seed by seed" in text and "attention seed 1" in text
+    assert "18.72" in text and "Seed by seed" in text and "attention-tokens seed 1" in text
     page = (folder / "report" / "index.html").read_text("utf-8")
     assert "://" not in page and page.count("data:image/png") == len(claims.SHOWN) + 1
     assert {"README.md", "index.html", "results.json", "table.csv", "sheet.png", "references.png"} == {
@@ -65,8 +65,8 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 
 
 def test_one_row_can_be_asked_for(tmp_path):
-    names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention"))).names()
-    assert names == ["copy", "real", "text", "average", "attention seed 0", "attention seed 1"]
+    names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention-tokens"))).names()
+    assert names == ["copy", "real", "text", "average", "attention-tokens seed 0", "attention-tokens seed 1"]
     with pytest.raises(UserError, match="method: expected one of one, concat"):
         Reproduce(paper="personalisation", method=("kandinsky",))
 
@@ -84,7 +84,7 @@ def row(identity=0.5, fid=10.0, score=5.0, width=0.1):
 
 def made_up(**changes):
     rows = {"one": row(0.6, 9.0, 5), "average": row(0.65, 10, 4), "max": row(0.62, 11, 4), "dreambooth": row(0.7, 9.6, 5.5)}
-    rows |= {"self-attention": row(0.8, 7.5, 6), "joint": row(0.9), "one-plus": row(0.7)}
+    rows |= {"self-attention": row(0.8, 7.5, 6), "attention-tokens": row(0.9), "one-plus": row(0.7)}
     rows |= {f"self-attention seed 0 after {n}": row(0.5 + 0.02 * n) for n in (1, 3, 9)}
     return rows | changes
 
@@ -106,7 +106,7 @@ def test_claims_hold_where_the_figures_say_so():
         ({"average": row(0.85, 10, 4)}, "abdef"),
         ({"max": row(0.62, 8.0, 4)}, "abcef"),
         ({"self-attention seed 0 after 9": row(0.5)}, "abcdf"),
-        ({"joint": row(0.61)}, "abcde"),
+        ({"attention-tokens": row(0.61)}, "abcde"),
         ({"one-plus": row(0.95)}, "abcde"),
     ],
 )
@@ -122,11 +122,11 @@ def test_a_missing_row_leaves_a_claim_unjudged():
 
 
 def test_seeds_become_one_row_once_all_are_there():
-    rows = {f"attention seed {n}": row(0.5 + 0.1 * n, 8.0 + n) for n in range(3)}
-    found = claims.gathered(rows, 3)["attention"]
+    rows = {f"attention-tokens seed {n}": row(0.5 + 0.1 * n, 8.0 + n) for n in range(3)}
+    found = claims.gathered(rows, 3)["attention-tokens"]
     assert found.score.figures["identity"].value == pytest.approx(sum(found.each["identity"]) / 12)
     assert found.score.figures["FID"].value == 9 and found.score.figures["FID"].low == pytest.approx(7.9)
-    assert "attention" not in claims.gathered({k: v for k, v in rows.items() if "2" not in k}, 3)
+    assert "attention-tokens" not in claims.gathered({k: v for k, v in rows.items() if "2" not in k}, 3)
 
 
 def test_subjects_weigh_the_same():

@@ -43,7 +43,7 @@ def test_the_folder_is_a_stable_diffusion(built):
     assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
 
 
-@pytest.mark.parametrize("name, kind", [("adapter", "global"), ("adapter-plus", "resampler"), ("adapter-subject", "global")])
+@pytest.mark.parametrize("name, kind", [("adapter", "global"), ("adapter-plus", "resampler"), ("adapter-subject", "resampler")])
 def test_the_adapters_are_public_files(built, name, kind):
     adapter, spec = checkpoints.load_adapter(built / "weights" / f"{name}.safetensors")
     assert (spec.kind, spec.base, spec.dtype) == (kind, "mini", "float16")
@@ -73,8 +73,8 @@ def test_the_judge_reads_every_attribute(built):
 def test_the_shipped_adapters_settings_are_those_of_the_command(name):
     choice = build(Train, read_toml(CONFIGS / f"{name}.toml")).settled()
     subject = name == "adapter-subject"
-    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini" if subject else None)
-    assert checkpoints.load_adapter(hub.MINI / f"{name}.safetensors")[0].aggregator.name == ("attention" if subject else "concat")
+    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini-plus" if subject else None)
+    assert checkpoints.load_adapter(hub.MINI / f"{name}.safetensors")[0].aggregator.name == ("attention-tokens" if subject else "concat")
     assert checkpoints.recognise(*checkpoints.read(hub.MINI / f"{name}.safetensors")).metadata["recipe"].endswith(f"configs/{name}.toml")
 
 

@@ -27,10 +27,9 @@ PAPER: dict[str, tuple[str, float | None, float | None]] = {
     "average": ("IP-Adapter + average pooling", 13.56, 11.82),
     "self-attention": ("IP-Adapter + self-attention", 18.72, 7.56),
     "concat": ("concatenation", None, None),
-    "attention": ("our attention over embeddings", None, None),
     "one-plus": ("fine-grained, one image", None, None),
-    "joint-untrained": ("our joint resampler, untrained", None, None),
-    "joint": ("our joint resampler", None, None),
+    "average-tokens": ("fine-grained, average of tokens", None, None),
+    "attention-tokens": ("fine-grained, our attention over tokens", None, None),
     "dreambooth-lora": ("DreamBooth with LoRA", None, None),
     "inversion": ("Textual Inversion", None, None),
 }
@@ -97,7 +96,7 @@ def claims(rows: Rows) -> list[Claim]:
         "c": ("self-attention has the highest identity of the five", best_identity),
         "d": ("pooling without training has a worse FID than one image", pooling_costs),
         "e": ("more references help self-attention: identity after nine is above that after one", more_help),
-        "f": ("nine references through our best, joint, beat one reference, coarse or fine, average and max in identity", ours),
+        "f": ("nine references through our attention beat one reference, coarse or fine, average and max in identity", ours),
     }
     return judged(rows, texts)
 
@@ -138,8 +137,8 @@ def more_help(rows: Rows) -> tuple[bool, str]:
 
 
 def ours(rows: Rows) -> tuple[bool, str]:
-    gaps = {name: better(rows, "joint", name) for name in ("one", "one-plus", "average", "max")}
-    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, "joint", gaps)
+    gaps = {name: better(rows, "attention-tokens", name) for name in ("one", "one-plus", "average", "max")}
+    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, "attention-tokens", gaps)
 
 
 def _gaps(rows: Rows, name: str, gaps: Mapping[str, Interval]) -> str:

@@ -32,9 +32,9 @@ PLAIN = {  # rows without training: what they draw with, after how many referenc
     "one": (COARSE, 1),
     "one-plus": (FINE, 1),
     **{way: (f"{COARSE}@{way}", NINE) for way in POOLED},
-    "joint-untrained": (f"{FINE}@joint", NINE),
+    "average-tokens": (f"{FINE}@average-tokens", NINE),
 }
-TRAINED = {"self-attention": COARSE, "attention": COARSE, "joint": FINE}  # each way, and the adapter that it goes on from
+TRAINED = {"self-attention": COARSE, "attention-tokens": FINE}  # each way, and the adapter that it goes on from
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from imprompt.config import Train, read_toml
 from imprompt.config import build as configured
 from imprompt.errors import UserError
 from imprompt.files import atomic_path
+from imprompt.hub import EMBEDDED
 from imprompt.mini.recipe import ADAPTERS, PLANS, Build
 from imprompt.training import recorded, train
 
@@ -36,12 +37,13 @@ def chosen(build: Build, name: str) -> Train:
     """The committed settings, on the parts just made instead of those that ship."""
     choice = configured(Train, read_toml(CONFIGS / f"{name}.toml"))
     model = build.folder / "model"
-    if choice.adapter and not (build.parts / "adapter").exists():
-        raise UserError(f"{name} goes on from the part adapter, which is not there; make it first, or leave --only out")
+    begin = choice.adapter and build.parts / Path(EMBEDDED[choice.adapter]).stem / "adapter.safetensors"
+    if begin and not begin.is_file():
+        raise UserError(f"{name} goes on from {begin.parent.name}, which is not there; make it first, or leave --only out")
     return replace(
         choice,
         base=str(model),
-        adapter=choice.adapter and str(build.parts / "adapter" / "adapter.safetensors"),
+        adapter=str(begin) if begin else None,
         encoder=str(model / "image_encoder"),
         judge=str(model / "judge_clip"),
         steps=max(2, round(choice.steps * build.budget)),
