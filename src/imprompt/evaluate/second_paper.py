@@ -27,13 +27,15 @@ from imprompt.evaluate.suite import Row, Studio
 
 NINE = 9
 COARSE, FINE = "mini", "mini-plus"  # the embedded adapters: of a pooled embedding, of a grid
-POOLED = ("concat", "average", "max")  # without training
 PLAIN = {  # rows without training: what they draw with, after how many references
     "one": (COARSE, 1),
     "one-plus": (FINE, 1),
-    **{way: (f"{COARSE}@{way}", NINE) for way in POOLED},
+    "concat": (f"{COARSE}@concat", NINE),
+    "average": (f"{COARSE}@average", NINE),
+    "max": (f"{COARSE}@max", NINE),
     "average-tokens": (f"{FINE}@average-tokens", NINE),
 }
+SEVERAL = tuple(name for name, (_, references) in PLAIN.items() if references > 1)
 TRAINED = {"self-attention": COARSE, "attention-tokens": FINE}  # each way, and the adapter that it goes on from
 
 
@@ -89,7 +91,7 @@ class SecondPaper(Study):
 
     def curves(self) -> dict[str, list[str]]:
         """For each way the rows of its curve over the number of references; of the trained ways with the first seed."""
-        ways = [*POOLED, *(f"{kind} seed 0" for kind in TRAINED)]
+        ways = [*SEVERAL, *(f"{kind} seed 0" for kind in TRAINED)]
         return {way: [f"{way} after {count}" for count in self.budget.counts] for way in ways}
 
     def stages(self, missing: Sequence[str]) -> list[list[Job]]:
@@ -118,7 +120,7 @@ class SecondPaper(Study):
         if name in PERSONAL:
             return Row(name, name, "caption", b.samples, prompts, references=NINE), "mini"
         way, _, count = name.partition(" after ")
-        source = f"{name}={self.weights(way)}" if _kind(way) in TRAINED else f"{name}={COARSE}@{way}"
+        source = f"{name}={self.weights(way) if _kind(way) in TRAINED else PLAIN[way][0]}"
         if count:
             return Row(name, source, "caption", 1, b.curve * b.targets, references=int(count)), "mini"
         return Row(name, source, "caption", b.samples, prompts, references=NINE), "mini"
