@@ -67,7 +67,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 def test_one_row_can_be_asked_for(tmp_path):
     names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention-tokens"))).names()
     assert names == ["copy", "real", "text", "average", "attention-tokens seed 0", "attention-tokens seed 1"]
-    with pytest.raises(UserError, match="method: expected one of one, concat"):
+    with pytest.raises(UserError, match="method: expected one of one, one-plus, concat"):
         Reproduce(paper="personalisation", method=("kandinsky",))
 
 
