@@ -41,6 +41,20 @@ def sd15_unet(cross: int = CROSS) -> UNet2DConditionModel:
     ).eval()
 
 
+def sd21_unet(cross: int = CROSS) -> UNet2DConditionModel:
+    """SD 2.1's: SD 1.5's blocks with linear projections and heads of one width."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=2,
+        cross_attention_dim=cross,
+        attention_head_dim=(2, 4, 4, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+    ).eval()
+
+
 def sdxl_unet(cross: int = CROSS) -> UNet2DConditionModel:
     """SDXL's layout: transformers of depth 2 and 10, added conditions, 70 cross-attention layers."""
     torch.manual_seed(0)
@@ -105,6 +119,13 @@ def sd15_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPi
         image_encoder=vision_encoder(), feature_extractor=image_processor(), safety_checker=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd21_pipeline() -> StableDiffusionPipeline:
+    """The same around an SD-2.1-shaped one, which predicts v."""
+    pipe = sd15_pipeline(sd21_unet())
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     return pipe
 
 

@@ -382,14 +382,16 @@ def test_save_writes_the_type_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("shapes", [faceid(768), faceid(768, tokens=16), faceid_plus(40, 768, 64)], ids=["faceid", "portrait", "plus"])
-def test_faceid_is_told_apart_and_refused(shapes, scratch):
+def test_faceid_is_read_with_its_low_rank_parts(shapes, scratch):
     layers = {n: 2 for n in SD15}
     path = scratch / "ip-adapter-faceid.bin"
     original = random(shapes | key_values(layers, 768) | lora(layers, 768, rank=2))
     torch.save(nested(original), path)
     assert same(read(path)[0], original)
-    text = refusal(path)
-    assert "is a faceid" in text and "not supported yet" in text
+    adapter, spec = load_adapter(path)
+    assert spec.kind.startswith("faceid") and set(adapter.layers) == set(SD15)
+    assert set(adapter.low_rank) == {m for n in SD15 for m in (n - 1, n)} and set(adapter.low_rank[1]) == {"q", "k", "v", "out"}
+    assert set(adapter.state_dict()) == set(original)
     checkpoints.convert(path, scratch / "converted.safetensors")
     assert same(read(scratch / "converted.safetensors")[0], original)
 

@@ -11,9 +11,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Rooms from the lowest to the highest. A file may import its own layer and everything below.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "files", "core", "pages", "memory"),
-    ("config", "images", "encoders", "checkpoints", "hosts", "mini.world", "mini.tokenizer"),
-    ("hub", "prompter", "pipelines", "data", "mini.fit", "mini.identity", "mini.recipe", "mini.style"),
+    ("config", "images", "encoders", "checkpoints", "faces", "hosts", "mini.world", "mini.tokenizer"),
+    ("hub", "prompter", "pipelines", "controls", "data", "mini.fit", "mini.identity", "mini.recipe", "mini.style"),
     ("similarity", "methods"),
+    ("scene",),
     ("generating", "mini.judging", "training", "evaluate", "personalising"),
     ("api", "mini"),
     ("cli", "__main__", "__init__"),
@@ -21,7 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
 
 # Which outside package may be imported where.
 OUTSIDE = {
-    "diffusers": ("hosts", "pipelines", "mini", "training", "methods", "evaluate.outside"),
+    "diffusers": ("hosts", "pipelines", "controls", "mini", "training", "methods", "evaluate.outside"),
     "transformers": ("encoders", "pipelines", "mini", "similarity", "methods", "evaluate"),
     "safetensors": ("checkpoints", "data", "evaluate.shelf", "evaluate.gallery"),
     "huggingface_hub": ("hub",),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregators import AGGREGATORS
-from imprompt.core.projectors import HEAD_CHANNELS, LinearProjector, MLPProjector, Projector, Resampler
+from imprompt.core.projectors import HEAD_CHANNELS, FacePlusProjector, FaceProjector, LinearProjector, MLPProjector, Projector, Resampler
 from imprompt.errors import CheckpointError
 from imprompt.files import atomic_path
 
@@ -86,7 +86,7 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"no adapter file at {path}; give a .safetensors or .bin file")
     if path.suffix not in FORMATS:
         raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(FORMATS)}, received {path.suffix or 'no suffix'}")
-    tensors, metadata = _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
+    tensors, metadata = _read_pickle(path) if path.suffix in PICKLES else read_tensors(path)
     method = str(metadata.get("method", "ip-adapter"))
     if not method.startswith("ip-adapter"):
         raise CheckpointError(f"{path.name} was trained by method {method!r}; expected an IP-Adapter: imprompt evaluate takes the others")
@@ -102,9 +102,18 @@ def about(path: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
 
 
+def keys(path: Path | str) -> list[str]:
+    """The names of all tensors of a `.safetensors` file, without reading them. Raises CheckpointError."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
+
+
 def load_module(module: nn.Module, path: Path | str) -> None:
     """Read a module's tensors as they stand in the file. Raises CheckpointError where file and module do not fit."""
-    tensors, _ = _read_safetensors(Path(path))
+    tensors, _ = read_tensors(Path(path))
     expected = module.state_dict()
     wrong = sorted({k for k, v in expected.items() if k not in tensors or tensors[k].shape != v.shape} | (set(tensors) - set(expected)))
     if wrong:
@@ -114,7 +123,8 @@ def load_module(module: nn.Module, path: Path | str) -> None:
     module.load_state_dict(tensors)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a `.safetensors` file as they stand there, and what imprompt wrote about it. Raises CheckpointError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -256,13 +266,11 @@ def _rows(size: torch.Size | None) -> int:
 def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
     """An adapter from a file, in float32, and what it is."""
     tensors, metadata = read(path)
-    spec = recognise(tensors, metadata)
-    if spec.kind.startswith("faceid"):
-        raise CheckpointError(
-            f"{Path(path).name} is a {spec.kind} adapter; expected global, resampler or full-face: FaceID is not supported yet"
-        )
+    spec = recognise(tensors, _variant(Path(path).name) | metadata)
     with torch.device("meta"):
         adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross, AGGREGATORS[spec.aggregator](spec.features, spec.cross))
+        for n, parts in _low_rank(tensors).items():
+            adapter.add_low_rank(n, parts)
     expected = {key: value.shape for key, value in adapter.state_dict().items()}
     wrong = [key for key, size in expected.items() if key not in tensors or tensors[key].shape != size] or [
         key for key in tensors if key not in expected
@@ -275,7 +283,33 @@ def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
     return adapter.requires_grad_(False).eval(), spec
 
 
+def _variant(name: str) -> dict[str, Any]:
+    """What the keys of a FaceID file do not tell, as its public name does."""
+    return {"version": 2 if "plusv2" in name else 1, "normalised": "unnorm" not in name} if "faceid" in name else {}
+
+
+def _low_rank(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, tuple[int, int, int]]]:
+    """FaceID's low-rank additions: layer n → part → width in, width out, rank."""
+    found: dict[int, dict[str, tuple[int, int, int]]] = {}
+    for key in tensors:
+        if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.down\.weight", key):
+            rank, inner = _size(tensors, key)
+            up = key.replace("down", "up")
+            outer = _size(tensors, up)[0] if up in tensors else inner
+            found.setdefault(int(match[1]), {})[match[2]] = (inner, outer, rank)
+    return found
+
+
 def _projector(spec: Spec, tensors: Mapping[str, Tensor]) -> Projector:
+    if spec.kind.startswith("faceid"):
+        middle, face = _size(tensors, "image_proj.proj.0.weight")
+        if spec.kind == "faceid":
+            return FaceProjector(face, spec.cross, spec.tokens, middle)
+        inside = "image_proj.perceiver_resampler."
+        depth = len({key.split(".")[3] for key in tensors if key.startswith(f"{inside}layers.")})
+        query = f"{inside}layers.0.0.to_q.weight"
+        heads = max(1, (_size(tensors, query)[0] if query in tensors else spec.cross) // HEAD_CHANNELS)
+        return FacePlusProjector(face, spec.features, spec.cross, spec.tokens, middle, heads, depth, spec.metadata.get("version") == 2)
     if spec.kind == "global":
         return LinearProjector(spec.features, spec.cross, spec.tokens)
     if spec.kind == "full-face":

@@ -20,6 +20,8 @@ def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+FITS = ("crop", "pad", "squash", "tile")
+
 # How several references are brought together without training, and with it too.
 COMBINE = ("concat", "average", "max", "average-tokens", "max-tokens", "joint")
 AGGREGATORS = (*COMBINE, "self-attention", "attention", "attention-tokens")
@@ -35,16 +37,41 @@ class Generate:
     scale: float = _option(1.0, "λ, the weight of the image: 0 … 1 and beyond")
     weights: str = _option("", "of several references, such as 2,1,1: a weight of 2 is the same as giving the picture twice")
     combine: str = _option("auto", f"several references: {', '.join(COMBINE)} (default: as the adapter was trained, or side by side)")
+    face: str | None = _option(
+        None, "identity embeddings for a FaceID adapter: .npy or .safetensors (default: from the references, by the extra faces)",
+        metavar="FILE",
+    )  # fmt: skip
+    region: str | None = _option(None, "picture that is white where the references are to be heard", metavar="PATH")
+    blocks: str = _option("", "where in the model: style, layout, or BLOCK=λ with commas between, such as up_blocks=1,mid_block=0.5")
+    start: float = _option(0.0, "from when on the references are heard: 0 is the first step, 1 the end")
+    end: float = _option(1.0, "until when")
+    negative_image: str | None = _option(None, "picture that is not to be drawn after", metavar="PATH")
+    save_prompt: str | None = _option(None, "keep the image prompt in this .safetensors file; --image takes it again", metavar="FILE")
+    also: tuple[str, ...] = _option(
+        (),
+        "a further image prompt: image=b.png,scale=0.5,… with adapter, encoder, region, blocks, start, end, fit, combine",
+        metavar="SPEC",
+    )
     adapter: str | None = _option(None, "adapter: a file, a hub file, mini or mini-plus (default: mini on the mini base)")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: found from the adapter)")
-    base: str = _option("mini", "base model: mini, a folder or a hub id")
+    base: str = _option("mini", "base model: mini, a folder, a single .safetensors file or a hub id")
+    base_config: str | None = _option(None, "of a single file: a folder of the same family in diffusers' form (default: from the hub)")
+    init: str | None = _option(None, "picture to begin with instead of noise", metavar="PATH")
+    strength: float | None = _option(None, "how far to go from it: 0 … 1 (default: 0.6; 1 for --inpaint)")
+    inpaint: str | None = _option(None, "picture to draw into", metavar="PATH")
+    mask: str | None = _option(None, "white where to draw into it", metavar="PATH")
+    control: tuple[str, ...] = _option(
+        (), "structure: KIND=IMAGE or KIND=IMAGE:WEIGHT; edges or silhouette on mini, canny, depth, pose …, a folder or a hub id",
+        metavar="CONTROL",
+    )  # fmt: skip
+    lora: tuple[str, ...] = _option((), "LoRA of the base: a file, a folder or a hub id; :SCALE after it weighs it", metavar="LORA")
     steps: int = _option(30, "denoising steps")
     guidance: float | None = _option(None, "guidance scale (default: 3 on mini, 7.5 elsewhere)")
     scheduler: str = _option("ddim", f"one of {', '.join(SCHEDULERS)}")
     seed: int = _option(0, "seed of the first picture; the next ones count up")
     count: int = _option(4, "number of pictures")
     size: str | None = _option(None, "side in pixels, or WIDTHxHEIGHT (default: the model's own)")
-    fit: str = _option("crop", "references that are not square: crop, pad or squash")
+    fit: str = _option("crop", f"references that are not square: one of {', '.join(FITS)}")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
     device: str = _option("auto", "auto, cpu, cuda, mps …")
     out: str = _option("imprompt-out", "folder for the pictures and the contact sheet")
@@ -56,11 +83,45 @@ class Generate:
             raise UserError(f"seed: expected less than 2⁶³, received {self.seed}")
         _finite(scale=self.scale, guidance=self.guidance)
         _one_of(SCHEDULERS, scheduler=self.scheduler)
-        _one_of(("crop", "pad", "squash"), fit=self.fit)
+        _one_of(FITS, fit=self.fit)
         _one_of(("auto", *COMBINE), combine=self.combine)
+        self._doors()
         self.numbers()
+        self.further()
+        block_scales(self.blocks)
         _one_of(("auto", "float32", "bfloat16", "float16"), dtype=self.dtype)
         self.pixels()
+
+    def _doors(self) -> None:
+        """What goes together, and what does not."""
+        _shares(start=self.start, end=self.end, strength=1.0 if self.strength is None else self.strength)
+        if self.start > self.end:
+            raise UserError(f"start: expected at most end ({self.end:g}), received {self.start:g}")
+        if self.init and self.inpaint:
+            raise UserError("init and inpaint: expected one of them; both say what picture to begin with")
+        if bool(self.inpaint) != bool(self.mask):
+            missing, there = ("mask", "inpaint") if self.inpaint else ("inpaint", "mask")
+            raise UserError(f"{missing}: {there} needs it; give both --inpaint IMAGE and --mask IMAGE")
+        if self.strength is not None and not (self.init or self.inpaint):
+            raise UserError("strength: says how far to go from a picture; give one with --init or --inpaint")
+        if (self.init or self.inpaint) and self.strong() * self.steps < 1:
+            raise UserError(f"strength: {self.strong():g} of {self.steps} steps is less than one; expected at least {1 / self.steps:.2g}")
+        for word in self.control:
+            kind, sign, rest = word.partition("=")
+            if not (kind and sign and rest):
+                raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:WEIGHT, such as canny=edges.png:0.8; received {word!r}")
+
+    def strong(self) -> float:
+        """How far to go from the picture that is begun with."""
+        return self.strength if self.strength is not None else 1.0 if self.inpaint else 0.6
+
+    def controls(self) -> list[tuple[str, str, float]]:
+        """Kind, picture and weight of each structure control."""
+        return [(word.partition("=")[0], *weighed(word.partition("=")[2])) for word in self.control]
+
+    def further(self) -> "list[Generate]":
+        """The further image prompts, each as if it were the only one."""
+        return [build(Generate, _further(word) | {"base": self.base}) for word in self.also]
 
     def numbers(self) -> list[float] | None:
         """The weights, or None where all weigh the same."""
@@ -80,6 +141,52 @@ class Generate:
         if len(parts) > 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
             raise UserError(f"size: expected a side in pixels or WIDTHxHEIGHT, received {self.size!r}")
         return int(parts[0]), int(parts[-1])
+
+
+# Of an image prompt; the rest of Generate is the picture's.
+PROMPT_FIELDS = (
+    "image", "scale", "weights", "combine", "face", "region", "blocks", "start", "end", "negative_image", "adapter", "encoder", "fit"
+)  # fmt: skip
+
+
+def weighed(word: str) -> tuple[str, float]:
+    """PATH:WEIGHT taken apart; the weight is 1 where there is none."""
+    match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", word)
+    return (match[1], float(match[2])) if match else (word, 1.0)
+
+
+def block_scales(words: str) -> dict[str, float]:
+    """What `blocks` says: the beginning of a layer's name → λ, or nothing. Raises UserError."""
+    found: dict[str, float] = {}
+    for word in filter(None, (w.strip() for w in words.split(","))):
+        name, _, number = word.partition("=")
+        try:
+            value = float(number) if number else 1.0
+        except ValueError as error:
+            raise UserError(f"blocks: expected BLOCK=λ, such as up_blocks=0.8; received {word!r}") from error
+        found[name] = value
+    return found
+
+
+def _further(word: str) -> dict[str, Any]:
+    """image=a.png,image=b.png,scale=0.5 as fields. A comma that no field follows belongs to the value before it."""
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?=[a-z_]+=)", word):
+        name, sign, value = part.partition("=")
+        if not sign or name not in PROMPT_FIELDS:
+            raise UserError(f"also: expected {', '.join(f'{n}=…' for n in PROMPT_FIELDS[:4])} … with commas between; received {part!r}")
+        if name == "image":
+            found["image"] = (*found.get("image", ()), value)
+        elif name in ("scale", "start", "end"):
+            try:
+                found[name] = float(value)
+            except ValueError as error:
+                raise UserError(f"also: {name}: expected a number, received {value!r}") from error
+        else:
+            found[name] = value
+    if not found.get("image"):
+        raise UserError(f"also: expected at least one image=PATH; received {word!r}")
+    return found
 
 
 WAYS = ("attention", "self-attention", "average", "max", "concat", "dreambooth", "dreambooth-lora", "inversion")
@@ -106,7 +213,7 @@ class Personalise:
     seed: int = _option(0, "seed of the first picture of each prompt; the next ones count up")
     count: int = _option(4, "pictures for each prompt")
     size: str | None = _option(None, "side in pixels, or WIDTHxHEIGHT (default: the model's own)")
-    fit: str = _option("crop", "photographs that are not square: crop, pad or squash")
+    fit: str = _option("crop", f"photographs that are not square: one of {', '.join(FITS)}")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
     device: str = _option("auto", "auto, cpu, cuda, mps …")
     out: str = _option("imprompt-out", "folder for the pictures, the contact sheet and what was learned")

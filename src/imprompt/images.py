@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from imprompt.config import FITS
 from imprompt.errors import ImageError, brief
 
 MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need more than a gigabyte
-FITS = ("crop", "pad", "squash")
+MOST_TILES = 8  # of one picture
 _ENOUGH = 2048  # pixels a side of a padded or squashed picture: encoders look at 224 to 448
 
 Picture = str | Path | bytes | Image.Image  # bytes: the content of a file
@@ -96,6 +97,17 @@ def fit(image: Image.Image, how: str = "crop") -> Image.Image:
     if how == "squash":
         return image.resize((side, side), Image.Resampling.BICUBIC)
     raise ImageError(f"unknown way to fit a reference: {how}; expected one of {', '.join(FITS)}")
+
+
+def squares(image: Image.Image, how: str = "crop") -> list[Image.Image]:
+    """A picture as what the encoder looks at: one square, or with `tile` as many as cover it side by side, overlapping evenly."""
+    if how != "tile":
+        return [fit(image, how)]
+    side, length = min(image.size), max(image.size)
+    count = min(-(-length // side), MOST_TILES)
+    places = [round(i * (length - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
+    wide = image.width >= image.height
+    return [image.crop((p, 0, p + side, side) if wide else (0, p, side, p + side)) for p in places]
 
 
 def _within(image: Image.Image, side: int, method: Image.Resampling) -> Image.Image:

@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
+from imprompt import checkpoints
 from imprompt.core.diffusion import TARGETS, Schedule, rectified_flow, variance_preserving
 from imprompt.errors import UserError, brief
 from imprompt.hosts.packing import pack
@@ -75,8 +76,8 @@ def pick_precision(name: str, device: str) -> torch.dtype:
 
 
 @lru_cache(maxsize=1)
-def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A text-to-image pipeline with a UNet. The last one loaded is kept in memory.
+def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, config: str | None = None) -> Any:
+    """A pipeline with a UNet. The last one loaded is kept in memory. config: of a single file, see `_from_file`.
 
     Raises UserError where there is none, or where its denoiser is no UNet.
     """
@@ -85,14 +86,19 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
     mini = source == "mini"
     if mini and not (MINI / "model_index.json").is_file():
         raise UserError("the embedded model is not there yet; build it with: imprompt mini make")
-    if source.endswith(FILES) and not os.path.isdir(source):
-        raise UserError(f"{source} is a single file; expected a folder in diffusers' form, or a hub id")
+    single = source.endswith(FILES) and not os.path.isdir(source)
     kind: Any = StableDiffusionPipeline if mini else DiffusionPipeline
     optional = {"safety_checker": None, "requires_safety_checker": False} if mini else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers say dtype, which older ones ignore in silence
-            pipe = kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
+            pipe = (
+                _from_file(source, dtype, config)
+                if single
+                else kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
+            )
+    except UserError:
+        raise
     except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
         raise UserError(f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({brief(error)})") from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "vae_scale_factor"):
@@ -105,6 +111,39 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
         pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _from_file(source: str, dtype: torch.dtype, config: str | None) -> Any:
+    """A Stable Diffusion from a single file, as people share them. Which family it is, is read off its keys.
+
+    The configuration of that family comes from the hub, or from `config`, any folder of it in diffusers' form.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    if not os.path.isfile(source):
+        raise UserError(f"no base model at {source}: there is no such file")
+    if not source.endswith(".safetensors"):
+        raise UserError(
+            f"{source} is a pickle, which could run code; expected a .safetensors file, a folder in diffusers' form, or a hub id"
+        )
+    keys = checkpoints.keys(source)
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise UserError(
+            f"{source} holds no whole model: expected model.diffusion_model.… among its tensors; "
+            "an adapter goes to --adapter, a LoRA to --lora"
+        )
+    large = any(key.startswith("conditioner.embedders.") for key in keys)
+    kind: Any = StableDiffusionXLPipeline if large else StableDiffusionPipeline
+    told = {"config": config} if config else {}
+    try:
+        return kind.from_single_file(
+            source, torch_dtype=dtype, local_files_only=bool(config), **({} if large else {"safety_checker": None}), **told
+        )
+    except Exception as error:
+        remedy = "is the folder of the same family?" if config else "offline, name a folder of the same family with --base-config"
+        raise UserError(
+            f"{source} could not be read as a {'SDXL' if large else 'Stable Diffusion'} model ({brief(error)}); {remedy}"
+        ) from error
 
 
 def schedule_of(scheduler: Any) -> Schedule:
@@ -146,10 +185,28 @@ def scheduled(pipe: Any, name: str, steps: int) -> Iterator[None]:
         pipe.scheduler = own
 
 
+def for_task(pipe: Any, init: bool, mask: bool, controlnets: Sequence[Any]) -> Any:
+    """diffusers' pipeline for a task, around the same parts: from a picture, into a picture, with ControlNets."""
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+
+    if not init and not mask and not controlnets:
+        return pipe
+    kind: Any = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image if init else AutoPipelineForText2Image
+    more = {"controlnet": list(controlnets) if len(controlnets) > 1 else controlnets[0]} if controlnets else {}
+    made = kind.from_pipe(pipe, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def grain(pipe: Any) -> tuple[int, int]:
+    """Of what number of pixels a side is a multiple, and its smallest."""
+    step = math.lcm(8, pipe.vae_scale_factor)  # diffusers asks for multiples of 8 whatever the VAE
+    return step, -(-pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1) // step) * step
+
+
 def check_size(pipe: Any, width: int, height: int) -> None:
     """Raise UserError for a size that the model cannot draw."""
-    step = math.lcm(8, pipe.vae_scale_factor)  # diffusers asks for multiples of 8 whatever the VAE
-    least = -(-pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1) // step) * step
+    step, least = grain(pipe)
     if width % step or height % step:
         near = tuple(max(least, round(n / step) * step) for n in (width, height))
         raise UserError(f"size: the model draws multiples of {step} pixels, received {width}x{height}; nearest is {near[0]}x{near[1]}")

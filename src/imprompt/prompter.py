@@ -1,10 +1,12 @@
 """Prompter = encoder + adapter: pictures in, an image prompt out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,11 +17,14 @@ from imprompt.config import COMBINE
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregators import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
-from imprompt.core.projectors import Resampler
+from imprompt.core.projectors import FaceProjector, Resampler
 from imprompt.core.scales import Scale
-from imprompt.encoders import ImageEncoder
+from imprompt.encoders import Encoder, ImageEncoder, NothingEncoder
 from imprompt.errors import ImageError, UserError
-from imprompt.images import Picture, fit, open_image
+from imprompt.faces import InsightFace, read_faces
+from imprompt.images import Picture, fit, open_image, squares
+
+Faces = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +77,16 @@ class ImagePrompt:
         tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters()))).shape[1]
         return self.weights[self.together.chosen(len(self.weights))].log().repeat_interleave(tokens)[None]
 
+    def save(self, path: str | Path) -> None:
+        """Keep it in a `.safetensors` file; `Prompter.read` makes it again without the pictures."""
+        tensors = {"features": self.features, "null": self.null, "weights": self.weights, "mask": self.mask}
+        scale = dict(self.scale) if isinstance(self.scale, Mapping) else self.scale
+        how = self.aggregator.name if self.aggregator else ""
+        about = {"prompt": {"scale": scale, "start": self.start, "end": self.end, "combine": how, "adapter": _sums(self.adapter)}}
+        if Path(path).suffix != ".safetensors":
+            raise UserError(f"an image prompt is kept in a .safetensors file, received {Path(path).name}")
+        checkpoints.write({name: value for name, value in tensors.items() if value is not None}, path, about)
+
     def scaled(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""
         return replace(self, scale=scale)
@@ -80,9 +95,9 @@ class ImagePrompt:
 class Prompter:
     """An adapter with the image encoder that it was trained for."""
 
-    def __init__(self, adapter: Adapter, spec: Spec, encoder: ImageEncoder):
+    def __init__(self, adapter: Adapter, spec: Spec, encoder: Encoder):
         width = encoder.width(spec.grid)
-        if width != spec.features:
+        if spec.kind != "faceid" and width != spec.features:
             raise UserError(
                 f"the image encoder does not fit the adapter: expected {spec.encoder}, "
                 f"received features of width {width}; choose another with --encoder"
@@ -91,7 +106,7 @@ class Prompter:
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture],
+        images: Picture | Sequence[Picture] = (),
         scale: Scale = 1.0,
         mask: Picture | Tensor | None = None,
         start: float = 0.0,
@@ -99,18 +114,67 @@ class Prompter:
         fit: str = "crop",
         weights: Sequence[float] | None = None,
         combine: str | None = None,
+        negative: Picture | None = None,
+        faces: Faces | None = None,
     ) -> ImagePrompt:
         """An image prompt from one picture, or from several of one subject.
 
         scale is λ (a number, or a mapping from blocks to numbers); mask is white where the prompt is heard; start and
         end are progress through the noise schedule, 0 … 1; fit says what happens to pictures that are not square.
         weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
-        together without training: one of config.COMBINE (default: as the adapter was trained, or side by side).
+        together without training: one of config.COMBINE (default: as the adapter was trained, or side by side). What is drawn is
+        guided away from `negative`, instead of from no image at all.
+
+        Adapters of the FaceID family hear who somebody is: `faces` are identity embeddings, (faces, 512), or a `.npy` or
+        `.safetensors` file of them; without, they are computed from the pictures by InsightFace (pip install 'imprompt[faces]').
+        FaceID-Plus hears the pictures too, one for each face.
         """
         together = combined(combine, self.adapter)
-        features, null = self.encode(images, fit)
-        where = None if mask is None else _mask(mask)
-        return ImagePrompt(self.adapter, features[None], null[None], scale, where, start, end, _weights(weights, len(features)), together)
+        pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
+        if self.spec.kind.startswith("faceid"):
+            features, null = self._of_faces(pictures, faces, fit)
+            if negative is not None:
+                null = self._of_faces([negative], None, fit)[0]
+            given = _weights(weights, len(features))
+        elif faces is not None:
+            raise UserError(f"faces: a {self.spec.kind} adapter hears pictures; expected one of the FaceID family")
+        else:
+            tiles = [squares(open_image(picture), fit) for picture in pictures]
+            features, null = self.encode([tile for of_one in tiles for tile in of_one])
+            given = _weights(weights, len(pictures))
+            if given is not None:
+                given = given.repeat_interleave(torch.tensor([len(of_one) for of_one in tiles]))
+            if negative is not None:
+                null = self.encode(negative, "pad" if fit == "tile" else fit)[0]
+        where = None if mask is None else as_mask(mask)
+        return ImagePrompt(self.adapter, features[None], null[None], scale, where, start, end, given, together)
+
+    def each(self, images: Sequence[Picture | Sequence[Picture]], **more: Any) -> ImagePrompt:
+        """One image prompt for a batch of prompts, each with references of its own; as many for each.
+
+        `more` is what a single call takes, weights for every prompt alike. The pipeline is given as many prompts.
+        """
+        apart = [self(pictures, **more) for pictures in images]
+        counts = {prompt.features.shape[1] for prompt in apart}
+        if len(counts) != 1:
+            raise UserError(f"each: expected as many references for every prompt, received {', '.join(map(str, sorted(counts)))}")
+        return replace(apart[0], features=torch.cat([prompt.features for prompt in apart]))
+
+    def read(self, path: str | Path) -> ImagePrompt:
+        """An image prompt that was kept with `ImagePrompt.save`. Raises UserError where it is none, or another adapter's."""
+        path = Path(path)
+        tensors, about = checkpoints.read_tensors(path)
+        kept = about.get("prompt")
+        if not isinstance(kept, dict) or not {"features", "null"} <= set(tensors):
+            raise UserError(f"{path.name} holds no image prompt; expected a file that ImagePrompt.save or --save-prompt wrote")
+        mine, theirs = _sums(self.adapter), kept.get("adapter")
+        if not isinstance(theirs, list) or len(theirs) != len(mine) or not all(map(_close, mine, theirs)):
+            raise UserError(f"{path.name} was made with another adapter; expected the same one, or make it anew from the pictures")
+        device = next(self.adapter.parameters()).device
+        features, null = tensors["features"].to(device), tensors["null"].to(device)
+        together = combined(kept.get("combine") or None, self.adapter)
+        scale, start, end = kept.get("scale", 1.0), float(kept.get("start", 0)), float(kept.get("end", 1))
+        return ImagePrompt(self.adapter, features, null, scale, tensors.get("mask"), start, end, tensors.get("weights"), together)
 
     def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
         """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
@@ -120,11 +184,43 @@ class Prompter:
         opened = [fit(open_image(picture), fit_) for picture in pictures]
         return self.encoder.encode(opened, self.spec.grid), self.encoder.null(self.spec.grid)
 
+    def _of_faces(self, pictures: list[Picture], faces: Faces | None, fit_: str) -> tuple[Tensor, Tensor]:
+        """Features of the FaceID family, and their null: the identity, and with Plus the picture's grid behind it."""
+        projector, spec = cast(FaceProjector, self.adapter.image_proj), self.spec
+        opened = [fit(open_image(picture), "pad" if fit_ == "tile" else fit_) for picture in pictures]
+        if faces is not None:
+            found = read_faces(faces, projector.face)
+        elif opened:
+            found, there = InsightFace(str(next(self.adapter.parameters()).device)).embed([open_image(picture) for picture in pictures])
+            if not there.all():
+                raise ImageError(f"no face was found in picture {there.tolist().index(False) + 1}; expected one in each")
+        else:
+            raise UserError("a FaceID adapter needs a face: give pictures, or identity embeddings as faces")
+        if spec.metadata.get("normalised", True):
+            found = torch.nn.functional.normalize(found, dim=1)
+        if not spec.grid:
+            return found[:, None], torch.zeros(1, 1, projector.face)
+        if len(opened) != len(found):
+            raise UserError(f"FaceID-Plus hears faces and their pictures; expected as many, received {len(found)} and {len(opened)}")
+        grid, nothing = self.encoder.encode(opened, True), self.encoder.null(True)
+        who = torch.zeros(len(found), 1, grid.shape[2])
+        who[:, 0, : projector.face] = found
+        return torch.cat([who.to(grid), grid], 1), torch.cat([torch.zeros_like(nothing[:, :1]), nothing], 1)
+
     def to(self, device: torch.device | str) -> "Prompter":
         """Move encoder and adapter."""
         self.adapter.to(device)
         self.encoder.model.to(device)
         return self
+
+
+def _sums(adapter: Adapter) -> list[float]:
+    """By which an adapter is known again, whatever device and precision it is used in."""
+    return [float(p.detach().cpu().double().abs().sum()) for p in adapter.image_proj.parameters()]
+
+
+def _close(mine: float, theirs: Any) -> bool:
+    return isinstance(theirs, (int, float)) and math.isclose(mine, theirs, rel_tol=0.01)
 
 
 def combined(name: str | None, adapter: Adapter) -> Aggregator | None:
@@ -148,7 +244,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def _mask(mask: Picture | Tensor) -> Tensor:
+def as_mask(mask: Picture | Tensor) -> Tensor:
+    """A picture, white where the prompt is heard, as (height, width) in 0 … 1; a tensor stays."""
     if isinstance(mask, Tensor):
         if mask.ndim != 2:
             raise UserError(f"expected a mask of shape (height, width), received {tuple(mask.shape)}")
@@ -178,5 +275,7 @@ def load(source: str | Path, weight: str | None = None, encoder: str | Path | No
     """
     path, found = hub.find_adapter(str(source), weight)
     adapter, spec = checkpoints.load_adapter(path)
+    if spec.kind == "faceid":
+        return Prompter(adapter, spec, NothingEncoder())
     where = (str(encoder), None) if encoder else found or hub.default_encoder(spec)
     return Prompter(adapter, spec, ImageEncoder.load(*where))

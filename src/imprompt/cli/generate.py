@@ -25,12 +25,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     choice = chosen_fields(arguments, Generate)
     folder = writable_folder(choice.out)
-    references = [open_image(path) for path in choice.image]
+    shown = [path for path in choice.image if not str(path).endswith(".safetensors")]  # an image prompt that was kept has no picture
+    references = [open_image(path) for path in shown]
     quiet_libraries(loading=choice.base == "mini" or Path(choice.base).is_dir())
     with progress_bar("drawing", show=not arguments.json) as progress:
-        for path, image in zip(choice.image, references, strict=True):
+        for path, image in zip(shown, references, strict=True):
             if choice.fit == "crop" and cut_share(image) > 0.1:
-                progress.say(f"{Path(path).name}: the centre square is used, {cut_share(image):.0%} is cut; --fit pad keeps all")
+                progress.say(f"{Path(path).name}: the centre square is used, {cut_share(image):.0%} is cut; --fit pad or tile keeps all")
             if is_animated(path):
                 progress.say(f"{Path(path).name}: only the first frame is used")
         from imprompt.generating import draw

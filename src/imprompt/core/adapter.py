@@ -22,6 +22,21 @@ class LayerProjection(nn.Module):
         return KeyValues(self.to_k_ip(tokens), self.to_v_ip(tokens))
 
 
+class LowRank(nn.Module):
+    """What is added to one of a layer's projections: up(down(x))."""
+
+    def __init__(self, inner: int, outer: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(inner, rank, bias=False)
+        self.up = nn.Linear(rank, outer, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.up(self.down(x)))
+
+
+PARTS = ("q", "k", "v", "out")  # the projections of a layer that have a LowRank in FaceID
+
+
 class Adapter(nn.Module):
     """Turns image features into extra keys and values for every cross-attention layer.
 
@@ -36,10 +51,23 @@ class Adapter(nn.Module):
         self.image_proj = image_proj
         self.ip_adapter = nn.ModuleDict({str(n): LayerProjection(cross, hidden) for n, hidden in layers.items()})
 
+    def add_low_rank(self, n: int, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Give layer n, of cross- or self-attention, low-rank additions: part → width in, width out, rank (FaceID)."""
+        if str(n) not in self.ip_adapter:
+            self.ip_adapter[str(n)] = nn.Module()
+        for part, size in sizes.items():
+            self.ip_adapter[str(n)].add_module(f"to_{part}_lora", LowRank(*size))
+
     @property
     def layers(self) -> dict[int, int]:
-        """Public layer index → hidden width."""
-        return {int(n): self.layer(int(n)).to_k_ip.out_features for n in self.ip_adapter}
+        """Public layer index → hidden width, of cross-attention."""
+        return {int(n): self.layer(int(n)).to_k_ip.out_features for n, own in self.ip_adapter.items() if hasattr(own, "to_k_ip")}
+
+    @property
+    def low_rank(self) -> dict[int, dict[str, LowRank]]:
+        """Public layer index → part → what is added to it. Of most adapters nothing."""
+        found = {int(n): {part: getattr(own, f"to_{part}_lora", None) for part in PARTS} for n, own in self.ip_adapter.items()}
+        return {n: {part: low for part, low in parts.items() if low is not None} for n, parts in found.items() if any(parts.values())}
 
     def layer(self, n: int) -> LayerProjection:
         """W'k and W'v of layer n."""
@@ -64,7 +92,7 @@ class Adapter(nn.Module):
 
     def key_values(self, tokens: Tensor) -> dict[int, KeyValues]:
         """(batch, tokens, cross) → for each layer n its keys and values, (batch, tokens, hidden)."""
-        return {int(n): self.layer(int(n))(tokens) for n in self.ip_adapter}
+        return {n: self.layer(n)(tokens) for n in self.layers}
 
     def trainable(self) -> int:
         """Number of parameters."""

@@ -56,11 +56,16 @@ class Resampler(nn.Module):
     def forward(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
         """(batch, patches, features) → (batch, tokens, cross). bias: added to the patches' scores, (batch, 1, 1, patches)."""
         x = self.proj_in(features)
-        latents = self.latents.expand(len(x), -1, -1)
-        for attention, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], self.layers):
-            latents = latents + attention(x, latents, bias)
-            latents = latents + mlp(latents)
+        latents = perceived(self.layers, x, self.latents.expand(len(x), -1, -1), bias)
         return cast(Tensor, self.norm_out(self.proj_out(latents)))
+
+
+def perceived(layers: nn.ModuleList, x: Tensor, latents: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The queries after they have read x, layer by layer."""
+    for attention, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], layers):
+        latents = latents + attention(x, latents, bias)
+        latents = latents + mlp(latents)
+    return latents
 
 
 class ResamplerAttention(nn.Module):
@@ -94,4 +99,57 @@ def feed_forward(width: int, factor: int = 4) -> nn.Sequential:
     )
 
 
-Projector = LinearProjector | MLPProjector | Resampler
+class FaceProjector(nn.Module):
+    """FaceID: one identity embedding → N tokens. With 16 of them, and a reference for each face, FaceID-Portrait."""
+
+    def __init__(self, face: int, cross: int, tokens: int = 4, middle: int = 1024):
+        super().__init__()
+        self.face, self.tokens = face, tokens
+        self.proj = nn.Sequential(nn.Linear(face, middle), nn.GELU(), nn.Linear(middle, tokens * cross))
+        self.norm = nn.LayerNorm(cross)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, 1, face) → (batch, tokens, cross)."""
+        return cast(Tensor, self.norm(self.proj(features[:, 0, : self.face]).unflatten(1, (self.tokens, -1))))
+
+
+class FacePerceiver(nn.Module):
+    """The tokens of an identity read the picture's grid."""
+
+    def __init__(self, features: int, cross: int, heads: int, depth: int = 4):
+        super().__init__()
+        self.proj_in = nn.Linear(features, cross)
+        self.layers = nn.ModuleList(nn.ModuleList([ResamplerAttention(cross, heads), feed_forward(cross)]) for _ in range(depth))
+        self.proj_out = nn.Linear(cross, cross)
+        self.norm_out = nn.LayerNorm(cross)
+
+    def forward(self, tokens: Tensor, grid: Tensor) -> Tensor:
+        return cast(Tensor, self.norm_out(self.proj_out(perceived(self.layers, self.proj_in(grid), tokens))))
+
+
+class FacePlusProjector(FaceProjector):
+    """FaceID-Plus: identity and picture. In version 2 the identity's own tokens are added to what they found (`shortcut`)."""
+
+    def __init__(
+        self,
+        face: int,
+        features: int,
+        cross: int,
+        tokens: int = 4,
+        middle: int = 1024,
+        heads: int = 12,
+        depth: int = 4,
+        shortcut: bool = False,
+    ):
+        super().__init__(face, cross, tokens, middle)
+        self.shortcut = shortcut
+        self.perceiver_resampler = FacePerceiver(features, cross, heads, depth)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, 1 + patches, features) → (batch, tokens, cross). The first row holds the identity, zeros behind it."""
+        tokens = super().forward(features)
+        found = cast(Tensor, self.perceiver_resampler(tokens, features[:, 1:]))
+        return tokens + found if self.shortcut else found
+
+
+Projector = LinearProjector | MLPProjector | Resampler | FaceProjector

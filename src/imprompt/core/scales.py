@@ -13,6 +13,9 @@ STYLE: Mapping[str, float] = {"up_blocks.0.attentions.1": 1.0}
 LAYOUT: Mapping[str, float] = {"down_blocks.2.attentions.1": 1.0}
 
 
+BLOCKS = {"style": next(iter(STYLE)), "layout": next(iter(LAYOUT))}  # by the name that people know
+
+
 def scale_of(scale: Scale, layer: str) -> float:
     """λ of the layer with this name, such as `up_blocks.1.attentions.0.transformer_blocks.0.attn2`."""
     if isinstance(scale, Mapping):

@@ -7,6 +7,7 @@ passes the same argument itself.
 
 import inspect
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from imprompt.core import guidance, schedule
-from imprompt.core.adapter import Adapter
+from imprompt.core.adapter import Adapter, LowRank
 from imprompt.core.attention import Branch, Kernel, KeyValues, classic, decoupled_attention, fused
 from imprompt.core.guidance import Groups
 from imprompt.core.masks import level_sizes, mask_weights
@@ -127,8 +128,19 @@ class DecoupledProcessor:
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 
-# diffusers asks for it at every call; worked out anew each time it costs more than a small layer's matrix products
-DecoupledProcessor.__call__.__signature__ = inspect.signature(DecoupledProcessor.__call__)  # type: ignore[attr-defined]
+def _with_signature(function: Any) -> Any:
+    """The same function, whose signature stands ready."""
+    same = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    same.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return same
+
+
+class QuickProcessor(DecoupledProcessor):
+    """The same, for UNets that are not compiled: diffusers asks for the signature at every call, and worked out anew each time it
+    costs more than a small layer's matrix products. Dynamo cannot trace one that stands ready, and asks only once.
+    """
+
+    __call__ = _with_signature(DecoupledProcessor.__call__)
 
 
 def text_key_values(attn: Attention, states: Tensor) -> KeyValues:
@@ -139,8 +151,9 @@ def text_key_values(attn: Attention, states: Tensor) -> KeyValues:
 class Processors:
     """Our processors in place of a UNet's own, until `restore()`. Training needs only these and `layer_inputs`."""
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: UNet2DConditionModel, compiled: bool = False):
         self.layers = cross_attention_layers(unet)
+        kind = DecoupledProcessor if compiled or any(part._compiled_call_impl for part in unet.modules()) else QuickProcessor
         for layer in self.layers:
             now = layer.attention.processor
             if isinstance(now, DecoupledProcessor):
@@ -150,7 +163,7 @@ class Processors:
                     f"{layer.name} uses {type(now).__name__}, which image prompts cannot be added to; expected the default "
                     "attention: call unet.set_default_attn_processor() (switches off slicing, xFormers and other adapters) before attach()"
                 )
-        self._placed = [DecoupledProcessor(layer, layer.attention.processor) for layer in self.layers]
+        self._placed = [kind(layer, layer.attention.processor) for layer in self.layers]
         for layer, processor in zip(self.layers, self._placed, strict=True):
             layer.attention.set_processor(processor)
 
@@ -207,8 +220,9 @@ class Link:
         self._lock = threading.Lock()
         self._text: _TextCache = _TextCache()
         self._laid_out: dict[Any, Any] = {}
+        self._low_rank: list[Any] = []  # handles of hooks
         self.prompts = prompts  # type: ignore[assignment]
-        self._processors: Processors | None = Processors(self._unet)
+        self._processors: Processors | None = Processors(self._unet, compiled=self._unet is not unet)
         self._handle = unet.register_forward_pre_hook(self._feed, with_kwargs=True)
 
     @property
@@ -225,12 +239,15 @@ class Link:
         with self._lock:
             self._prompts, self._key_values = prompts, computed
             self._laid_out.clear()
+            self._text.clear()
+            self._add_low_rank()
 
     def detach(self) -> None:
         """Restore the UNet exactly. Detaching twice does nothing."""
         if self._processors is None:
             return
         self._handle.remove()
+        self._remove_low_rank()
         self._processors.restore()
         self._processors = None
         self._laid_out.clear()
@@ -241,6 +258,22 @@ class Link:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    def _add_low_rank(self) -> None:
+        """FaceID's additions to every attention layer, as hooks: the UNet gains no parameters. Silent where λ is 0 everywhere."""
+        self._remove_low_rank()
+        attentions = [self._unet.get_submodule(name.removesuffix(".processor")) for name in self._unet.attn_processors]
+        for prompt in self._prompts:
+            silent = not any(scale_of(prompt.scale, layer.name) for layer in self._layers)
+            for n, parts in ({} if silent else prompt.adapter.low_rank).items():
+                for part, low in parts.items():
+                    target: Any = attentions[n].to_out[0] if part == "out" else getattr(attentions[n], f"to_{part}")
+                    self._low_rank.append(target.register_forward_hook(_Addition(low)))
+
+    def _remove_low_rank(self) -> None:
+        for handle in self._low_rank:
+            handle.remove()
+        self._low_rank.clear()
 
     def _feed(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before every call of the UNet: hand each layer its keys and values."""
@@ -293,6 +326,21 @@ class Link:
         return scheduler.config.num_train_timesteps if scheduler is not None else 1000
 
 
+class _Addition:
+    """A forward hook: what a LowRank makes of the input is added to the output, in the layer's own precision."""
+
+    def __init__(self, low: LowRank):
+        self._weights = low.down.weight.detach(), low.up.weight.detach()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        if self._weights[0].dtype != x.dtype or self._weights[0].device != x.device:
+            down, up = self._weights
+            self._weights = down.to(x), up.to(x)
+        down, up = self._weights
+        return out + (x @ down.T) @ up.T
+
+
 class _TextCache:
     """The text's keys and values, for as long as the denoiser is called with the very same text states.
 
@@ -342,7 +390,8 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 def check_fit(adapter: Adapter, unet: UNet2DConditionModel) -> None:
     """Raise CheckpointError where an adapter was made for another model."""
     expected, cross = adapter_shape(unet)
-    if adapter.cross != cross or adapter.layers != expected:
+    outside = [n for n in adapter.low_rank if n >= len(unet.attn_processors)]
+    if adapter.cross != cross or adapter.layers != expected or outside:
         raise CheckpointError(
             f"the adapter does not fit this model: it was made for {len(adapter.layers)} cross-attention layers and text states "
             f"of width {adapter.cross}, the model has {len(expected)} and width {cross}; "

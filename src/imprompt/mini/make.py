@@ -12,7 +12,8 @@ from imprompt.config import build as configured
 from imprompt.errors import UserError
 from imprompt.files import atomic_path
 from imprompt.hub import EMBEDDED
-from imprompt.mini.recipe import ADAPTERS, PLANS, Build
+from imprompt.mini.recipe import ADAPTERS, PLANS, STRUCTURE, Build
+from imprompt.mini.structure import make_structure
 from imprompt.training import recorded, train
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -20,13 +21,17 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def make(build: Build, only: Sequence[str] = ()) -> None:
     """Make every part that is missing, in order; or only those named. What was interrupted goes on."""
-    if unknown := set(only) - {*PLANS, *ADAPTERS}:
-        raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTERS))}")
+    if unknown := set(only) - {*PLANS, *ADAPTERS, *STRUCTURE}:
+        raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTERS, *STRUCTURE))}")
     build.make([name for name in PLANS if not only or name in only])
-    wanted = [name for name in ADAPTERS if (not only or name in only) and not (build.parts / name).exists()]
+    wanted = [name for name in (*ADAPTERS, *STRUCTURE) if (not only or name in only) and not (build.parts / name).exists()]
     if wanted:
         build.assemble(build.folder / "model")
     for name in wanted:
+        if name in STRUCTURE:
+            made = make_structure(name, build.folder / "model", build.folder, build.report, build.budget, build.pool)
+            made.replace(build.parts / name)
+            continue
         choice = chosen(build, name)
         for step in recorded(choice, train(choice)):
             build.report(name, step.index, step.steps, step.loss)

@@ -357,6 +357,7 @@ class Denoising(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- all of it
 
+STRUCTURE = {"edges": "controlnet_edges", "silhouette": "t2i_silhouette"}  # part → folder: imprompt.mini.structure
 ADAPTERS = tuple(Path(file).stem for file in EMBEDDED.values())  # each is a part, and a file in configs/
 
 PLANS = {
@@ -475,6 +476,9 @@ class Build:
             for name in ADAPTERS:
                 if (self.parts / name).exists():
                     shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
+            for name, place in STRUCTURE.items():
+                if (self.parts / name).exists():
+                    shutil.copytree(self.parts / name, fresh / place)
             for name in ("judge", "identity"):
                 if (self.parts / name).exists():
                     ResNetForImageClassification.from_pretrained(self.parts / name).half().save_pretrained(fresh / name)

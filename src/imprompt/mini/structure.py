@@ -1,0 +1,118 @@
+"""Mini's companions for structure: a ControlNet that reads edges and a T2I-Adapter that reads silhouettes, trained as the real ones are.
+
+The base is frozen; the world draws what they read. arXiv:2302.05543 and arXiv:2302.08453.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from imprompt.files import atomic_path
+from imprompt.mini import world
+from imprompt.mini.fit import Plan, fit, generator
+from imprompt.mini.recipe import Latents, Pool, Report, noised, sample_caption, scheduler
+from imprompt.mini.tokenizer import tokenise
+
+PICTURES = 24_000
+PLANS = {
+    "edges": Plan("edges", 900, 32, 5e-4, warmup=50, ema=0.99, muon=1e-3),
+    "silhouette": Plan("silhouette", 900, 32, 1e-3, warmup=50, ema=0.99, muon=2e-3),
+}
+
+
+class Drawings:
+    """What a companion reads of each picture of a pool, drawn once: (count, size, size), uint8."""
+
+    def __init__(self, folder: Path, pool: Pool, kind: str):
+        self.path, self.pool = folder / f"{kind}-{pool.count}.npy", pool
+        self._drawn = {"edges": world.edges, "silhouette": world.silhouette}[kind]
+
+    def draw(self, report: Report) -> None:
+        """Draw all; a finished file is left alone."""
+        if self.path.exists():
+            return
+        with atomic_path(self.path) as partial:
+            shape = (self.pool.count, world.SIZE, world.SIZE)
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            for i in range(self.pool.count):
+                array[i] = np.asarray(self._drawn(self.pool.subject(i), self.pool.scene(i)))
+                if i % 1000 == 0:
+                    report(i, self.pool.count, 0.0)
+            array.flush()
+
+    @cached_property
+    def _values(self) -> Tensor:
+        return torch.from_numpy(np.load(self.path, mmap_mode="r+"))
+
+    def rows(self, rows: Tensor, channels: int) -> Tensor:
+        """(rows, channels, size, size) in 0 … 1."""
+        return self._values[rows].float().div(255)[:, None].expand(-1, channels, -1, -1)
+
+
+class Steered(nn.Module):
+    """L = E‖v − v_θ(x_t, c, structure, t)‖²; only the companion is trained. The text is dropped in three pictures of ten, so
+    that it goes with image prompts.
+    """
+
+    def __init__(self, model: Any, pipe: StableDiffusionPipeline, latents: Latents, drawings: Drawings, plan: Plan):
+        super().__init__()
+        self.model = model
+        pipe.unet.set_attn_processor(AttnProcessor())
+        self._frozen = [pipe.unet.eval().requires_grad_(False), pipe.text_encoder.eval().requires_grad_(False)]  # neither trained nor saved
+        self.latents, self.drawings, self.tokenizer, self.plan = latents, drawings, pipe.tokenizer, plan
+        self.schedule = scheduler()
+
+    def loss(self, step: int) -> Tensor:
+        unet, text = self._frozen
+        rows, x, t, target = noised(self.latents, self.schedule, self.plan.batch, generator(self.plan.name, step), self.model.device)
+        rng = random.Random(f"{self.plan.name} {step}")
+        texts = ["" if rng.random() < 0.3 else sample_caption(self.latents.pool, int(i), rng, photographic=0.15) for i in rows]
+        with torch.no_grad():
+            states = text(tokenise(self.tokenizer, texts).to(self.model.device)).last_hidden_state
+        return F.mse_loss(unet(x, t, states, **self.residuals(x, t, states, rows)).sample.float(), target)
+
+    def residuals(self, x: Tensor, t: Tensor, states: Tensor, rows: Tensor) -> dict[str, Any]:
+        """What the UNet is given."""
+        if isinstance(self.model, ControlNetModel):
+            shown = self.drawings.rows(rows, 3).to(x)
+            down, mid = self.model(x, t, encoder_hidden_states=states, controlnet_cond=shown, return_dict=False)
+            return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return {"down_intrablock_additional_residuals": list(self.model(self.drawings.rows(rows, 1).to(x)))}
+
+
+def untrained(kind: str, pipe: StableDiffusionPipeline) -> Any:
+    """A companion for this base: a ControlNet starts as a copy of the UNet's first half."""
+    if kind == "edges":
+        return ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32, 96))  # 64 pixels are 16 of the latents
+    *channels, last = pipe.unet.config.block_out_channels
+    # As SDXL's: a first block without attention passes on half the side, and the middle is told too.
+    return T2IAdapter(1, [*channels, last, last], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl")
+
+
+def make_structure(
+    kind: str, model: Path, folder: Path, report: Callable[[str, int, int, float], None], budget: float = 1.0, pool: Pool | None = None
+) -> Path:
+    """Train a companion for the mini in `model`, in `folder` (resumable), and save it as `folder/KIND`, as diffusers keeps such models."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+    pool = pool or Pool(folder, max(256, round(PICTURES * min(1.0, budget))))
+    pool.draw(lambda done, total, _: report("drawing", done, total, 0.0))
+    latents, drawings = Latents(folder, pool), Drawings(folder, pool, kind)
+    latents.encode(pipe.vae, lambda done, total, _: report("latents", done, total, 0.0))
+    drawings.draw(lambda done, total, _: report(kind, done, total, 0.0))
+    usual = PLANS[kind]
+    steps = max(2, round(usual.steps * budget))
+    plan = Plan(kind, steps, usual.batch, usual.lr, min(usual.warmup, max(1, steps // 4)), ema=usual.ema, muon=usual.muon)
+    torch.manual_seed(0)
+    module = Steered(untrained(kind, pipe), pipe, latents, drawings, plan)
+    fit(plan, module, module.loss, folder, lambda done, total, loss: report(kind, done, total, loss))
+    module.model.to(dtype=torch.float16).save_pretrained(folder / kind)
+    return folder / kind

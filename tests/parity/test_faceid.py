@@ -1,0 +1,127 @@
+"""The FaceID family in diffusers' own loader (its low-rank parts through peft) and in ours gives the same latents."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import CROSS, VISION, image_processor, sd15_pipeline, vision_encoder
+from imprompt import checkpoints
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import FacePlusProjector, FaceProjector
+from imprompt.encoders import ImageEncoder, NothingEncoder
+from imprompt.errors import UserError
+from imprompt.hosts.unet import adapter_shape, attach
+from imprompt.prompter import Prompter
+
+STEPS, FACE, RANK = 4, 12, 3
+
+
+def random_face_adapter(unet, plus=False, tokens=4, shortcut=False, low_rank=True):
+    """Random weights that matter, laid out as the public files are: low-rank parts in every layer, of self-attention too."""
+    torch.manual_seed(5)
+    layers, cross = adapter_shape(unet)
+    if plus:
+        projector = FacePlusProjector(FACE, VISION, cross, tokens, 24, heads=1, depth=4, shortcut=shortcut)
+    else:
+        projector = FaceProjector(FACE, cross, tokens, 24)
+    adapter = Adapter(projector, layers, cross)
+    if low_rank:
+        for n, name in enumerate(unet.attn_processors):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            inner = cross if n % 2 else hidden
+            adapter.add_low_rank(n, {part: (inner if part in "kv" else hidden, hidden, RANK) for part in ("q", "k", "v", "out")})
+    return adapter.eval().requires_grad_(False)
+
+
+def faces(count):
+    return torch.nn.functional.normalize(torch.randn(count, FACE, generator=torch.Generator().manual_seed(1)), dim=1)
+
+
+def picture(seed):
+    return Image.effect_noise((32, 32), 60 + 20 * seed).convert("RGB").rotate(30 * seed)
+
+
+def prompter(path):
+    adapter, spec = checkpoints.load_adapter(path)
+    return Prompter(adapter, spec, ImageEncoder(vision_encoder(), image_processor()) if spec.grid else NothingEncoder())
+
+
+def drawn(pipe, **more):
+    return pipe("a red fish", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent", **more).images
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["ip-adapter-faceid.bin", "ip-adapter-faceid-portrait.bin", "ip-adapter-faceid-plus.bin", "ip-adapter-faceid-plusv2.bin"]
+)
+def test_same_latents_as_diffusers(name, tmp_path):
+    plus, portrait = "plus" in name, "portrait" in name
+    ours = sd15_pipeline()
+    before = {key: value.clone() for key, value in ours.unet.state_dict().items()}
+    path = tmp_path / name
+    adapter = random_face_adapter(ours.unet, plus, 16 if portrait else 4, "v2" in name, low_rank=not portrait)
+    checkpoints.save(adapter, path)
+    who = faces(2 if portrait else 1)
+    images = [picture(i) for i in range(len(who))]
+
+    theirs = sd15_pipeline()
+    theirs.load_ip_adapter(str(tmp_path), subfolder="", weight_name=name, image_encoder_folder=None)
+    theirs.set_ip_adapter_scale(0.8)
+    if plus:
+        encoder = ImageEncoder(vision_encoder(), image_processor())
+        layer = theirs.unet.encoder_hid_proj.image_projection_layers[0]
+        layer.clip_embeds = torch.cat([encoder.null(True), encoder.encode(images, True)])[:, None]
+        layer.shortcut = "v2" in name
+    stacked = who[None, :, None]
+    expected = drawn(theirs, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(stacked), stacked])])
+
+    ip = prompter(path)
+    with attach(ours, ip(images if plus else (), scale=0.8, faces=who)):
+        received = drawn(ours)
+        assert ours.unet.state_dict().keys() == before.keys()
+    assert relative(received, expected) <= 1e-4
+    plain = drawn(sd15_pipeline())
+    assert relative(plain, expected) > 1e-2
+    assert torch.equal(drawn(ours), plain)  # nothing is left behind
+    with attach(ours, ip(images if plus else (), scale=0.0, faces=who)):
+        assert torch.equal(drawn(ours), plain)
+
+
+def test_embeddings_come_from_files(tmp_path):
+    path = tmp_path / "ip-adapter-faceid.bin"
+    pipe = sd15_pipeline()
+    checkpoints.save(random_face_adapter(pipe.unet), path)
+    ip, who = prompter(path), faces(2)
+    np.save(tmp_path / "who.npy", 3 * who.numpy())  # normalised on reading, as the adapter was trained
+    checkpoints.write({"who": who}, tmp_path / "who.safetensors")
+    for file in ("who.npy", "who.safetensors"):
+        torch.testing.assert_close(ip(faces=tmp_path / file).features, ip(faces=who).features)
+    (tmp_path / "bad.npy").write_bytes(b"no")
+    np.save(tmp_path / "wide.npy", np.zeros((1, 7)))
+    np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for file, said in (
+        ("bad.npy", "no identity embedding"),
+        ("wide.npy", "of 12 finite numbers, received shape \\(1, 7\\)"),
+        ("pickled.npy", "no identity embedding"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ip(faces=tmp_path / file)
+    with pytest.raises(UserError, match="needs a face"):
+        ip()
+
+
+def test_what_the_keys_do_not_tell_is_in_the_name_or_the_header(tmp_path):
+    pipe = sd15_pipeline()
+    plus = random_face_adapter(pipe.unet, plus=True)
+    for name, about, shortcut in (("faceid-plus.bin", {}, False), ("faceid-plusv2.bin", {}, True), ("x.safetensors", {"version": 2}, True)):
+        checkpoints.save(plus, tmp_path / name, about)
+        assert checkpoints.load_adapter(tmp_path / name)[0].image_proj.shortcut is shortcut
+    for name, length in (("faceid-portrait.bin", 1.0), ("faceid-portrait_unnorm.bin", 3.0)):
+        checkpoints.save(random_face_adapter(pipe.unet, tokens=16, low_rank=False), tmp_path / name)
+        assert prompter(tmp_path / name)(faces=3 * faces(1)).features.norm().item() == pytest.approx(length)
+    assert plus.cross == CROSS
