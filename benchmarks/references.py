@@ -35,12 +35,11 @@ def main(words: Sequence[str] = ()) -> None:
     pipe = load_base("mini", "cpu", pick_dtype("auto", "cpu", True))
     world = Mini(MANY, held_out=True, photos=MANY, look=False)
     pictures: Any = [world[i].target for i in range(MANY)]
-    for name in ("attention", "self-attention", "average", "max", "concat", "joint"):
-        prompter = load("mini-plus" if name == "joint" else "mini")
-        trained = hub.MINI / hub.EMBEDDED["mini-subject"]
-        if name == "attention" and trained.is_file():
-            prompter = load("mini-subject")
-        together = AGGREGATORS[name](prompter.spec.features, prompter.spec.cross)
+    for name in ("concat", "average", "max", "self-attention", "attention", "joint", "average-tokens", "attention-tokens"):
+        fine = name in ("joint", "average-tokens", "attention-tokens")
+        trained = fine and name == "attention-tokens" and (hub.MINI / hub.EMBEDDED["mini-subject"]).is_file()
+        prompter = load("mini-subject" if trained else "mini-plus" if fine else "mini")
+        together = prompter.adapter.aggregator if trained else AGGREGATORS[name](prompter.spec.features, prompter.spec.cross)
 
         def draw(number: int, p: Prompter = prompter, a: Aggregator = together) -> Any:
             with attach(pipe, prompt(p, pictures[:number], a)):

@@ -7,6 +7,7 @@ from PIL import Image
 import imprompt
 from imprompt.cli import main
 from imprompt.config import COMBINE
+from imprompt.core.aggregators import AGGREGATORS
 from imprompt.pipelines import load_base
 
 A, B = "examples/cat.png", "examples/fish.png"
@@ -41,6 +42,26 @@ def test_the_order_does_not_matter_and_ways_differ(pipe, combine):
     assert not torch.allclose(one, drawn(pipe, ip(A)), atol=1e-2)
     if combine not in (None, "concat"):
         assert not torch.allclose(one, drawn(pipe, ip([A, B])), atol=1e-2)
+
+
+@pytest.mark.parametrize("own", ["attention", "self-attention"])
+def test_side_by_side_is_that_whatever_the_adapter_was_trained_for(own):
+    plain, trained = imprompt.load("mini"), imprompt.load("mini")
+    torch.manual_seed(0)
+    trained.adapter.aggregator = AGGREGATORS[own](128, 128).requires_grad_(False)
+    for one, other in zip(plain([A, B]).key_values(), trained([A, B], combine="concat").key_values(), strict=True):
+        for n, pair in one.items():
+            torch.testing.assert_close(other[n].key, pair.key)
+
+
+def test_a_reference_without_weight_is_left_out_before_nine_are_chosen():
+    ip = imprompt.load("mini")
+    torch.manual_seed(0)
+    ip.adapter.aggregator = AGGREGATORS["self-attention"](128, 128).requires_grad_(False)
+    pictures = [Image.new("RGB", (64, 64), (20 * i, 80, 200)) for i in range(11)]
+    weighed, left_out = ip(pictures, weights=[0, 0, *[1] * 9]).key_values()[1], ip(pictures[2:]).key_values()[1]
+    for n, pair in left_out.items():
+        torch.testing.assert_close(weighed[n].key, pair.key)
 
 
 def test_sixty_four_references(pipe):

@@ -221,10 +221,20 @@ class Personalise:
     def __post_init__(self) -> None:
         _one_of(WAYS, method=self.method)
         _at_least(0, learning=self.learning)
+        _at_least(-1, prior=self.prior)
         if not self.folder:
             raise UserError("folder: expected a folder of photographs of one subject, received nothing")
-        if self.method in PERSONAL and not self.noun:
+        learns = self.method in PERSONAL
+        if learns and not self.noun:
             raise UserError(f"noun: {self.method} has to know what the subject is, such as cat or person; received nothing")
+        if not self.noun and any("*" in text for text in self.prompt):
+            raise UserError("noun: * stands for the subject; say what it is, such as cat or person")
+        for name, given, of_learning in (
+            ("adapter", self.adapter is not None, False), ("encoder", self.encoder is not None, False),
+            ("learning", self.learning > 0, True), ("prior", self.prior >= 0, True),
+        ):  # fmt: skip
+            if given and of_learning != learns:
+                raise UserError(f"{name}: does nothing with {self.method}, which {'learns the subject' if learns else 'needs no learning'}")
         self.drawn("")
 
     def prompts(self) -> tuple[str, ...]:
@@ -240,7 +250,7 @@ class Personalise:
     def training(self) -> "Train":
         """The training of a method that learns the subject."""
         return Train(
-            data=self.folder, base=self.base, method=self.method, noun=self.noun, steps=self.learning, prior=self.prior,
+            data=self.folder, base=self.base, method=self.method, noun=self.noun, steps=self.learning, prior=self.prior, seed=self.seed,
             device=self.device, out=str(Path(self.out) / self.method),
         )  # fmt: skip
 
@@ -447,6 +457,8 @@ class Train:
         if self.cache or self.adapter or self.subjects:
             raise UserError(f"{self.method} learns one subject from its photographs; leave cache, adapter and subjects out")
         _finite(prior_weight=self.prior_weight)
+        _at_least(0, prior_weight=self.prior_weight)
+        _at_least(-1, prior=self.prior)
 
     def settled(self) -> "Train":
         """With every open field filled in."""
@@ -596,7 +608,9 @@ class Evaluate:
             batch=self.batch or (64 if mini else 8),
             judge=self.judge or ("mini" if mini else "openai/clip-vit-large-patch14"),
             features=("mini" if mini else "clip") if self.features == "auto" else self.features,
-            identity=("mini" if mini and self.subjects else "none") if self.identity == "auto" else self.identity,
+            identity=("mini" if re.match("mini(:|$)", self.data) and self.subjects else "none")
+            if self.identity == "auto"
+            else self.identity,
         )
 
 
@@ -628,7 +642,7 @@ class Reproduce:
             _one_of(GENERAL if self.paper == "ip-adapter" else REMEMBERED, method=name)
 
 
-def _at_least(low: int, **values: int) -> None:
+def _at_least(low: int, **values: float) -> None:
     for name, value in values.items():
         if value < low:
             raise UserError(f"{name}: expected at least {low}, received {value}")

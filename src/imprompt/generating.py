@@ -43,6 +43,10 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
         raise UserError("an adapter without a reference does nothing; give --image")
     if choice.image and learned:
         raise UserError(f"{choice.adapter} is a {learned} that has learned its subject; leave --image out")
+    if learned == "inversion" and choice.scale != 1:
+        raise UserError(f"scale: {choice.adapter} holds words, which are said or not; leave --scale out")
+    if learned and choice.encoder:
+        raise UserError(f"encoder: {choice.adapter} looks at no picture; leave --encoder out")
     prompts = [one for one in (choice, *choice.further()) if one.image or one.face]
     device = pick_device(choice.device)
     if not all(one.adapter or choice.base == "mini" for one in prompts):

@@ -1,6 +1,7 @@
 """The workflow of `imprompt personalise`: several photographs of one subject in, pictures of it out."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,30 +9,40 @@ from typing import Any
 
 from PIL import Image
 
+from imprompt import checkpoints, hub
 from imprompt.config import PERSONAL, Personalise
 from imprompt.data.loader import UNREADABLE
+from imprompt.data.personal import named
 from imprompt.data.readers import open_data
 from imprompt.data.records import Counted
 from imprompt.errors import UserError, brief
-from imprompt.files import atomic_path
+from imprompt.files import atomic_path, writable_folder
 from imprompt.generating import Drawn, draw
 from imprompt.images import Picture, open_image
 
 EMBEDDED = {"attention": "mini-subject"}  # of mini; the other ways bring the references of its plain adapter together
-TRAINED = ("attention", "self-attention")
+TRAINED = {"attention": ("attention-tokens", "attention"), "self-attention": ("self-attention",)}  # what the adapter has to have
 
 Progress = Callable[[int, int], None]
 
 
 def photographs(choice: Personalise, say: Callable[[str], None]) -> tuple[list[Picture], list[Image.Image]]:
-    """Those of the folder that can be opened: where they are, and opened. What cannot is said. Raises UserError where none can."""
+    """Those of the folder that can be opened: where they are, and opened. What cannot is said. Raises UserError where none can.
+
+    What was drawn into a folder inside it before is not taken for photographs.
+    """
     records = open_data(choice.folder)
     if not isinstance(records, Counted):
         raise UserError(f"expected a folder of photographs of one subject, or a list of them; received {choice.folder}")
+    own = Path(choice.out).resolve()
+    if own in (Path(choice.folder).resolve(), *Path(choice.folder).resolve().parents):
+        raise UserError(f"out: expected another folder than that of the photographs, received {choice.out}")
     places, opened = list[Picture](), list[Image.Image]()
     for i in range(len(records)):
         try:
             place = records[i].target
+            if isinstance(place, (str, Path)) and own in Path(place).resolve().parents:
+                continue
             opened.append(open_image(place))
             places.append(place)
         except UNREADABLE as error:
@@ -41,17 +52,34 @@ def photographs(choice: Personalise, say: Callable[[str], None]) -> tuple[list[P
     return places, opened
 
 
-def learn(choice: Personalise) -> Iterator[Any]:
-    """Train a method that learns the subject, step by step; nothing where the same training is done already."""
+def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
+    """Train a method that learns the subject from these photographs, step by step; nothing where the same training is done already.
+
+    OUT/METHOD/learning.json says what is being learned, learned.json what was: only the same is continued.
+    """
     from imprompt.training import train
 
     if choice.method not in PERSONAL:
         return
     training = choice.training().settled()
-    done, facts = Path(training.out) / "learned.json", json.loads(json.dumps(asdict(training) | {"photographs": _content(training.data)}))
-    if done.is_file() and json.loads(done.read_text("utf-8")) == facts:
+    for text in choice.prompts():  # before anything is learned
+        named(text, choice.noun, training.token, alone=choice.method == "inversion")
+    folder = writable_folder(training.out)
+    facts = json.loads(json.dumps(asdict(training) | {"photographs": [_content(image) for image in opened]}))
+    begun, done = folder / "learning.json", folder / "learned.json"
+    if _said(done) == facts and (folder / "adapter.safetensors").is_file():
         return
-    yield from train(replace(training, resume="never") if done.is_file() else training)  # what is there was learned otherwise
+    done.unlink(missing_ok=True)
+    resume = "auto" if _said(begun) == facts else "never"  # what is there may be another subject's
+    with atomic_path(begun) as partial:
+        partial.write_text(json.dumps(facts, indent=1), "utf-8")
+    shown = writable_folder(str(folder / "photographs"))
+    for path in shown.glob("*.png"):
+        path.unlink()
+    for number, image in enumerate(opened):
+        with atomic_path(shown / f"{number:03}.png") as partial:
+            image.save(partial, "PNG")
+    yield from train(replace(training, resume=resume, data=str(shown)))
     with atomic_path(done) as partial:
         partial.write_text(json.dumps(facts, indent=1), "utf-8")
 
@@ -74,18 +102,28 @@ def how(choice: Personalise, places: Sequence[Picture]) -> dict[str, Any]:
         return {"adapter": str(Path(choice.out) / choice.method / "adapter.safetensors")}
     mini = choice.base == "mini"
     adapter = choice.adapter or (EMBEDDED.get(choice.method, "mini") if mini else None)
-    if choice.method in TRAINED:
-        if (choice.method not in EMBEDDED and choice.adapter is None) or adapter is None:
-            raise UserError(
-                f"{choice.method} has weights that are trained: name an adapter that has them with --adapter "
-                f"(imprompt train --subjects 10 --combine {choice.method}), or take average"
-            )
-        return {"image": tuple(places), "adapter": adapter}
-    return {"image": tuple(places), "adapter": adapter, "combine": choice.method}
+    if choice.method not in TRAINED:
+        return {"image": tuple(places), "adapter": adapter, "combine": choice.method}
+    if (choice.method not in EMBEDDED and choice.adapter is None) or adapter is None:
+        raise UserError(
+            f"{choice.method} has weights that are trained: name an adapter that has them with --adapter "
+            f"(imprompt train --subjects 10 --combine {TRAINED[choice.method][0]}), or take average"
+        )
+    path = hub.find_adapter(adapter)[0]
+    own = checkpoints.recognise(*checkpoints.read(path)).aggregator
+    if own not in TRAINED[choice.method]:
+        raise UserError(f"{adapter} brings photographs together by {own}; expected one trained with {choice.method}, or --method {own}")
+    return {"image": tuple(places), "adapter": adapter}
 
 
-def _content(folder: str) -> list[str]:
-    """Changes when photographs come or go."""
-    path = Path(folder)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [f"{p.name} {p.stat().st_size}" for p in files if p.is_file()]
+def _content(image: Image.Image) -> str:
+    """Changes when a photograph does."""
+    return f"{image.width}x{image.height} {zlib.crc32(image.tobytes()):08x}"
+
+
+def _said(path: Path) -> Any:
+    """What stands in a file of facts; None where there is none, or it was cut off."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -48,7 +48,7 @@ class ImagePrompt:
     @torch.no_grad()
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
-        which = self.together.chosen(self.features.shape[1])
+        which = self._chosen()
         features, weights = self.features[:, which], None if self.weights is None else self.weights[which]
         prompts, references = features.shape[:2]
         if type(self.together) is not Aggregator:
@@ -60,7 +60,7 @@ class ImagePrompt:
                 {n: KeyValues(*(x[1:] for x in pair)) for n, pair in each.items()},
             )
         pictures = torch.cat([self.null, features.flatten(0, 1)[:, None]])  # the null once, then every reference
-        each = self.adapter(pictures.to(next(self.adapter.parameters())))
+        each = self.adapter(pictures.to(next(self.adapter.parameters())), None, self.together)
         null = {n: KeyValues(*(x[:1].repeat(1, references, 1) for x in pair)) for n, pair in each.items()}
         image = {n: KeyValues(*(x[1:].unflatten(0, (prompts, references)).flatten(1, 2) for x in pair)) for n, pair in each.items()}
         return null, image
@@ -74,8 +74,13 @@ class ImagePrompt:
         """Of references that lie side by side: the logarithm of the weight of each token, (1, tokens)."""
         if self.weights is None or not self.together.beside:
             return None
-        tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters()))).shape[1]
-        return self.weights[self.together.chosen(len(self.weights))].log().repeat_interleave(tokens)[None]
+        tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters())), None, self.together).shape[1]
+        return self.weights[self._chosen()].log().repeat_interleave(tokens)[None]
+
+    def _chosen(self) -> list[int]:
+        """Which references are read, of those that have a weight."""
+        heard = list(range(self.features.shape[1])) if self.weights is None else self.weights.nonzero()[:, 0].tolist()
+        return [heard[n] for n in self.together.chosen(len(heard))]
 
     def save(self, path: str | Path) -> None:
         """Keep it in a `.safetensors` file; `Prompter.read` makes it again without the pictures."""

@@ -76,11 +76,45 @@ def test_what_was_learned_is_kept_and_used_again(photographs, tmp_path, capsys, 
         (["{photos}", "--count", "0"], "count: expected at least 1"),
         (["{broken}"], "none of the 1 pictures in"),
         (["{photos}", "--learning", "-1"], "learning: expected at least 0"),
+        (["{photos}", "--method", "self-attention", "--adapter", "mini"], "brings photographs together by concat"),
+        (["{photos}", "--method", "average", "--learning", "9"], "learning: does nothing with average"),
+        (["{photos}", "--method", "inversion", "--noun", "cat", "--adapter", "mini"], "adapter: does nothing with inversion"),
+        (["{photos}", "--method", "inversion", "--noun", "cat", "--prompt", "on a beach"], "expected the word 'cat', or *"),
+        (["{photos}", "--method", "average", "--prompt", "a * at night"], "noun: * stands for the subject"),
+        (["{photos}", "--method", "average", "--out", "{photos}"], "out: expected another folder"),
     ],
 )
 def test_mistakes_are_said(photographs, tmp_path, capsys, words, said):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no")
     filled = [w.format(photos=photographs, broken=tmp_path / "broken") for w in words]
-    code, err = told(capsys, "personalise", *filled, "--out", tmp_path / "out")
+    code, err = told(capsys, "personalise", "--out", tmp_path / "out", *filled)
     assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_what_was_drawn_is_not_taken_for_photographs(photographs, capsys):
+    words = ["personalise", photographs, "--method", "average", "--out", photographs / "drawn", *QUICK]
+    widths = {Image.open(told(capsys, *words)[1]["sheet"]).width for _ in range(2)}
+    assert len(widths) == 1
+
+
+def test_an_interrupted_learning_of_another_subject_spoils_nothing(photographs, tmp_path, monkeypatch, capsys):
+    words = ["personalise", photographs, "--method", "inversion", "--noun", "cat", "--learning", "2", "--out", tmp_path, *QUICK]
+    code, first = told(capsys, *words)
+    assert code == 0
+    picture = Image.open(first["pictures"][0]).tobytes()
+    from imprompt import training
+
+    real = training.train
+
+    def dies(choice):
+        yield next(real(choice))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", dies)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cli.main(list(map(str, [*words, "--noun", "fish"])))
+    monkeypatch.undo()
+    code, again = told(capsys, *words)
+    assert code == 0 and Image.open(again["pictures"][0]).tobytes() == picture
+    assert json.loads((tmp_path / "inversion" / "learned.json").read_text())["noun"] == "cat"

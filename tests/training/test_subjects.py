@@ -153,9 +153,9 @@ def test_mistakes_are_said(wrong, match):
 
 
 def test_ways_that_do_not_fit_are_said(tmp_path):
-    with pytest.raises(UserError, match="attention reads pooled embeddings"):
+    with pytest.raises(UserError, match="attention reads pooled embeddings, and this adapter a grid; take attention-tokens"):
         next(train(Train(data="mini:20x5", method="ip-adapter-plus", combine="attention", subjects=5, out=str(tmp_path), **SMALL)))
-    with pytest.raises(UserError, match="joint reads a grid"):
+    with pytest.raises(UserError, match="joint lays the references' patches before a resampler"):
         next(train(Train(data="mini:20x5", combine="joint", subjects=5, out=str(tmp_path), **SMALL)))
 
 

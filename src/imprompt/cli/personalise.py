@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         places, opened = photographs(choice, progress.say)
         progress.rename("learning")
         began = time.monotonic()
-        for step in learn(choice):
+        for step in learn(choice, opened):
             progress.advance(step.index, step.steps, f"loss {step.loss:.4f}")
         learning = time.monotonic() - began
         progress.rename("drawing")

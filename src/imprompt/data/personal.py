@@ -50,11 +50,13 @@ def named(prompt: str, noun: str, token: str, alone: bool = False) -> str:
     """The prompt with the subject in it: "a cat on a beach" → "a sks cat on a beach"; `*` stands for token and noun.
 
     `alone`: the token is the whole name, as a placeholder of Textual Inversion is: "a <subject> on a beach". Only the first
-    mention counts. Raises UserError where the prompt has neither.
+    mention counts; a prompt that has the name already stays. Raises UserError where it has neither.
     """
     name = token if alone else f"{token} {noun}"
     if "*" in prompt:
         return prompt.replace("*", name, 1)
+    if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt):
+        return prompt
     mention = re.compile(rf"(?<!\w){re.escape(noun)}(?!\w)", re.IGNORECASE)
     if not noun or not mention.search(prompt):
         raise UserError(f"prompt: expected the word {noun!r}, or * where the subject should stand; received {prompt!r}")

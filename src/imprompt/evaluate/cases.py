@@ -143,7 +143,7 @@ class SubjectCases:
         self._galleries: list[list[int]] = []
         self._prompts: list[tuple[int, int]] = []  # subject, place of the target
         for number, name in enumerate(self.subjects):
-            places = random.Random(f"photographs of {name}").sample(identities.subjects[name], len(identities.subjects[name]))
+            places = random.Random(_seed(f"photographs of {name}")).sample(identities.subjects[name], len(identities.subjects[name]))
             count = min(targets, len(places) - 1)
             self._galleries.append(places[: len(places) - count])
             self._prompts += [(number, place) for place in places[len(places) - count :]]
@@ -151,8 +151,8 @@ class SubjectCases:
         self.subjects = self.subjects[: self._prompts[-1][0] + 1]
         told = [self._records[place].text or caption for _, place in self._prompts]
         self.texts = [text or f"a photo of a {self._nouns[n]}" for text, (n, _) in zip(told, self._prompts, strict=True)]
-        keys = [self._records[n].key for gallery in self._galleries[: len(self.subjects)] for n in gallery]
-        self.fingerprint = _fingerprint([*self.texts, *keys])
+        shown = [n for gallery in self._galleries[: len(self.subjects)] for n in gallery] + [place for _, place in self._prompts]
+        self.fingerprint = _fingerprint([*self.texts, *(f"{self._records[n].key} {_bytes(self._records[n].target)}" for n in shown)])
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -164,10 +164,19 @@ class SubjectCases:
         return Case(record.key, self.texts[i], references, fit(open_image(record.target)), self.subjects[number], self._nouns[number])
 
     def other(self, i: int) -> Image.Image:
-        return self.gallery(self._prompts[i][0], 1)[0]
+        """The subject's next target, which is not in the gallery either; where there is only one, a photograph of the gallery."""
+        number, place = self._prompts[i]
+        mine = [at for whose, at in self._prompts if whose == number]
+        if len(mine) == 1:
+            return self.gallery(number, 1)[0]
+        return fit(open_image(self._records[mine[(mine.index(place) + 1) % len(mine)]].target))
 
     def group(self, i: int) -> int:
         return self._prompts[i][0]
+
+    def noun(self, i: int) -> str:
+        """What the subject is, as its text calls it."""
+        return self._nouns[self._prompts[i][0]]
 
     def gallery(self, number: int, most: int) -> list[Image.Image]:
         """A subject's photographs that are not targets, those that can be opened. Raises ImageError where none can."""
@@ -180,6 +189,11 @@ class SubjectCases:
         if not found:
             raise ImageError(f"no photograph of {self.subjects[number]} can be opened")
         return found
+
+
+def _seed(text: str) -> bytes:
+    """For `random`, which takes no name of a folder that is not UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _kind(records: Counted, subject: str) -> str:

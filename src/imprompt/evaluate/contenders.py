@@ -92,10 +92,11 @@ class Learner:
         (folder / "photographs").mkdir()
         for n, picture in enumerate(case.references):
             picture.save(folder / "photographs" / f"{n:03}.png")
+        chance = zlib.crc32(case.subject.encode("utf-8", "surrogateescape")) % 10_000
         choice = Train(
             data=str(folder / "photographs"), base=self.choice.base, method=self.method, noun=case.noun, out=str(folder / "run"),
-            seed=self.choice.seed + zlib.crc32(case.subject.encode()) % 10_000, device=self.choice.device, workers=1,
-            steps=self.choice.learning, prior=self.choice.prior, prior_folder=str(Path(self.choice.out) / "class"),
+            seed=self.choice.seed + chance, device=self.choice.device, workers=1, steps=self.choice.learning,
+            prior=self.choice.prior, prior_folder=str(Path(self.choice.out) / "class"),
         )  # fmt: skip
         began = time.perf_counter()
         for _ in train(choice):

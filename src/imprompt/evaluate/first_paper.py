@@ -8,7 +8,7 @@ from typing import Any
 from imprompt.config import COPIES, GENERAL, METHODS, READS, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.score import Seen
-from imprompt.evaluate.study import SAMPLER, Job, Progress, Study, rounded, rows
+from imprompt.evaluate.study import SAMPLER, Job, Progress, Study, prepared, rounded, rows
 from imprompt.evaluate.suite import Row, Studio, curve_of
 from imprompt.files import writable_folder
 from imprompt.mini.style import make_style
@@ -54,16 +54,18 @@ class FirstPaper(Study):
         return ["copy", "real", "text", *sorted(methods, key=lambda name: name not in COPIES), *more]
 
     def stages(self, missing: Sequence[str]) -> list[list[Job]]:
-        untrained = [n for n in missing if n in METHODS and not (self.weights(n).parent / "trained.json").is_file()]
-        needed = {READS[name]: name for name in untrained}
-        data = f"mini:{self.budget.pictures}"
-        first: list[Job] = [("fill", (data, method)) for features, method in needed.items() if not complete(self.cache(features))]
-        if any(CUSTOM in name for name in missing) and not (self.out / STYLE / "model" / "model_index.json").is_file():
-            first.append(("style", ()))
         plain = [n for n in missing if n in ("copy", "real", "text")]
         methods = [n for n in missing if n in GENERAL]
         after = [n for n in missing if n not in plain and n not in methods]  # need the adapter, or the custom model
-        return [[*first, *rows(plain[:1])], rows([*methods, *plain[1:]]), rows(after)]
+        taught = {n if n in METHODS else "ip-adapter" for n in missing if self.training(n)}
+        untrained = sorted(n for n in taught if not (self.weights(n).parent / "trained.json").is_file())
+        caches = {READS[name]: name for name in untrained}
+        data = f"mini:{self.budget.pictures}"
+        first: list[Job] = [("fill", (data, method)) for features, method in caches.items() if not complete(self.cache(features))]
+        if any(CUSTOM in name for name in missing) and not (self.out / STYLE / "model" / "model_index.json").is_file():
+            first.append(("style", ()))
+        needed = prepared(n for n in untrained if n not in methods)  # its row is there, its weights are not
+        return [[*first, *rows(plain[:1])], [*needed, *rows([*methods, *plain[1:]])], rows(after)]
 
     def style(self) -> str:
         """Make the custom model."""

@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -41,9 +42,15 @@ def looked_at(identity: Identity, cases: SubjectCases) -> Gallery:
 
 
 def kept_gallery(path: Path, identity: Identity, cases: SubjectCases) -> Gallery:
-    """The same, from the file where it was kept."""
-    if not path.is_file():
+    """The same, from the file where it was kept; looked at anew where the photographs or the encoder are others."""
+    of = {"of": f"{identity.name} {cases.fingerprint} {len(cases.subjects)}"}
+    if not path.is_file() or _kept_of(path) != of:
         with atomic_path(path) as partial:
-            safetensors.torch.save_file(looked_at(identity, cases)._asdict(), partial)
+            safetensors.torch.save_file(looked_at(identity, cases)._asdict(), partial, of)
     kept = safetensors.torch.load_file(path)
     return Gallery(kept["centroids"], kept["found"])
+
+
+def _kept_of(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})

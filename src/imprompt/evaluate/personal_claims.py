@@ -35,13 +35,15 @@ PAPER: dict[str, tuple[str, float | None, float | None]] = {
 }
 FIVE = ("one", "dreambooth", "max", "average", "self-attention")
 BEST = "average-tokens"  # of ours, as a first look found (docs/log.md)
+LOOKED = 40  # at so many of the test subjects; what was chosen by them is judged on the others
 SHOWN = ("copy", "real", "text", *PAPER)
 EACH = ("CLIP-I", "CLIP-T", "diversity", "identity", "recognised")  # kept prompt by prompt
 
 SEEDS = (
     "Intervals are over subjects. Of the trained rows each figure is the mean over the seeds; where a figure compares whole sets of "
     "pictures, its interval covers those of all seeds. Methods that learn a subject learned each with a seed of its own, so their "
-    "intervals hold that chance too."
+    f"intervals hold that chance too. The settings of those methods were chosen on four of the subjects, our best way on {LOOKED}. "
+    "The rows copy and real hold one picture for each prompt, half as many as the others, so their FID is not beside theirs."
 )
 
 
@@ -81,12 +83,12 @@ def over_subjects(values: torch.Tensor) -> Interval:
     return mean_interval(values, torch.arange(len(values)))
 
 
-def better(rows: Rows, one: str, other: str, column: str = "identity") -> Interval:
-    """Mean difference of two rows over the same subjects."""
+def better(rows: Rows, one: str, other: str, column: str = "identity", since: int = 0) -> Interval:
+    """Mean difference of two rows over the same subjects, from number `since` on."""
     a, b = rows[one].each, rows[other].each
     count = min(len(a[column]), len(b[column]))  # of a curve there are fewer prompts
     gap = [x - y for x, y in zip(a[column][:count], b[column][:count], strict=True)]
-    return over_subjects(by_subject(gap, a["subject"][:count]))
+    return over_subjects(by_subject(gap, a["subject"][:count])[since:])
 
 
 def claims(rows: Rows) -> list[Claim]:
@@ -139,8 +141,11 @@ def more_help(rows: Rows) -> tuple[bool, str]:
 
 
 def ours(rows: Rows) -> tuple[bool, str]:
-    gaps = {name: better(rows, BEST, name) for name in ("one", "one-plus", "average", "max")}
-    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, BEST, gaps)
+    subjects = len(set(rows[BEST].each["subject"]))
+    since = LOOKED if subjects > LOOKED + 1 else 0
+    gaps = {name: better(rows, BEST, name, since=since) for name in ("one", "one-plus", "average", "max")}
+    told = f"; on the {subjects - since} subjects by which it was not chosen" if since else ""
+    return all(gap.low > 0 for gap in gaps.values()), _gaps(rows, BEST, gaps) + told
 
 
 def attention_helps(rows: Rows) -> tuple[bool, str]:

@@ -43,7 +43,9 @@ def score_row(studio: Studio, row: Row, out: Path) -> Score:
     seen, real = Seen(out, row.name, studio.chunks(row)), Seen(out, copy.name, studio.chunks(copy))
     prompts, lost = seen.column("prompt"), seen.lost
     count = 0 if prompts is None else len(prompts)
-    figures = scored(seen, real, choice.resamples, row.samples, not row.curve, studio.gallery) if count else {}
+    figures = {}
+    if count:
+        figures = scored(seen, real, choice.resamples, row.samples, not row.curve, studio.gallery, bool(choice.subjects))
     trainable = None if row.source in REAL else studio.contender(row.source).trainable
     score = Score(row.name, count, count // row.samples, len(lost), trainable, seen.seconds / max(count, 1), row.scale, row.curve, figures)
     with atomic_path(kept) as partial:
@@ -61,7 +63,8 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     points = [score for score in found if score.curve]
     body = html_table(rows) + f"<p><small>{html.escape(legend())}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
-    below(list(strips.values())).save(out / "sheet.png")
+    with atomic_path(out / "sheet.png") as partial:
+        below(list(strips.values())).save(partial)
     body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
     if points:
         curve = curves(points)

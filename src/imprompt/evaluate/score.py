@@ -68,12 +68,14 @@ class Seen:
         return (self.shelf.read(number) for number in range(self.chunks))
 
 
-def scored(seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None) -> dict[str, Interval]:
+def scored(
+    seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None, by_subject: bool = False
+) -> dict[str, Interval]:  # fmt: skip
     """The figures of a row. `sets` adds those that compare whole sets of pictures, which need many: none below FEW prompts.
 
-    With a gallery of subjects, intervals are over subjects, and it is told how often who was drawn is recognised.
+    With a gallery of subjects it is told how often who was drawn is recognised. by_subject: intervals are over subjects, not prompts.
     """
-    groups = seen.column("prompt" if gallery is None else "group")
+    groups = seen.column("group" if by_subject else "prompt")
     assert groups is not None
     found: dict[str, Interval] = {}
     if len(groups.unique()) < 2:

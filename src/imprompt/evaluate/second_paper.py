@@ -22,7 +22,7 @@ from imprompt.evaluate.contenders import WithMethod
 from imprompt.evaluate.metrics import cosines, recognised
 from imprompt.evaluate.report import strip
 from imprompt.evaluate.score import Seen
-from imprompt.evaluate.study import SAMPLER, Job, Study, rounded, rows
+from imprompt.evaluate.study import SAMPLER, Job, Study, prepared, rounded, rows
 from imprompt.evaluate.suite import Row, Studio
 
 NINE = 9
@@ -105,7 +105,8 @@ class SecondPaper(Study):
         trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
         plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
         copied = rows([name for name in missing if name == "copy"])
-        return [[*first, *copied], rows([*slow, *trained, *plain]), rows(curves)]  # the longest first
+        needed = prepared(_way(name) for name in curves if name in trains and _way(name) not in missing)
+        return [[*first, *copied], [*rows(slow), *needed, *rows([*trained, *plain])], rows(curves)]  # the longest first
 
     def row(self, name: str) -> tuple[Row, str]:
         b = self.budget

@@ -9,7 +9,7 @@ OUT/report/              the table, the claims, the pictures
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
@@ -98,6 +98,12 @@ class Study:
         for at in encode(choice):
             self.tell(Progress(features, "encoding", at.chunks, at.total))
         return features
+
+    def prepare(self, name: str) -> str:
+        """Train what a row needs, once, where several rows draw with it."""
+        if training := self.training(name):
+            self._train(training)
+        return name
 
     def finish(self, name: str) -> str:
         """Train what the row needs, draw, score, and keep it."""
@@ -267,6 +273,10 @@ def run(choice: Reproduce) -> Iterator[Progress]:
                 raise UserError(ENDED) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def prepared(names: Iterable[str]) -> list[Job]:
+    return [("prepare", (name,)) for name in sorted(set(names))]
 
 
 def rows(names: Sequence[str]) -> list[Job]:

@@ -22,6 +22,7 @@ from PIL import Image
 from imprompt import hub
 from imprompt.config import PERSONAL, Evaluate
 from imprompt.data.loader import UNREADABLE
+from imprompt.data.personal import named as spoken
 from imprompt.data.readers import is_mini
 from imprompt.errors import UserError, brief
 from imprompt.evaluate import metrics
@@ -227,9 +228,9 @@ class Studio:
         if self.eyes.lpips:
             scores["LPIPS"] = self.eyes.lpips(drawn, [case.target for case in cases])
         index = {"prompt": torch.tensor([i for i, _, _ in places]), "seed": torch.tensor([seed for _, _, seed in places])}
+        index["group"] = torch.tensor([self.cases.group(i) for i, _, _ in places])
         if self.identity is not None:
             seen["identity"], seen["found"] = self.identity.embed(drawn)
-            index["group"] = torch.tensor([self.cases.group(i) for i, _, _ in places])
         return {f"score.{name}": value for name, value in scores.items()} | seen | index
 
 
@@ -262,6 +263,9 @@ def draw(choice: Evaluate) -> Iterator[Progress]:
     studio = Studio(choice)
     if len(studio.cases) < 2:
         raise UserError(f"expected at least 2 prompts, of which an interval can be told; received {len(studio.cases)}")
+    if choice.subjects and len(studio.cases.subjects) < 2:
+        raise UserError("expected at least 2 subjects, of which an interval can be told and one recognised; received 1")
+    _check_texts(choice, studio.cases)
     rows = rows_of(choice, studio.cases)
     studio.rehearse(rows)
     agree(out / "protocol.json", protocol(choice, studio), f"the evaluation in {out}")
@@ -273,6 +277,19 @@ def draw(choice: Evaluate) -> Iterator[Progress]:
     for name, count in _results(choice, studio, missing):
         done, pictures = done + 1, pictures + count
         yield Progress(name, done, len(tasks), pictures / (time.monotonic() - began))
+
+
+def _check_texts(choice: Evaluate, cases: Cases) -> None:
+    """Raise UserError, before anything is learned, where a method that learns a subject could not be told of it."""
+    learners = [source for source in (*choice.adapter, *choice.against) if named(source)[1] in PERSONAL]
+    if not learners or not isinstance(cases, SubjectCases):
+        return
+    if choice.text == "none":
+        raise UserError(f"{learners[0]} is told by the text that its subject is meant: --text caption")
+    if not choice.noun and not is_mini(choice.data):
+        raise UserError(f"noun: {learners[0]} has to know what the subjects are, such as person; received nothing")
+    for i, text in enumerate(cases.texts):
+        spoken(text, cases.noun(i), "sks")
 
 
 def _results(choice: Evaluate, studio: Studio, tasks: list[Task]) -> Iterator[tuple[str, int]]:
@@ -318,6 +335,7 @@ def by_subject(choice: Evaluate, studio: Studio) -> dict[str, Any]:
         return {}
     return {
         "subjects": len(studio.cases.subjects), "photographs to draw after": choice.references, "to be drawn of each": choice.targets,
+        "split": choice.split or "none", "noun": choice.noun or "none",
         "identity by": choice.identity, "learning": choice.learning or "each method's own steps",
         "pictures to keep": choice.prior if choice.prior >= 0 else "each method's own number",
     }  # fmt: skip

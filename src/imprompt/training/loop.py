@@ -96,7 +96,7 @@ def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[
                     findings = examiner.examine()
                 if last or memory.step % choice.save_every == 0:
                     saved = keeper.adapter(bare, memory.step)
-                if findings:
+                if findings and not choice.subjects:  # examined on the subjects that are tested on: nothing is chosen by them
                     keeper.best(bare, memory, findings)
             if last or memory.step % choice.save_every == 0:
                 keeper.state(memory)
@@ -180,10 +180,8 @@ def optimisers_of(choice: Train, module: nn.Module) -> list[torch.optim.Optimize
             raise UserError("muon trains in bfloat16 or float32, and not under DeepSpeed; choose another --precision or --optimizer adamw")
         matrices = [p for p in parameters if p.ndim == 2]
         others = [p for p in parameters if p.ndim != 2]
-        return [
-            Muon(matrices, **settings),
-            torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings),
-        ]
+        found: list[torch.optim.Optimizer] = [Muon(matrices, **settings)] if matrices else []
+        return found + ([torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings)] if others else [])
     return [torch.optim.AdamW(parameters, fused=True, **settings)]
 
 

@@ -133,6 +133,8 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     cache = Cache(choice.cache) if choice.cache else None
     data = cache.about["data"] if cache else choice.data
     opened = open_data(data) if cache is None or is_mini(data) else None  # before anything large is loaded
+    if choice.subjects and is_mini(data) and choice.held_out:
+        raise UserError("held_out: mini has test subjects of its own, and all that are trained on are others; leave it out")
     if opened is not None and choice.subjects:
         opened = by_subject(opened, choice.subjects)
     precision = pick_precision(choice.precision, device.type)
@@ -150,6 +152,8 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     method = tuned(choice, pipe.unet, *given, encoder) if given and encoder else create(choice.method, pipe, encoder)
     if choice.combine != "auto":
         cast(IPAdapter, method).bring_together(choice.combine)
+    if choice.method == "inversion":
+        method = Inversion(pipe, choice.token)
     words = method if isinstance(method, Inversion) else None
     if personal:
         opened = of_one_subject(choice, opened, pipe)
@@ -199,7 +203,8 @@ def of_one_subject(choice: Train, photos: Records | None, pipe: Any) -> Personal
     prior: list[Path] = []
     if choice.prior > 0 and choice.method != "inversion":
         folder = writable_folder(choice.prior_folder or str(Path(choice.out) / "class"))
-        prior = list(class_pictures(pipe, choice.noun, choice.prior, folder, PRIOR_STEPS, guidance_of(choice.base)))
+        guidance = guidance_of(choice.base)
+        prior = list(class_pictures(pipe, choice.noun, choice.prior, folder, PRIOR_STEPS, guidance, base=choice.base))
     alone = choice.method == "inversion"
     text = subject_text(choice.token, "" if alone else choice.noun)
     pictures = [photos[i].target for i in range(len(photos))]
@@ -219,7 +224,7 @@ def write_split(path: Path, everyone: Identities, rest: Records, choice: Train) 
     facts = {"least": choice.subjects, "held_out": choice.held_out, "seed": choice.seed}
     with atomic_path(path) as partial:
         partial.write_text(
-            json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1, ensure_ascii=False),
+            json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1),  # any name of a folder
             "utf-8",
         )
 
