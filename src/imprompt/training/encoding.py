@@ -168,6 +168,10 @@ def check(cache: Cache, choice: Train, frozen: Frozen) -> None:
     wanted = READS[choice.method] if READS[choice.method] in ("pixels", "latents") else "grid" if frozen.grid else "pooled"
     if made["features"] != wanted:
         raise UserError(f"{choice.method} reads {wanted} features, and the cache in {folder} holds {made['features']} ones; encode anew")
+    if choice.subjects and made.get("references", 1) != 1:
+        raise UserError(
+            f"the cache in {folder} holds {made['references']} references for each picture, subjects are put together from one; encode anew"
+        )
     for name, here in frozen.signature().items():
         if name not in found or found[name].shape != here.shape or _difference(found[name], here) > LIKENESS:
             raise UserError(f"the cache in {folder} was made with another {name} than that of {choice.base} here; encode anew")
