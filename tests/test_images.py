@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imprompt.config import FITS
 from imprompt.errors import ImageError
-from imprompt.images import FITS, cut_share, fit, is_animated, open_image, sheet, to_rgb
+from imprompt.images import cut_share, fit, is_animated, open_image, sheet, squares, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+SQUARE = [how for how in FITS if how != "tile"]
 
 
 def photo(width=40, height=30):
@@ -148,7 +151,7 @@ def test_a_long_strip_is_accepted_and_costs_little(tmp_path):
     image = open_image(path)
     assert image.size == (30_000, 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for how in FITS:
+    for how in SQUARE:
         square = fit(image, how)
         assert square.width == square.height <= 2048
         assert share(square, RED) > 0
@@ -265,7 +268,7 @@ def test_squash_distorts():
     assert [square.getpixel((x, y)) for x, y in ((10, 5), (30, 30), (50, 55))] == [RED, GREEN, BLUE]
 
 
-@pytest.mark.parametrize("how", FITS)
+@pytest.mark.parametrize("how", SQUARE)
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (7, 5), (5000, 1), (1, 5000)])
 def test_fitting_any_size_gives_a_square(how, size):
     square = fit(Image.new("RGB", size, RED), how)
@@ -275,7 +278,19 @@ def test_fitting_any_size_gives_a_square(how, size):
 
 def test_a_square_fits_as_it_is():
     square = photo(32, 32)
-    assert all(np.array_equal(square, fit(square, how)) for how in FITS)
+    assert all(np.array_equal(square, fit(square, how)) for how in SQUARE)
+    assert all(np.array_equal(square, only) for how in FITS for only in squares(square, how))
+
+
+@pytest.mark.parametrize(("size", "count"), [((64, 64), 1), ((65, 64), 2), ((200, 80), 3), ((80, 200), 3), ((5000, 10), 8), ((1, 9), 8)])
+def test_tiles_cover_a_picture_side_by_side(size, count):
+    image = Image.fromarray((np.arange(max(size)) * 255 // max(size)).astype(np.uint8)[None].repeat(min(size), 0)).convert("RGB")
+    image = image if size[0] >= size[1] else image.transpose(Image.Transpose.ROTATE_90)
+    tiles = squares(image, "tile")
+    assert len(tiles) == count and {tile.size for tile in tiles} == {(min(size),) * 2}
+    assert tiles[0].tobytes() == image.crop((0, 0, min(size), min(size))).tobytes()
+    corner = image.crop((size[0] - min(size), size[1] - min(size), *size))
+    assert tiles[-1].tobytes() == corner.tobytes()
 
 
 def test_an_unknown_fit_is_refused():

@@ -56,7 +56,10 @@ def test_generate_says_that_a_file_is_of_another_method(other_method, capsys):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["sdxl"], "paper: expected one of ip-adapter; received 'sdxl'"), (["--budget", "huge"], "budget: expected one of full, smoke")],
+    [
+        (["sdxl"], "paper: expected one of ip-adapter, personalisation; received 'sdxl'"),
+        (["--budget", "huge"], "budget: expected one of full, smoke"),
+    ],
 )
 def test_reproduce_says_what_it_does_not_know(words, said, capsys):
     assert main(["reproduce", *words]) == 2

@@ -84,13 +84,14 @@ def test_rows_are_what_the_encoders_say(photos, tmp_path):
     from imprompt.training.setting import Source, build
 
     encoded(photos / "list.jsonl", tmp_path / "cache")
-    setting = build(replace(TRAIN, data=str(photos / "list.jsonl"), out=str(tmp_path / "run"), validation=0).settled(), torch.device("cpu"))
-    fresh = Source.fresh(open_data(photos / "list.jsonl"), module.framing_of(TRAIN, setting.pipe), setting.frozen)
+    choice = replace(TRAIN, data=str(photos / "list.jsonl"), out=str(tmp_path / "run"), validation=0).settled()
+    setting = build(choice, torch.device("cpu"))
+    fresh = Source.fresh(open_data(photos / "list.jsonl"), module.framing_of(choice, setting.pipe), setting.frozen)
     cache = Cache(tmp_path / "cache")
     stored = {row.key: row for row in map(cache.row, range(len(cache)))}
     items = [fresh.make(fresh.records[i], 0) for i in (0, 3, 5)]
     rows = [stored[item.key] for item in items]
-    a, b = fresh.encode(items), Source.cached(cache, setting.frozen, torch.float32).encode(rows)
+    a, b = fresh.encode(items), Source.cached(cache, setting.frozen, torch.float32, choice).encode(rows)
     assert [row.text for row in rows] == [item.text for item in items]
     for one, other in ((a.mean, b.mean), (a.std, b.std), (a.text.states, b.text.states), (a.image, b.image), (a.weight, b.weight)):
         torch.testing.assert_close(other, one, rtol=2e-3, atol=2e-3)

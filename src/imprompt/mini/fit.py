@@ -50,11 +50,13 @@ def fit(
     folder: Path,
     report: Callable[[int, int, float], None],
     save_seconds: float = 150,
+    heard_from: int = 1,
 ) -> None:
     """Train the parameters of `module` that require a gradient; the best weights (EMA where asked) end up in it.
 
     `loss(step)` draws its batch from the step. State goes to `folder/NAME.pt` every `save_seconds`, atomically, and
-    is picked up from there. `report(step, steps, loss)` is called about twice a second.
+    is picked up from there. `report(step, steps, loss)` is called about twice a second. After step `heard_from` every tensor must
+    have received a gradient: a ControlNet's reach its inside only once its zero convolutions have moved.
     """
     path = folder / f"{plan.name}.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -75,16 +77,16 @@ def fit(
         with atomic_path(path) as partial:
             torch.save(state | ({"average": average.state_dict()} if average else {}), partial)
 
-    first = True
+    taken = 0
     saved = shown = time.monotonic()
     low = torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
     while step < plan.steps:
         with low:
             value = loss(step)
         value.backward()
-        if first:
+        taken += 1
+        if taken == heard_from:
             _check_gradients(module)
-            first = False
         norm = nn.utils.clip_grad_norm_(parameters, plan.clip)
         if torch.isfinite(norm):
             optimisers.step(plan.rate(step))

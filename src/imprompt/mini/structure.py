@@ -113,6 +113,6 @@ def make_structure(
     plan = Plan(kind, steps, usual.batch, usual.lr, min(usual.warmup, max(1, steps // 4)), ema=usual.ema, muon=usual.muon)
     torch.manual_seed(0)
     module = Steered(untrained(kind, pipe), pipe, latents, drawings, plan)
-    fit(plan, module, module.loss, folder, lambda done, total, loss: report(kind, done, total, loss))
+    fit(plan, module, module.loss, folder, lambda done, total, loss: report(kind, done, total, loss), heard_from=4)
     module.model.to(dtype=torch.float16).save_pretrained(folder / kind)
     return folder / kind
