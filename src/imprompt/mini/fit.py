@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from imprompt.core.gradients import without_gradient
-from imprompt.core.muon import Muon
+from imprompt.core.muon import Muon, precision
 from imprompt.files import atomic_path
 
 
@@ -79,7 +79,8 @@ def fit(
 
     taken = 0
     saved = shown = time.monotonic()
-    low = torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
+    quick = precision(device) is torch.bfloat16  # emulated, it is far slower than single precision
+    low = torch.autocast(device.type, torch.bfloat16) if quick else nullcontext()
     while step < plan.steps:
         with low:
             value = loss(step)
