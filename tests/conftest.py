@@ -1,6 +1,7 @@
 """Small models of the real classes, random but fixed, for tests that need no training."""
 
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,31 +29,16 @@ VISION = 40  # width of the encoder's grid
 POOLED = 24  # width of its pooled embedding
 
 
-def sd15_unet(cross: int = CROSS) -> UNet2DConditionModel:
+def sd15_unet(cross: int = CROSS, **more: Any) -> UNet2DConditionModel:
     """SD 1.5's layout of blocks and layers: 16 cross-attention layers."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 32, 32),
-        layers_per_block=2,
-        cross_attention_dim=cross,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
+    settings = {"sample_size": 16, "block_out_channels": (16, 32, 32, 32), "layers_per_block": 2, "cross_attention_dim": cross}
+    return UNet2DConditionModel(**settings | {"attention_head_dim": 4, "norm_num_groups": 8} | more).eval()
 
 
-def sd21_unet(cross: int = CROSS) -> UNet2DConditionModel:
+def sd21_unet() -> UNet2DConditionModel:
     """SD 2.1's: SD 1.5's blocks with linear projections and heads of one width."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 32, 32),
-        layers_per_block=2,
-        cross_attention_dim=cross,
-        attention_head_dim=(2, 4, 4, 4),
-        norm_num_groups=8,
-        use_linear_projection=True,
-    ).eval()
+    return sd15_unet(attention_head_dim=(2, 4, 4, 4), use_linear_projection=True)
 
 
 def sdxl_unet(cross: int = CROSS) -> UNet2DConditionModel:

@@ -12,6 +12,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,25 +91,19 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     method = str(metadata.get("method", "ip-adapter"))
     if not method.startswith("ip-adapter"):
         raise CheckpointError(f"{path.name} was trained by method {method!r}; expected an IP-Adapter: imprompt evaluate takes the others")
-    return _public(tensors, path.name), metadata
+    return _public(tensors, path.name), _variant(path.name) | metadata
 
 
 def about(path: Path | str) -> dict[str, Any]:
     """What imprompt wrote about a `.safetensors` file, without reading its tensors."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return _own_words((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
+    with _opened(path) as file:
+        return _own_words((file.metadata() or {}).get(_METADATA_KEY, "{}"))
 
 
 def keys(path: Path | str) -> list[str]:
     """The names of all tensors of a `.safetensors` file, without reading them. Raises CheckpointError."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def load_module(module: nn.Module, path: Path | str) -> None:
@@ -125,13 +120,19 @@ def load_module(module: nn.Module, path: Path | str) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a `.safetensors` file as they stand there, and what imprompt wrote about it. Raises CheckpointError."""
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, _own_words((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Any]:
+    """A `.safetensors` file. Raises CheckpointError where it is damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} is damaged or not a safetensors file; download or copy it again") from error
-    return tensors, _own_words(header.get(_METADATA_KEY, "{}"))
+        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -266,7 +267,7 @@ def _rows(size: torch.Size | None) -> int:
 def load_adapter(path: Path | str) -> tuple[Adapter, Spec]:
     """An adapter from a file, in float32, and what it is."""
     tensors, metadata = read(path)
-    spec = recognise(tensors, _variant(Path(path).name) | metadata)
+    spec = recognise(tensors, metadata)
     with torch.device("meta"):
         adapter = Adapter(_projector(spec, tensors), spec.layers, spec.cross, AGGREGATORS[spec.aggregator](spec.features, spec.cross))
         for n, parts in _low_rank(tensors).items():
@@ -300,24 +301,26 @@ def _low_rank(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, tuple[int, i
     return found
 
 
+def _layers(tensors: Mapping[str, Tensor], prefix: str, width: int) -> tuple[int, int]:
+    """Of a resampler's layers: the heads of each, and how many there are."""
+    query = f"{prefix}0.0.to_q.weight"
+    depth = len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
+    return max(1, (_size(tensors, query)[0] if query in tensors else width) // HEAD_CHANNELS), depth
+
+
 def _projector(spec: Spec, tensors: Mapping[str, Tensor]) -> Projector:
     if spec.kind.startswith("faceid"):
         middle, face = _size(tensors, "image_proj.proj.0.weight")
         if spec.kind == "faceid":
             return FaceProjector(face, spec.cross, spec.tokens, middle)
-        inside = "image_proj.perceiver_resampler."
-        depth = len({key.split(".")[3] for key in tensors if key.startswith(f"{inside}layers.")})
-        query = f"{inside}layers.0.0.to_q.weight"
-        heads = max(1, (_size(tensors, query)[0] if query in tensors else spec.cross) // HEAD_CHANNELS)
+        heads, depth = _layers(tensors, "image_proj.perceiver_resampler.layers.", spec.cross)
         return FacePlusProjector(face, spec.features, spec.cross, spec.tokens, middle, heads, depth, spec.metadata.get("version") == 2)
     if spec.kind == "global":
         return LinearProjector(spec.features, spec.cross, spec.tokens)
     if spec.kind == "full-face":
         return MLPProjector(spec.features, spec.cross)
     width = tensors["image_proj.latents"].shape[2]
-    depth = len({key.split(".")[2] for key in tensors if key.startswith("image_proj.layers.")})
-    query = "image_proj.layers.0.0.to_q.weight"
-    heads = max(1, (_size(tensors, query)[0] if query in tensors else width) // HEAD_CHANNELS)
+    heads, depth = _layers(tensors, "image_proj.layers.", width)
     return Resampler(spec.features, spec.cross, spec.tokens, width, heads, depth)
 
 

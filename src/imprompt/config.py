@@ -106,10 +106,7 @@ class Generate:
             raise UserError("strength: says how far to go from a picture; give one with --init or --inpaint")
         if (self.init or self.inpaint) and self.strong() * self.steps < 1:
             raise UserError(f"strength: {self.strong():g} of {self.steps} steps is less than one; expected at least {1 / self.steps:.2g}")
-        for word in self.control:
-            kind, sign, rest = word.partition("=")
-            if not (kind and sign and rest):
-                raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:WEIGHT, such as canny=edges.png:0.8; received {word!r}")
+        self.controls()
 
     def strong(self) -> float:
         """How far to go from the picture that is begun with."""
@@ -117,7 +114,13 @@ class Generate:
 
     def controls(self) -> list[tuple[str, str, float]]:
         """Kind, picture and weight of each structure control."""
-        return [(word.partition("=")[0], *weighed(word.partition("=")[2])) for word in self.control]
+        found = []
+        for word in self.control:
+            kind, sign, rest = word.partition("=")
+            if not (kind and sign and rest):
+                raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:WEIGHT, such as canny=edges.png:0.8; received {word!r}")
+            found.append((kind, *weighed(rest)))
+        return found
 
     def further(self) -> "list[Generate]":
         """The further image prompts, each as if it were the only one."""

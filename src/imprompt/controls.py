@@ -4,7 +4,6 @@ A T2I-Adapter looks at its picture once; a forward pre-hook adds what it found t
 every pipeline, and with ControlNets, of which diffusers has a pipeline for each task.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,15 +45,6 @@ class Control:
     def by_pipeline(self) -> bool:
         """Whether a pipeline of diffusers runs it."""
         return isinstance(self.model, ControlNetModel)
-
-
-def parsed(word: str) -> tuple[str, str, float]:
-    """KIND=IMAGE or KIND=IMAGE:WEIGHT taken apart. Raises UserError."""
-    kind, sign, rest = word.partition("=")
-    if not (sign and kind and rest):
-        raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:WEIGHT, such as canny=edges.png:0.8; received {word!r}")
-    match = re.fullmatch(r"(.+):(-?\d*\.?\d+)", rest)
-    return (kind, match[1], float(match[2])) if match else (kind, rest, 1.0)
 
 
 def load_control(kind: str, base: str, device: str, dtype: torch.dtype) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ class InsightFace:
             return None
         largest = max(faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
         return torch.from_numpy(np.asarray(largest.normed_embedding)).float()
+
+
+@lru_cache(maxsize=1)
+def insightface(device: str = "cpu") -> InsightFace:
+    """The same one again: its models take seconds to load."""
+    return InsightFace(device)
 
 
 class FaceNet:

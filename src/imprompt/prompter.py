@@ -21,7 +21,7 @@ from imprompt.core.projectors import FaceProjector, Resampler
 from imprompt.core.scales import Scale
 from imprompt.encoders import Encoder, ImageEncoder, NothingEncoder
 from imprompt.errors import ImageError, UserError
-from imprompt.faces import InsightFace, read_faces
+from imprompt.faces import insightface, read_faces
 from imprompt.images import Picture, fit, open_image, squares
 
 Faces = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
@@ -192,11 +192,11 @@ class Prompter:
     def _of_faces(self, pictures: list[Picture], faces: Faces | None, fit_: str) -> tuple[Tensor, Tensor]:
         """Features of the FaceID family, and their null: the identity, and with Plus the picture's grid behind it."""
         projector, spec = cast(FaceProjector, self.adapter.image_proj), self.spec
-        opened = [fit(open_image(picture), "pad" if fit_ == "tile" else fit_) for picture in pictures]
+        opened = [open_image(picture) for picture in pictures]
         if faces is not None:
             found = read_faces(faces, projector.face)
         elif opened:
-            found, there = InsightFace(str(next(self.adapter.parameters()).device)).embed([open_image(picture) for picture in pictures])
+            found, there = insightface(str(next(self.adapter.parameters()).device)).embed(opened)
             if not there.all():
                 raise ImageError(f"no face was found in picture {there.tolist().index(False) + 1}; expected one in each")
         else:
@@ -207,7 +207,8 @@ class Prompter:
             return found[:, None], torch.zeros(1, 1, projector.face)
         if len(opened) != len(found):
             raise UserError(f"FaceID-Plus hears faces and their pictures; expected as many, received {len(found)} and {len(opened)}")
-        grid, nothing = self.encoder.encode(opened, True), self.encoder.null(True)
+        squared = [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened]
+        grid, nothing = self.encoder.encode(squared, True), self.encoder.null(True)
         who = torch.zeros(len(found), 1, grid.shape[2])
         who[:, 0, : projector.face] = found
         return torch.cat([who.to(grid), grid], 1), torch.cat([torch.zeros_like(nothing[:, :1]), nothing], 1)

@@ -10,6 +10,7 @@ from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from imprompt.cli import main
+from imprompt.hub import MINI
 from imprompt.pipelines import load_base
 
 CAT, FISH, LEFT = (str(Path(__file__).parents[2] / "examples" / f"{name}.png") for name in ("cat", "fish", "left"))
@@ -121,13 +122,7 @@ def test_an_image_prompt_is_kept_and_taken_again(drawn, tmp_path, said):
     assert (drawn("--image", kept) == first).all()
     assert apart(drawn("--image", kept, "--scale", "0.3"), first) > 0.5
     assert "made with another adapter" in said("--image", kept, "--adapter", "mini-plus")
-    assert "holds no image prompt" in said("--image", Path(imprompt_weights()) / "adapter.safetensors")
-
-
-def imprompt_weights():
-    from imprompt.hub import MINI
-
-    return MINI
+    assert "holds no image prompt" in said("--image", MINI / "adapter.safetensors")
 
 
 @pytest.mark.parametrize(

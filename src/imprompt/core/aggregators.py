@@ -114,10 +114,7 @@ class SetAttention(Aggregator):
         self.between = nn.Linear(width, width)
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_kv = nn.Linear(width, 2 * width, bias=False)
-        outlet = nn.Linear(2 * width, width)
-        nn.init.zeros_(outlet.weight)
-        nn.init.zeros_(outlet.bias)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), outlet)
+        self.mlp = _silent_mlp(width)
 
     def embeddings(self, features: Tensor, weights: Tensor) -> Tensor:
         mean = _mean(features, weights).mean(2)  # (batch, 1, width)
@@ -147,10 +144,7 @@ class TokenAttention(Aggregator):
         self.norm_mean, self.norm_read = nn.LayerNorm(cross), nn.LayerNorm(cross)
         self.to_q = nn.Linear(cross, cross, bias=False)
         self.to_kv = nn.Linear(cross, 2 * cross, bias=False)
-        outlet = nn.Linear(2 * cross, cross)
-        nn.init.zeros_(outlet.weight)
-        nn.init.zeros_(outlet.bias)
-        self.mlp = nn.Sequential(nn.Linear(cross, 2 * cross), nn.GELU(), outlet)
+        self.mlp = _silent_mlp(cross)
 
     def tokens(self, tokens: Tensor, weights: Tensor) -> Tensor:
         mean = _mean(tokens, weights).flatten(1, 2)
@@ -188,6 +182,14 @@ AGGREGATORS: dict[str, Callable[[int, int], Aggregator]] = {
     "attention": lambda width, cross: SetAttention(width),
     "attention-tokens": lambda width, cross: TokenAttention(cross),
 }
+
+
+def _silent_mlp(width: int) -> nn.Sequential:
+    """Says nothing until it is trained: its outlet is zero."""
+    outlet = nn.Linear(2 * width, width)
+    nn.init.zeros_(outlet.weight)
+    nn.init.zeros_(outlet.bias)
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), outlet)
 
 
 def _mean(x: Tensor, weights: Tensor) -> Tensor:

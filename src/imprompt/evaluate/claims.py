@@ -9,9 +9,9 @@ from PIL import Image
 
 from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
-from imprompt.evaluate.report import as_csv, as_dict, below, cell, curves, html_strips, html_table, legend, markdown
-from imprompt.evaluate.study import SAMPLER, finished, finished_path, machine, study_of
-from imprompt.evaluate.verdicts import Claim, Rows, better, difference, judged, listed, value_of
+from imprompt.evaluate.report import as_csv, below, cell, curves, html_strips, html_table, legend, markdown
+from imprompt.evaluate.study import SAMPLER, finished, finished_path, study_of
+from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -147,7 +147,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     page = "\n".join(words)
     _bytes(folder / "README.md", page.encode())
     _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
-    _bytes(folder / "results.json", json.dumps(_plain(rows, verdicts), indent=1, ensure_ascii=False).encode())
+    _bytes(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False).encode())
     strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
@@ -188,17 +188,8 @@ def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
     return {name: Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names}
 
 
-def _plain(rows: Rows, claims: Sequence[Claim]) -> dict[str, object]:
-    return {
-        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
-        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
-        "machine": machine(),
-    }
-
-
 def _html(choice: Reproduce, folder: Path, rows: Rows, claims: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
-    verdicts = "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in claims)
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>{verdicts}</ul>"
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(claims)}"
     body += f"<p>{ONE_SEED}</p>"
     body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}<p><small>{escape(legend())}</small></p>"
     body += f"<h2>Pictures</h2>{html_strips(strips)}"

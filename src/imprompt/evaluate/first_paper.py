@@ -1,9 +1,8 @@
 """The first paper's comparison (arXiv:2308.06721, table 1): every method at one budget, the curve of λ, a custom model."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imprompt.config import COPIES, GENERAL, METHODS, READS, Evaluate, Reproduce, Train
 from imprompt.data.cache import complete
@@ -43,9 +42,6 @@ class FirstPaper(Study):
     @property
     def budget(self) -> Budget:
         return BUDGETS[self.choice.budget]
-
-    def facts(self) -> dict[str, Any]:
-        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
 
     def names(self) -> list[str]:
         asked = self.choice.method

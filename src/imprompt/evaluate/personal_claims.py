@@ -14,8 +14,8 @@ from imprompt.config import PERSONAL, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
 from imprompt.evaluate.second_paper import BUDGETS, NINE, PHOTOS, SEVERAL, TRAINED, SecondPaper, by_subject
-from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path, machine
-from imprompt.evaluate.verdicts import Claim, Rows, difference, judged, listed, value_of
+from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
+from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -190,12 +190,13 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     _bytes(folder / "README.md", "\n".join(words).encode())
     everything = [replace(row.score, name=name) for name, row in rows.items()]
     _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
-    _bytes(folder / "results.json", json.dumps(_plain(rows, table, verdicts), indent=1, ensure_ascii=False).encode())
+    own = {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row)} for name, row in table.items()}
+    whole = plain(verdicts, rows) | {"table": own}
+    _bytes(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False).encode())
     strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2><ul>"
-    body += "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in verdicts) + "</ul>"
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}"
     body += (
         f"<p>{SEEDS}</p><h2>Figures</h2>{html_table(scores)}<p><small>{escape(legend())}</small></p><h2>Pictures</h2>{html_strips(strips)}"
     )
@@ -256,15 +257,6 @@ def _budget(choice: Reproduce) -> str:
 
 def _shown(name: str) -> str:
     return f"{name} seed 0" if name in TRAINED else name
-
-
-def _plain(rows: Rows, table: Rows, claims: Sequence[Claim]) -> dict[str, object]:
-    return {
-        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
-        "table": {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row)} for name, row in table.items()},
-        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
-        "machine": machine(),
-    }
 
 
 def _bytes(path: Path, content: bytes) -> None:

@@ -7,10 +7,9 @@ subject learn each one with a seed of its own.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from PIL import Image
@@ -71,9 +70,6 @@ class SecondPaper(Study):
     @property
     def budget(self) -> Budget:
         return BUDGETS[self.choice.budget]
-
-    def facts(self) -> dict[str, Any]:
-        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
 
     def names(self) -> list[str]:
         def asked(kind: str) -> bool:

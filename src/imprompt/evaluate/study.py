@@ -65,8 +65,9 @@ class Study:
 
     # Of a paper's own
 
-    def facts(self) -> dict[str, Any]:
-        """What may not change while the work goes on."""
+    @property
+    def budget(self) -> Any:
+        """What every row gets: a dataclass."""
         raise NotImplementedError
 
     def names(self) -> list[str]:
@@ -89,7 +90,11 @@ class Study:
         """How the rows on a base are measured."""
         raise NotImplementedError
 
-    # Verbs
+    # Verbs, and what may not change while they work
+
+    def facts(self) -> dict[str, Any]:
+        """By which a folder knows whether it is the same study."""
+        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
 
     def fill(self, data: str, method: str) -> str:
         """Encode training pictures for the methods that read the same of them as this one."""

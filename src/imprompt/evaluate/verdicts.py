@@ -5,12 +5,14 @@ the whole 95 % interval of that mean is on the right side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import NamedTuple
 
 import torch
 
 from imprompt.evaluate.metrics import Interval, mean_interval
-from imprompt.evaluate.study import Finished
+from imprompt.evaluate.report import as_dict
+from imprompt.evaluate.study import Finished, machine
 
 Rows = Mapping[str, Finished]
 
@@ -56,3 +58,17 @@ def judged(rows: Rows, texts: Mapping[str, tuple[str, Callable[[Rows], tuple[boo
 def listed(claims: Sequence[Claim]) -> list[str]:
     """As lines of Markdown."""
     return [f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in claims]
+
+
+def items(claims: Sequence[Claim]) -> str:
+    """As a list of HTML."""
+    return "<ul>" + "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in claims) + "</ul>"
+
+
+def plain(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
+    """For JSON: the claims, every row's figures, and what they were made on."""
+    return {
+        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
+        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
+        "machine": machine(),
+    }

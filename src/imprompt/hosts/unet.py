@@ -262,10 +262,12 @@ class Link:
     def _add_low_rank(self) -> None:
         """FaceID's additions to every attention layer, as hooks: the UNet gains no parameters. Silent where λ is 0 everywhere."""
         self._remove_low_rank()
+        added = [p.adapter.low_rank for p in self._prompts if any(scale_of(p.scale, layer.name) for layer in self._layers)]
+        if not any(added):
+            return
         attentions = [self._unet.get_submodule(name.removesuffix(".processor")) for name in self._unet.attn_processors]
-        for prompt in self._prompts:
-            silent = not any(scale_of(prompt.scale, layer.name) for layer in self._layers)
-            for n, parts in ({} if silent else prompt.adapter.low_rank).items():
+        for low_rank in added:
+            for n, parts in low_rank.items():
                 for part, low in parts.items():
                     target: Any = attentions[n].to_out[0] if part == "out" else getattr(attentions[n], f"to_{part}")
                     self._low_rank.append(target.register_forward_hook(_Addition(low)))
@@ -390,7 +392,8 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 def check_fit(adapter: Adapter, unet: UNet2DConditionModel) -> None:
     """Raise CheckpointError where an adapter was made for another model."""
     expected, cross = adapter_shape(unet)
-    outside = [n for n in adapter.low_rank if n >= len(unet.attn_processors)]
+    low_rank = adapter.low_rank
+    outside = bool(low_rank) and max(low_rank) >= len(unet.attn_processors)
     if adapter.cross != cross or adapter.layers != expected or outside:
         raise CheckpointError(
             f"the adapter does not fit this model: it was made for {len(adapter.layers)} cross-attention layers and text states "

@@ -96,7 +96,7 @@ class Rewriter:
     @contextmanager
     def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> Iterator[None]:
         unet, module = pipe.unet, self.rewriting
-        own, before = unet.forward, vars(unet).get("forward")
+        own = unet.forward
         with torch.no_grad():
             nothing = module.given(null.expand(1, image.shape[1], -1, -1))
             heard = module.weighed(nothing, module.given(image), scale)
@@ -113,13 +113,21 @@ class Rewriter:
             more = {name: value for name, value in extra.items() if value is not None}
             return (module.call(own, sample, time, encoder_hidden_states, rows, **more),)
 
-        unet.forward = rewritten
-        try:
+        with speaking_for(unet, rewritten):
             yield
-        finally:
-            del unet.forward
-            if before is not None:  # offloading has one of its own there
-                unet.forward = before
+
+
+@contextmanager
+def speaking_for(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context calls of the module go to `forward`."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:  # offloading has one of its own there
+            module.forward = before
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imprompt.data.personal import named
 from imprompt.encoders import Encoder, NothingEncoder
 from imprompt.errors import UserError
+from imprompt.methods.base import speaking_for
 
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention layer
@@ -65,7 +66,7 @@ class DreamBooth:
     def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> Iterator[None]:
         """The copy speaks for the UNet, in every row. scale: how far to go from what the UNet says to what the copy says."""
         unet = pipe.unet
-        own, before = unet.forward, vars(unet).get("forward")
+        own = unet.forward
 
         def tuned(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True, **extra: Any) -> Any:
             said = self._predicted(self.tuned, sample, timestep, encoder_hidden_states, **extra)
@@ -73,13 +74,8 @@ class DreamBooth:
                 said = torch.lerp(own(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0], said, scale)
             return UNet2DConditionOutput(sample=said) if return_dict else (said,)
 
-        unet.forward = tuned
-        try:
+        with speaking_for(unet, tuned):
             yield
-        finally:
-            del unet.forward
-            if before is not None:  # offloading has one of its own there
-                unet.forward = before
 
 
 class LowRank(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imprompt.data.personal import named
 from imprompt.encoders import Encoder, NothingEncoder
 from imprompt.errors import UserError
+from imprompt.methods.base import speaking_for
 
 TOKEN = "<subject>"
 VECTORS = 4
@@ -117,20 +118,13 @@ def _with_words(tokenizer: Any, words: list[str]) -> Any:
     return longer
 
 
-@contextmanager
-def _looked_up(table: nn.Embedding, first: int, rows: Tensor) -> Iterator[None]:
+def _looked_up(table: nn.Embedding, first: int, rows: Tensor) -> AbstractContextManager[None]:
     """Within the context token ids from `first` on are looked up in `rows`, with gradient."""
-    own, before = table.forward, vars(table).get("forward")
+    own = table.forward
 
     def forward(input: Tensor) -> Tensor:
         new = input >= first
         learned = F.embedding((input - first).clamp(min=0), rows).to(table.weight.dtype)
         return torch.where(new[..., None], learned, own(input.masked_fill(new, 0)))
 
-    table.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del table.forward
-        if before is not None:  # offloading has one of its own there
-            table.forward = before  # type: ignore[method-assign]
+    return speaking_for(table, forward)

@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Plan:
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+    def scaled(self, budget: float) -> "Plan":
+        """A share of the steps, and a warm-up that fits into them."""
+        steps = max(2, round(self.steps * budget))
+        return replace(self, steps=steps, warmup=min(self.warmup, max(1, steps // 4)))
 
 
 def fit(

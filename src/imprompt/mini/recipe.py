@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -88,16 +87,7 @@ class Pool:
 
     def draw(self, report: Report) -> None:
         """Draw all pictures; a finished file is left alone."""
-        if self.path.exists():
-            return
-        with atomic_path(self.path) as partial:
-            shape = (self.count, world.SIZE, world.SIZE, 3)
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-            for i in range(self.count):
-                array[i] = np.asarray(self.picture(i))
-                if i % 1000 == 0:
-                    report(i, self.count, 0.0)
-            array.flush()
+        drawn_once(self.path, self.count, self.picture, 3, report)
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -134,6 +124,20 @@ def clip(width: int, layers: int, patch: int, projection: int, tokenizer: CLIPTo
     vision = tower | {"image_size": world.SIZE, "patch_size": patch, "projection_dim": projection}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
     return CLIPModel._from_config(config, attn_implementation="eager")
+
+
+def drawn_once(path: Path, count: int, picture: Callable[[int], Image.Image], channels: int, report: Report) -> None:
+    """Pictures as one array on disk, (count, size, size, channels); a finished file is left alone."""
+    if path.exists():
+        return
+    with atomic_path(path) as partial:
+        shape = (count, world.SIZE, world.SIZE, channels)
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        for i in range(count):
+            array[i] = np.asarray(picture(i)).reshape(shape[1:])
+            if i % 1000 == 0:
+                report(i, count, 0.0)
+        array.flush()
 
 
 class Contrast(nn.Module):
@@ -401,10 +405,7 @@ class Build:
                 maker()
 
     def _fit(self, name: str, module: nn.Module) -> None:
-        plan = PLANS[name]
-        plan = replace(
-            plan, steps=max(2, round(plan.steps * self.budget)), warmup=min(plan.warmup, max(1, round(plan.steps * self.budget) // 4))
-        )
+        plan = PLANS[name].scaled(self.budget)
         fit(plan, module, module.loss, self.folder, lambda done, total, loss: self.report(name, done, total, loss))  # type: ignore[arg-type]
 
     def _keep(self, name: str, save: Callable[[Path], object]) -> None:

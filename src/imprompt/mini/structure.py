@@ -16,13 +16,11 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from imprompt.files import atomic_path
 from imprompt.mini import world
 from imprompt.mini.fit import Plan, fit, generator
-from imprompt.mini.recipe import Latents, Pool, Report, noised, sample_caption, scheduler
+from imprompt.mini.recipe import Latents, Pool, Report, drawn_once, noised, sample_caption, scheduler
 from imprompt.mini.tokenizer import tokenise
 
-PICTURES = 24_000
 PLANS = {
     "edges": Plan("edges", 900, 32, 5e-4, warmup=50, ema=0.99, muon=1e-3),
     "silhouette": Plan("silhouette", 900, 32, 1e-3, warmup=50, ema=0.99, muon=2e-3),
@@ -30,7 +28,7 @@ PLANS = {
 
 
 class Drawings:
-    """What a companion reads of each picture of a pool, drawn once: (count, size, size), uint8."""
+    """What a companion reads of each picture of a pool, drawn once: (count, size, size, 1), uint8."""
 
     def __init__(self, folder: Path, pool: Pool, kind: str):
         self.path, self.pool = folder / f"{kind}-{pool.count}.npy", pool
@@ -38,16 +36,7 @@ class Drawings:
 
     def draw(self, report: Report) -> None:
         """Draw all; a finished file is left alone."""
-        if self.path.exists():
-            return
-        with atomic_path(self.path) as partial:
-            shape = (self.pool.count, world.SIZE, world.SIZE)
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-            for i in range(self.pool.count):
-                array[i] = np.asarray(self._drawn(self.pool.subject(i), self.pool.scene(i)))
-                if i % 1000 == 0:
-                    report(i, self.pool.count, 0.0)
-            array.flush()
+        drawn_once(self.path, self.pool.count, lambda i: self._drawn(self.pool.subject(i), self.pool.scene(i)), 1, report)
 
     @cached_property
     def _values(self) -> Tensor:
@@ -55,7 +44,7 @@ class Drawings:
 
     def rows(self, rows: Tensor, channels: int) -> Tensor:
         """(rows, channels, size, size) in 0 … 1."""
-        return self._values[rows].float().div(255)[:, None].expand(-1, channels, -1, -1)
+        return self._values[rows].permute(0, 3, 1, 2).float().div(255).expand(-1, channels, -1, -1)
 
 
 class Steered(nn.Module):
@@ -98,19 +87,14 @@ def untrained(kind: str, pipe: StableDiffusionPipeline) -> Any:
     return T2IAdapter(1, [*channels, last, last], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl")
 
 
-def make_structure(
-    kind: str, model: Path, folder: Path, report: Callable[[str, int, int, float], None], budget: float = 1.0, pool: Pool | None = None
-) -> Path:
+def make_structure(kind: str, model: Path, folder: Path, report: Callable[[str, int, int, float], None], budget: float, pool: Pool) -> Path:
     """Train a companion for the mini in `model`, in `folder` (resumable), and save it as `folder/KIND`, as diffusers keeps such models."""
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
-    pool = pool or Pool(folder, max(256, round(PICTURES * min(1.0, budget))))
     pool.draw(lambda done, total, _: report("drawing", done, total, 0.0))
     latents, drawings = Latents(folder, pool), Drawings(folder, pool, kind)
     latents.encode(pipe.vae, lambda done, total, _: report("latents", done, total, 0.0))
     drawings.draw(lambda done, total, _: report(kind, done, total, 0.0))
-    usual = PLANS[kind]
-    steps = max(2, round(usual.steps * budget))
-    plan = Plan(kind, steps, usual.batch, usual.lr, min(usual.warmup, max(1, steps // 4)), ema=usual.ema, muon=usual.muon)
+    plan = PLANS[kind].scaled(budget)
     torch.manual_seed(0)
     module = Steered(untrained(kind, pipe), pipe, latents, drawings, plan)
     fit(plan, module, module.loss, folder, lambda done, total, loss: report(kind, done, total, loss), heard_from=4)

@@ -149,11 +149,12 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     else:
         pipe.unet.disable_gradient_checkpointing()
     torch.manual_seed(choice.seed)
-    method = tuned(choice, pipe.unet, *given, encoder) if given and encoder else create(choice.method, pipe, encoder)
+    if given and encoder:
+        method: Method = tuned(choice, pipe.unet, *given, encoder)
+    else:
+        method = Inversion(pipe, choice.token) if choice.method == "inversion" else create(choice.method, pipe, encoder)
     if choice.combine != "auto":
         cast(IPAdapter, method).bring_together(choice.combine)
-    if choice.method == "inversion":
-        method = Inversion(pipe, choice.token)
     words = method if isinstance(method, Inversion) else None
     if personal:
         opened = of_one_subject(choice, opened, pipe)
