@@ -17,7 +17,7 @@ from PIL import Image
 from imprompt import checkpoints
 from imprompt.core.diffusion import TARGETS, Schedule, rectified_flow, variance_preserving
 from imprompt.errors import UserError, brief
-from imprompt.hosts.packing import pack
+from imprompt.hosts.packing import order, pack
 from imprompt.hub import MINI
 
 # diffusers' class for each name, and what it is told beyond the model's own settings.
@@ -108,9 +108,9 @@ def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float
     if mini and device == "cpu":
         if dtype == torch.bfloat16:
             pack(pipe.unet)
-        elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # an older processor: a sixth faster, where newer ones are slower
-            pipe.unet.to(memory_format=torch.channels_last)
-            pipe.vae.to(memory_format=torch.channels_last)
+        else:
+            order(pipe.unet)
+            order(pipe.vae)
         pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

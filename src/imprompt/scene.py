@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def with_lora(pipe: Any, words: Sequence[str]) -> Iterator[None]:
     try:
         for number, (source, scale) in enumerate(map(weighed, words)):
             try:
-                pipe.load_lora_weights(source, adapter_name=f"lora{number}")
+                file = Path(source)
+                where = (file.parent, {"weight_name": file.name}) if file.is_file() else (source, {})
+                pipe.load_lora_weights(where[0], adapter_name=f"lora{number}", **where[1])
             except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
                 remedy = (
                     "install peft with: pip install 'imprompt[lora]'" if "peft" in str(error).lower() else "expected a LoRA of this base"

@@ -17,7 +17,20 @@ from imprompt.mini.make import CONFIGS, make
 from imprompt.mini.recipe import ADAPTERS, ATTRIBUTES, Build, autoencoder, normalise_latents
 from imprompt.mini.style import STYLES, make_style
 
-PARTS = {"clip", "judge-clip", "judge", "identity", "vae", "unet", "adapter", "adapter-plus", "adapter-subject", "edges", "silhouette"}
+PARTS = {
+    "clip",
+    "judge-clip",
+    "judge",
+    "identity",
+    "vae",
+    "unet",
+    "adapter",
+    "adapter-plus",
+    "adapter-subject",
+    "edges",
+    "silhouette",
+    "judge-silhouette",
+}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ def make(arguments: argparse.Namespace) -> None:
     """Train every missing part; continue the one that was interrupted."""
     quiet_libraries()
     from imprompt.hub import MINI
+    from imprompt.mini.make import install
     from imprompt.mini.make import make as make_parts
     from imprompt.mini.recipe import Build
 
@@ -26,7 +27,7 @@ def make(arguments: argparse.Namespace) -> None:
         make_parts(build, arguments.only)
     print(build.parts)
     if arguments.install:
-        build.assemble(MINI)
+        install(build)
         print(MINI)
 
 

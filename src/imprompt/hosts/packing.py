@@ -1,4 +1,4 @@
-"""Weights laid out once for the processor's kernels, instead of at every call.
+"""Weights laid out for the processor's kernels once, instead of at every call.
 
 In half precision on a CPU, oneDNN reorders the weight of every convolution and linear layer each time; for a model as
 small as mini that is a tenth of a generation. The operators are those that torch's own compiler uses.
@@ -26,6 +26,12 @@ def pack(model: nn.Module) -> None:
             module.forward = MethodType(_convolve, module)  # type: ignore[method-assign]
         elif type(module) is nn.Linear:
             module.forward = MethodType(_project, module)  # type: ignore[method-assign]
+
+
+def order(model: nn.Module) -> None:
+    """In single precision on processors without bfloat16, convolutions are a sixth faster with channels last; newer ones are slower so."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _convolve(self: nn.Conv2d, x: Tensor) -> Tensor:

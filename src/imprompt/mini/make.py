@@ -1,5 +1,6 @@
 """All of mini from nothing: the parts of the recipe, and then the adapters, by the same training that users run."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from imprompt.config import Train, read_toml
 from imprompt.config import build as configured
 from imprompt.errors import UserError
 from imprompt.files import atomic_path
-from imprompt.hub import EMBEDDED
+from imprompt.hub import EMBEDDED, MINI
 from imprompt.mini.recipe import ADAPTERS, PLANS, STRUCTURE, Build
 from imprompt.mini.structure import make_structure
 from imprompt.training import recorded, train
@@ -20,22 +21,38 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def make(build: Build, only: Sequence[str] = ()) -> None:
-    """Make every part that is missing, in order; or only those named. What was interrupted goes on."""
+    """Make every part that is missing, in order; or only those named. What was interrupted goes on.
+
+    Companions (STRUCTURE) alone are made for the embedded model where the folder has none of its own.
+    """
     if unknown := set(only) - {*PLANS, *ADAPTERS, *STRUCTURE}:
         raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTERS, *STRUCTURE))}")
     build.make([name for name in PLANS if not only or name in only])
     wanted = [name for name in (*ADAPTERS, *STRUCTURE) if (not only or name in only) and not (build.parts / name).exists()]
-    if wanted:
+    own = (build.parts / "unet").exists()
+    if wanted and (own or not set(wanted) <= set(STRUCTURE)):
         build.assemble(build.folder / "model")
     for name in wanted:
         if name in STRUCTURE:
-            made = make_structure(name, build.folder / "model", build.folder, build.report, build.budget, build.pool)
+            made = make_structure(name, build.folder / "model" if own else MINI, build.folder, build.report, build.budget)
+            build.parts.mkdir(exist_ok=True)
             made.replace(build.parts / name)
             continue
         choice = chosen(build, name)
         for step in recorded(choice, train(choice)):
             build.report(name, step.index, step.steps, step.loss)
         keep_adapter(build, name, Path(choice.out) / "adapter.safetensors")
+
+
+def install(build: Build) -> None:
+    """Make what was made the embedded model, or companions alone a part of it."""
+    if (build.parts / "unet").exists():
+        build.assemble(MINI)
+        return
+    for name, place in STRUCTURE.items():
+        if (build.parts / name).exists():
+            shutil.rmtree(MINI / place, ignore_errors=True)
+            shutil.copytree(build.parts / name, MINI / place)
 
 
 def chosen(build: Build, name: str) -> Train:

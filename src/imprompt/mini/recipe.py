@@ -39,7 +39,7 @@ from imprompt.files import atomic_path
 from imprompt.hub import EMBEDDED
 from imprompt.mini import identity, world
 from imprompt.mini.fit import Plan, fit, generator
-from imprompt.mini.tokenizer import LENGTH, make_tokenizer, tokenise
+from imprompt.mini.tokenizer import LENGTH, make_tokenizer, save_tokenizer, tokenise
 
 Report = Callable[[int, int, float], None]
 
@@ -361,7 +361,11 @@ class Denoising(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- all of it
 
-STRUCTURE = {"edges": "controlnet_edges", "silhouette": "t2i_silhouette"}  # part → folder: imprompt.mini.structure
+STRUCTURE = {
+    "edges": "controlnet_edges",
+    "silhouette": "t2i_silhouette",
+    "judge-silhouette": "judge_silhouette",
+}  # part → folder: structure.py
 ADAPTERS = tuple(Path(file).stem for file in EMBEDDED.values())  # each is a part, and a file in configs/
 
 PLANS = {
@@ -473,6 +477,9 @@ class Build:
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             fresh = Path(temporary) / target.name
             pipe.save_pretrained(fresh)
+            save_tokenizer(self.tokenizer, fresh / "tokenizer")
+            index = fresh / "model_index.json"  # without torchvision transformers says Pil, a name that others do not know
+            index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
             image_processor().save_pretrained(fresh / "image_encoder")
             for name in ADAPTERS:
                 if (self.parts / name).exists():
@@ -485,7 +492,7 @@ class Build:
                     ResNetForImageClassification.from_pretrained(self.parts / name).half().save_pretrained(fresh / name)
             if (self.parts / "judge-clip").exists():
                 CLIPModel.from_pretrained(self.parts / "judge-clip").half().save_pretrained(fresh / "judge_clip")
-                self.tokenizer.save_pretrained(fresh / "judge_clip")
+                save_tokenizer(self.tokenizer, fresh / "judge_clip")
                 image_processor().save_pretrained(fresh / "judge_clip")
             for name in ("text_encoder", "image_encoder", "judge", "identity", "judge_clip"):
                 _load_in_float32(fresh / name / "config.json")

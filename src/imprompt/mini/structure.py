@@ -1,6 +1,7 @@
 """Mini's companions for structure: a ControlNet that reads edges and a T2I-Adapter that reads silhouettes, trained as the real ones are.
 
-The base is frozen; the world draws what they read. arXiv:2302.05543 and arXiv:2302.08453.
+The base is frozen; the world draws what they read. arXiv:2302.05543 and arXiv:2302.08453. Beside them a judge that finds the
+silhouette in any picture, on subjects of its own.
 """
 
 import random
@@ -12,26 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
+from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from imprompt.hosts.packing import order
 from imprompt.mini import world
 from imprompt.mini.fit import Plan, fit, generator
 from imprompt.mini.recipe import Latents, Pool, Report, drawn_once, noised, sample_caption, scheduler
 from imprompt.mini.tokenizer import tokenise
 
+JUDGE = "judge-silhouette"
 PLANS = {
     "edges": Plan("edges", 900, 32, 5e-4, warmup=50, ema=0.99, muon=1e-3),
     "silhouette": Plan("silhouette", 900, 32, 1e-3, warmup=50, ema=0.99, muon=2e-3),
+    JUDGE: Plan(JUDGE, 700, 32, 3e-3, warmup=50),
 }
+PICTURES = 24_000
 
 
 class Drawings:
     """What a companion reads of each picture of a pool, drawn once: (count, size, size, 1), uint8."""
 
     def __init__(self, folder: Path, pool: Pool, kind: str):
-        self.path, self.pool = folder / f"{kind}-{pool.count}.npy", pool
+        self.path, self.pool = folder / f"{kind}-of-{pool.path.name}", pool
         self._drawn = {"edges": world.edges, "silhouette": world.silhouette}[kind]
 
     def draw(self, report: Report) -> None:
@@ -78,6 +83,29 @@ class Steered(nn.Module):
         return {"down_intrablock_additional_residuals": list(self.model(self.drawings.rows(rows, 1).to(x)))}
 
 
+class Finding(nn.Module):
+    """Silhouettes found in pictures: cross-entropy for every pixel."""
+
+    def __init__(self, model: UNet2DModel, drawings: Drawings, plan: Plan):
+        super().__init__()
+        self.model, self.drawings, self.plan = model, drawings, plan
+
+    def loss(self, step: int) -> Tensor:
+        pool = self.drawings.pool
+        rows = torch.randint(pool.count, (self.plan.batch,), generator=generator(self.plan.name, step))
+        shown = pool.images(rows)
+        found = self.model(shown.to(self.model.device), 0).sample
+        return F.binary_cross_entropy_with_logits(found, self.drawings.rows(rows, 1).to(found))
+
+
+def silhouette_finder() -> UNet2DModel:
+    """Picture → one logit for each pixel."""
+    return UNet2DModel(
+        sample_size=world.SIZE, in_channels=3, out_channels=1, block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, add_attention=False,
+    )  # fmt: skip
+
+
 def untrained(kind: str, pipe: StableDiffusionPipeline) -> Any:
     """A companion for this base: a ControlNet starts as a copy of the UNet's first half."""
     if kind == "edges":
@@ -87,16 +115,24 @@ def untrained(kind: str, pipe: StableDiffusionPipeline) -> Any:
     return T2IAdapter(1, [*channels, last, last], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl")
 
 
-def make_structure(kind: str, model: Path, folder: Path, report: Callable[[str, int, int, float], None], budget: float, pool: Pool) -> Path:
-    """Train a companion for the mini in `model`, in `folder` (resumable), and save it as `folder/KIND`, as diffusers keeps such models."""
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+def make_structure(kind: str, model: Path, folder: Path, report: Callable[[str, int, int, float], None], budget: float) -> Path:
+    """Train a companion for the mini in `model`, or the judge, in `folder` (resumable), and save it as `folder/KIND`, as diffusers
+    keeps such models.
+    """
+    pool = Pool(folder, max(256, round(PICTURES * min(1.0, budget))), "judge" if kind == JUDGE else "train")
     pool.draw(lambda done, total, _: report("drawing", done, total, 0.0))
-    latents, drawings = Latents(folder, pool), Drawings(folder, pool, kind)
-    latents.encode(pipe.vae, lambda done, total, _: report("latents", done, total, 0.0))
+    drawings = Drawings(folder, pool, "edges" if kind == "edges" else "silhouette")
     drawings.draw(lambda done, total, _: report(kind, done, total, 0.0))
     plan = PLANS[kind].scaled(budget)
     torch.manual_seed(0)
-    module = Steered(untrained(kind, pipe), pipe, latents, drawings, plan)
+    if kind == JUDGE:
+        module: Finding | Steered = Finding(silhouette_finder(), drawings, plan)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+        latents = Latents(folder, pool)
+        latents.encode(pipe.vae, lambda done, total, _: report("latents", done, total, 0.0))
+        order(pipe.unet)
+        module = Steered(untrained(kind, pipe), pipe, latents, drawings, plan)
     fit(plan, module, module.loss, folder, lambda done, total, loss: report(kind, done, total, loss), heard_from=4)
     module.model.to(dtype=torch.float16).save_pretrained(folder / kind)
     return folder / kind

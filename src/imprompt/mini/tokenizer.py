@@ -1,6 +1,9 @@
 """A CLIP tokenizer in which every word of the world is one token; any other text falls apart into bytes."""
 
+import json
 import random
+import tempfile
+from pathlib import Path
 
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -32,6 +35,13 @@ def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
 
 
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """As transformers keeps one, and as it did before version 5."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    _write(folder, model["vocab"], model["merges"])
+
+
 def _tokenizer(words: list[str]) -> CLIPTokenizer:
     letters = sorted(_byte_alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -45,7 +55,14 @@ def _tokenizer(words: list[str]) -> CLIPTokenizer:
                 tokens.append(left + right)
             left += right
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), vocab, merges)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+
+
+def _write(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
 
 
 def _byte_alphabet() -> list[str]:
