@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from imprompt.core.guidance import guidance_groups, spread
-from imprompt.core.masks import level_sizes, mask_weights
+from imprompt.core.masks import mask_weights
 from imprompt.core.scales import LAYOUT, STYLE, scale_of, unmatched
 from imprompt.core.schedule import progress, window
 
@@ -68,15 +68,18 @@ def test_presets_name_one_block_each():
     assert unmatched({"up_blocks.0": 1, "upblocks": 1, "": 0}, ["up_blocks.0.attn2"]) == ["upblocks"]
 
 
-def test_masks_keep_their_area_at_any_size():
-    mask = torch.zeros(520, 776)
+def test_masks_are_exact_at_odd_sizes():
+    """A position's weight is the share of white among the pixels that it stands for: eight each way, doubled at every level."""
+    mask = (torch.rand(520, 776, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     mask[:, :388] = 1
-    for height, width in level_sizes(65, 97, 4):
-        weights = mask_weights(mask, height, width)
-        assert weights.shape == (1, height * width, 1)
-        assert weights.mean() == pytest.approx(0.5, abs=0.02)
-        assert weights.reshape(height, width)[:, 0].eq(1).all() and weights.reshape(height, width)[:, -1].eq(0).all()
-    assert level_sizes(65, 97, 4) == [(65, 97), (33, 49), (17, 25), (9, 13)]
+    for level, (height, width) in enumerate([(65, 97), (33, 49), (17, 25), (9, 13)]):
+        weights = mask_weights(mask, 65, 97, level).reshape(height, width)
+        side = 8 * 2**level
+        exact = torch.tensor(
+            [[mask[y * side : (y + 1) * side, x * side : (x + 1) * side].mean() for x in range(width)] for y in range(height)]
+        )
+        torch.testing.assert_close(weights, exact)
+        torch.testing.assert_close(mask_weights(1 - mask, 65, 97, level).reshape(height, width), 1 - exact)
 
 
 def test_progress_runs_from_noise_to_picture():

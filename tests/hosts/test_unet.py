@@ -33,23 +33,25 @@ def test_layers_are_numbered_as_in_the_public_files():
     assert sdxl[121].startswith("mid_block.")
 
 
-def test_levels_tell_the_resolution():
+@pytest.mark.parametrize("height, width", [(13, 27), (65, 97)])
+def test_a_mask_has_a_weight_for_every_position_of_every_layer(height, width):
+    """At odd sizes too, such as 520 × 776 pixels: the layer would refuse any other number."""
     unet = sd15_unet()
-    seen = {}
-    handles = [
-        layer.attention.register_forward_pre_hook(lambda _, args, name=layer.name: seen.__setitem__(name, args[0].shape[1]))
-        for layer in cross_attention_layers(unet)
-    ]
-    from imprompt.core.masks import level_sizes
+    seen, masks = {}, {}
+    with attach(unet, prompt(unet, mask=torch.rand(8 * height, 8 * width)), groups=(1,)) as link:
+        original = link._layer_branches
 
-    with torch.no_grad():
-        unet(torch.randn(1, 4, 13, 27), 10, torch.randn(1, 5, CROSS))
-    for handle in handles:
-        handle.remove()
-    sizes = level_sizes(13, 27, 4)
-    for layer in cross_attention_layers(unet):
-        height, width = sizes[layer.level]
-        assert seen[layer.name] == height * width
+        def noted(layer, *more):
+            branches = original(layer, *more)
+            masks[layer.name] = branches[0].mask.shape[1]
+            return branches
+
+        link._layer_branches = noted
+        for layer in cross_attention_layers(unet):
+            layer.attention.register_forward_pre_hook(lambda _, args, name=layer.name: seen.__setitem__(name, args[0].shape[1]))
+        with torch.no_grad():
+            unet(torch.randn(1, 4, height, width), 10, torch.randn(1, 5, CROSS))
+    assert seen == masks
 
 
 @pytest.mark.parametrize("kind", ["global", "resampler", "full-face"])

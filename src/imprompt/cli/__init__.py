@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--guidance", type=float, default=None)
     judge.add_argument("--task", action="append", default=[], metavar="TASK", help="just this task; repeat it for several")
     judge.add_argument("--scale", type=float, action="append", default=[], metavar="λ", help="of image-text; repeat it for several")
+    judge.add_argument("--scheduler", choices=config.SCHEDULERS, default="ddim")
+    judge.add_argument("--out", help="folder for sheets and curves of what is judged")
     judge.add_argument("--json", action="store_true", help="print the result for a program")
     return parser
 

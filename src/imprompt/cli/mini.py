@@ -3,7 +3,11 @@
 import argparse
 import json
 import random
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
@@ -89,21 +93,33 @@ def show(arguments: argparse.Namespace) -> None:
 def judge(arguments: argparse.Namespace) -> None:
     """Measure mini against the bars, on held-out prompts."""
     quiet_libraries()
+    from imprompt.config import Generate
+    from imprompt.mini.doors import Doors, shares
     from imprompt.mini.judging import BARS, SCALES, Bench, cases
-    from imprompt.pipelines import MINI_GUIDANCE, load_base, pick_dtype
+    from imprompt.pipelines import MINI_GUIDANCE, load_base, pick_dtype, scheduled
 
     tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
     results: dict[str, dict[str, float]] = {}
     guidance = MINI_GUIDANCE if arguments.guidance is None else arguments.guidance
-    with progress_bar("judging", show=not arguments.json) as bar:
+    out = writable_folder(arguments.out) if arguments.out else None
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("judging", show=not arguments.json))
 
         def say(task: str, done: int, total: int) -> None:
             bar.rename(task)
             bar.advance(done, total)
 
         pipe = load_base("mini", "cpu", pick_dtype("auto", "cpu", True))
-        bench = Bench(pipe, cases(arguments.prompts), arguments.steps, guidance, say)
-        simple = {"real": bench.real, "text": bench.text, "image": bench.image, "image-plus": bench.image_plus, "rows": bench.clip_rows}
+        stack.enter_context(scheduled(pipe, arguments.scheduler, arguments.steps))
+        prompts = cases(arguments.prompts)
+        bench = Bench(pipe, prompts, arguments.steps, guidance, say)
+        settings = Generate(steps=arguments.steps, guidance=guidance, scheduler=arguments.scheduler, device="cpu")
+        doors = Doors(prompts, out or Path(stack.enter_context(TemporaryDirectory())), settings, say)
+        simple: dict[str, Callable[[], dict[str, float]]] = {
+            "real": bench.real, "text": bench.text, "image": bench.image, "image-plus": bench.image_plus, "rows": bench.clip_rows,
+            "edges": doors.edges, "silhouette": doors.silhouette, "inpaint": doors.inpaint, "img2img": doors.img2img,
+            "regions": doors.regions,
+        }  # fmt: skip
         for task in tasks:
             if task in simple:
                 results[task] = simple[task]()
@@ -111,13 +127,22 @@ def judge(arguments: argparse.Namespace) -> None:
                 curve = {scale: bench.image_text(scale) for scale in arguments.scale or SCALES}
                 results |= {f"image-text λ {scale}": figures for scale, figures in curve.items()}
                 results[task] = max(curve.values(), key=lambda figures: figures["all three"])
+                if out:
+                    (out / "image-text.png").write_bytes(shares(curve, arguments.prompts))
             else:
                 raise UserError(f"unknown task {task!r}; expected one of {', '.join([*simple, 'image-text'])}")
     if arguments.json:
-        protocol = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": guidance}
+        protocol = {"prompts": arguments.prompts, "scheduler": arguments.scheduler, "steps": arguments.steps, "guidance": guidance}
         print(json.dumps({"protocol": protocol, "results": results}))
         return
-    table = Table("task", "score", "figure", "bar", "", title=f"{arguments.prompts} prompts, DDIM {arguments.steps}, guidance {guidance}")
+    table = Table(
+        "task",
+        "score",
+        "figure",
+        "bar",
+        "",
+        title=f"{arguments.prompts} prompts, {arguments.scheduler} {arguments.steps}, guidance {guidance}",
+    )
     for task, figures in results.items():
         for score, figure in figures.items():
             bar_ = BARS.get(task, {}).get(score)

@@ -4,16 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_weights(mask: Tensor, height: int, width: int) -> Tensor:
-    """Resize a mask to a layer by averaging. mask: (H, W) in 0 … 1. Returns (1, height · width, 1)."""
-    small = F.interpolate(mask[None, None].float(), (height, width), mode="area")
-    return small.reshape(1, height * width, 1)
+def mask_weights(mask: Tensor, height: int, width: int, level: int = 0) -> Tensor:
+    """The share of each position that is white. mask: (H, W) in 0 … 1; height and width: of the latents. Returns (1, positions, 1).
 
-
-def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
-    """Height and width at each level of a UNet: every downsampling is a convolution of stride 2 that rounds up."""
-    sizes = [(height, width)]
-    for _ in range(levels - 1):
-        height, width = -(-height // 2), -(-width // 2)
-        sizes.append((height, width))
-    return sizes
+    At each level of a UNet a position covers twice as many latents each way. Where the side is odd, the last position covers what is
+    left: so a border lies where the picture has it, at every level and any size.
+    """
+    latents = F.interpolate(mask[None, None].float(), (height, width), mode="area")
+    return F.avg_pool2d(latents, 2**level, ceil_mode=True).reshape(1, -1, 1)

@@ -21,7 +21,7 @@ from imprompt.core import guidance, schedule
 from imprompt.core.adapter import Adapter, LowRank
 from imprompt.core.attention import Branch, Kernel, KeyValues, classic, decoupled_attention, fused
 from imprompt.core.guidance import Groups
-from imprompt.core.masks import level_sizes, mask_weights
+from imprompt.core.masks import mask_weights
 from imprompt.core.scales import Scale, scale_of, unmatched
 from imprompt.errors import CheckpointError, UserError
 
@@ -308,13 +308,12 @@ class Link:
         return self._laid_out[key]
 
     def _layer_branches(self, layer: Layer, sample: Tensor, groups: Groups) -> list[Branch]:
-        rows = sample.shape[0]
-        height, width = level_sizes(sample.shape[-2], sample.shape[-1], len(self._unet.config.block_out_channels))[layer.level]
+        rows, _, height, width = sample.shape
         branches = []
         for prompt, (null, image, bias) in zip(self._prompts, self._key_values, strict=True):
             key, value = (guidance.spread(n, i, groups, rows) for n, i in zip(null[layer.number], image[layer.number], strict=True))
             value = value * scale_of(prompt.scale, layer.name)
-            mask = None if prompt.mask is None else mask_weights(prompt.mask, height, width).to(sample)
+            mask = None if prompt.mask is None else mask_weights(prompt.mask, height, width, layer.level).to(sample)
             scores = None if bias is None else guidance.spread(bias, bias, groups, rows)[:, None, None].to(sample)
             branches.append(Branch(key.to(sample), value.to(sample), mask, scores))
         return branches

@@ -6,12 +6,14 @@ own, with another architecture and other random numbers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification
@@ -74,6 +76,7 @@ class Judge:
     """Reads the attributes of pictures, and compares them with pictures and texts."""
 
     def __init__(self, folder: Path = MINI):
+        self.folder = folder
         self.classifier = ResNetForImageClassification.from_pretrained(folder / "judge").float().eval()
         self.clip = CLIPModel.from_pretrained(folder / "judge_clip").float().eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "judge_clip")
@@ -89,6 +92,15 @@ class Judge:
             for row, best in zip(found, logits[:, columns].argmax(1).tolist(), strict=True):
                 row[attribute] = self._names[columns[best]][1]
         return found
+
+    @cached_property
+    def _finder(self) -> UNet2DModel:
+        return UNet2DModel.from_pretrained(self.folder / "judge_silhouette").float().eval()
+
+    @torch.no_grad()
+    def silhouettes(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Where the subject is seen in each picture: (pictures, height, width), bool."""
+        return torch.cat([self._finder(part, 0).sample[:, 0] > 0 for part in pixels(images).split(100)]).numpy()
 
     def columns(self, attribute: str) -> list[int]:
         """Which of the classifier's outputs are the values of an attribute."""
@@ -188,16 +200,19 @@ class Bench:
         return self.image("mini-plus", "image-plus")
 
     def image_text(self, scale: float) -> dict[str, float]:
-        """An image and the name of another kind: kind from the text; colour and background from the image."""
+        """An image and the name of another kind: kind from the text; colour, pattern (the look) and background from the image."""
         images = self._draw(f"image-text λ {scale}", [f"a {c.other_kind}" for c in self.prompts], "mini", scale)
         names = {"kind": "kind (text)", "colour": "colour (image)", "background": "background (image)"}
-        seen = [{names[k]: v for k, v in row.items() if k in names} for row in self.judge.read(images)]
+        read = self.judge.read(images)
+        seen = [{names[k]: v for k, v in row.items() if k in names} for row in read]
         wanted = [
             {names["kind"]: c.other_kind, names["colour"]: c.subject.colour, names["background"]: c.scene.background} for c in self.prompts
         ]
         texts = self.judge.text_embeddings([f"a {c.other_kind}" for c in self.prompts])
         clip = self._clip(images) | {"CLIP-T": float((self.judge.image_embeddings(images) * texts).sum(1).mean())}
-        return agreement(seen, wanted, "all three") | clip
+        look = [[row[k] == c.truth[k] for k in ("colour", "pattern")] for row, c in zip(read, self.prompts, strict=True)]
+        more = {"pattern (image)": float(np.mean([p for _, p in look])), "look (image)": float(np.mean([all(both) for both in look]))}
+        return agreement(seen, wanted, "all three") | more | clip
 
     def clip_rows(self) -> dict[str, float]:
         """CLIP-I of a copy of the reference, and of another real photograph of the same subject."""
