@@ -361,9 +361,15 @@ def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def convert(source: Path | str, target: Path | str) -> Spec:
-    """Rewrite any readable adapter file or training state as a public file. Values and dtypes stay as they are."""
+def convert(source: Path | str, target: Path | str, plain: bool = False) -> Spec:
+    """Rewrite any readable adapter file or training state as a public file. Values and dtypes stay as they are.
+
+    plain: leave out a trained way of bringing references together, for readers that refuse what they do not know (InvokeAI).
+    """
     tensors, metadata = read(source)
+    if plain:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("aggregator.")}
+        metadata = {key: value for key, value in metadata.items() if key != "aggregator"}
     spec = recognise(tensors, metadata)
     write(tensors, target, metadata)
     return spec

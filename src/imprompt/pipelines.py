@@ -137,11 +137,9 @@ def _from_file(source: str, dtype: torch.dtype, config: str | None) -> Any:
         )
     large = any(key.startswith("conditioner.embedders.") for key in keys)
     kind: Any = StableDiffusionXLPipeline if large else StableDiffusionPipeline
-    told = {"config": config} if config else {}
+    told = {"image_encoder": None} | ({"config": config} if config else {}) | ({} if large else {"safety_checker": None})
     try:
-        return kind.from_single_file(
-            source, torch_dtype=dtype, local_files_only=bool(config), **({} if large else {"safety_checker": None}), **told
-        )
+        return kind.from_single_file(source, torch_dtype=dtype, local_files_only=bool(config), **told)
     except Exception as error:
         remedy = "is the folder of the same family?" if config else "offline, name a folder of the same family with --base-config"
         raise UserError(

@@ -7,28 +7,19 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from conftest import FULL_SD15, FULL_SDXL
 from imprompt.config import METHODS, Train
 from imprompt.methods import create
 from imprompt.training.loop import accelerate, objective_of, optimisers_of
 from imprompt.training.objective import losses
 from imprompt.training.setting import build
 
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
 VIT_H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
 
 
 @pytest.mark.parametrize(
     ("unet", "method", "millions"),
-    [(SD15, "ip-adapter", 22.3), (SD15, "ip-adapter-plus", 49.1), (SDXL, "ip-adapter", 349.0), (SD15, "simple", 3.1)],
+    [(FULL_SD15, "ip-adapter", 22.3), (FULL_SD15, "ip-adapter-plus", 49.1), (FULL_SDXL, "ip-adapter", 349.0), (FULL_SD15, "simple", 3.1)],
 )
 def test_full_size_adapters_have_the_papers_number_of_parameters(unet, method, millions):
     with torch.device("meta"):

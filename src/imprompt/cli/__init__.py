@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = _verb(verbs, "convert", "rewrite an adapter file or training state as a public file", "files:convert")
     convert.add_argument("source")
     convert.add_argument("target", help="a name ending in .safetensors, or .bin for old readers")
+    convert.add_argument("--plain", action="store_true", help="only what every reader knows: without a trained way of several references")
 
     mini = verbs.add_parser("mini", help="the embedded world: rebuild it, look at it")
     mini.set_defaults(parser=mini)

@@ -37,5 +37,5 @@ def convert(arguments: argparse.Namespace) -> None:
     """Rewrite an adapter file."""
     from imprompt import checkpoints
 
-    spec = checkpoints.convert(arguments.source, arguments.target)
+    spec = checkpoints.convert(arguments.source, arguments.target, arguments.plain)
     print(f"{arguments.target}: {spec.kind} adapter for {spec.base}, {spec.parameters:,} parameters")

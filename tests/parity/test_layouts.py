@@ -1,0 +1,95 @@
+"""What we write is, key by key, what others read: the tables of the public files, and the rules by which their readers go."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from conftest import FULL_SD15, FULL_SDXL, random_adapter, sd15_unet
+from imprompt import checkpoints, hub
+from imprompt.core.adapter import Adapter
+from imprompt.core.aggregators import TokenAttention
+from imprompt.core.projectors import MLPProjector
+from imprompt.hosts.unet import cross_attention_layers
+from imprompt.methods import create
+from test_checkpoints import ROWS
+
+H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
+G = SimpleNamespace(width=lambda grid: 1664 if grid else 1280)
+
+
+@pytest.mark.parametrize(
+    ("row", "base", "encoder", "method"),
+    [
+        ("sd15", FULL_SD15, H, "ip-adapter"),
+        ("sd15_vit-G", FULL_SD15, G, "ip-adapter"),
+        ("sdxl", FULL_SDXL, G, "ip-adapter"),
+        ("sdxl_vit-h", FULL_SDXL, H, "ip-adapter"),
+        ("plus_sd15", FULL_SD15, H, "ip-adapter-plus"),
+        ("plus_sdxl_vit-h", FULL_SDXL, H, "ip-adapter-plus"),
+    ],
+)
+def test_what_is_trained_on_a_real_base_has_the_public_keys_and_shapes(row, base, encoder, method):
+    """Models of full size, without their numbers: every key of the table, in its shape, and no other."""
+    with torch.device("meta"):
+        made = create(method, SimpleNamespace(unet=UNet2DConditionModel(**base)), encoder)
+    assert {key: tuple(value.shape) for key, value in made.module.state_dict().items()} == ROWS[row].shapes
+
+
+def test_the_layers_of_a_real_base_have_the_public_numbers():
+    with torch.device("meta"):
+        layers = {layer.number: layer.attention.inner_dim for layer in cross_attention_layers(UNet2DConditionModel(**FULL_SDXL))}
+        full = Adapter(MLPProjector(1280, 768), {1: 320}, 768)
+    expected = ROWS["sdxl"].shapes
+    assert {f"ip_adapter.{n}.to_k_ip.weight": (hidden, 2048) for n, hidden in layers.items()}.items() <= expected.items()
+    theirs = {key for key in ROWS["full-face_sd15"].shapes if key.startswith("image_proj.")}
+    assert {key for key in full.state_dict() if key.startswith("image_proj.")} == theirs
+
+
+def invoke_reads(tensors):
+    """InvokeAI: two prefixes, and any other key is refused."""
+    if strange := [key for key in tensors if not key.startswith(("image_proj.", "ip_adapter."))]:
+        raise RuntimeError(strange[0])
+    return "proj.weight" if "image_proj.proj.weight" in tensors else "proj_in.weight" if "image_proj.proj_in.weight" in tensors else None
+
+
+def comfy_reads(tensors):
+    """ComfyUI_IPAdapter_plus: other prefixes are passed over; what it is follows from single keys, the base from a width."""
+    proj = {key.removeprefix("image_proj.") for key in tensors if key.startswith("image_proj.")}
+    heard = {key.removeprefix("ip_adapter.") for key in tensors if key.startswith("ip_adapter.")}
+    layers = sorted({int(key.split(".")[0]) for key in heard})
+    assert layers == [2 * n + 1 for n in range(len(layers))] and heard == {f"{n}.to_{x}_ip.weight" for n in layers for x in "kv"}
+    return "full" if "proj.3.weight" in proj else "plus" if "latents" in proj else "global"
+
+
+@pytest.mark.parametrize("kind, comfy", [("global", "global"), ("resampler", "plus"), ("full-face", "full")])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_other_readers_find_what_they_look_for(kind, comfy, suffix, tmp_path):
+    path = tmp_path / f"adapter{suffix}"
+    checkpoints.save(random_adapter(sd15_unet(), kind), path, {"base": "SD 1.5"}, torch.float16)
+    if suffix == ".bin":
+        nested = torch.load(path, weights_only=True)
+        tensors = {f"{group}.{key}": value for group in ("image_proj", "ip_adapter") for key, value in nested[group].items()}
+    else:
+        tensors = load_file(path)
+    assert comfy_reads(tensors) == comfy
+    assert invoke_reads(tensors) == {"global": "proj.weight", "resampler": "proj_in.weight", "full-face": None}[kind]
+
+
+def test_a_trained_way_of_several_references_disturbs_few_and_can_be_left_out(tmp_path):
+    adapter = random_adapter(sd15_unet(), "resampler")
+    adapter.aggregator = TokenAttention(adapter.cross)
+    checkpoints.save(adapter, tmp_path / "ours.safetensors", {"aggregator": "attention-tokens", "base": "SD 1.5"})
+    assert comfy_reads(load_file(tmp_path / "ours.safetensors")) == "plus"
+    with pytest.raises(RuntimeError, match="aggregator"):
+        invoke_reads(load_file(tmp_path / "ours.safetensors"))
+    spec = checkpoints.convert(tmp_path / "ours.safetensors", tmp_path / "plain.safetensors", plain=True)
+    assert invoke_reads(load_file(tmp_path / "plain.safetensors")) == "proj_in.weight"
+    assert spec.aggregator == "concat" and spec.metadata["base"] == "SD 1.5"
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-plus"])
+def test_the_embedded_adapters_are_public_files(name):
+    assert invoke_reads(load_file(hub.MINI / hub.EMBEDDED[name]))
