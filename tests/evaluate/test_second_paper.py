@@ -52,7 +52,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
     folder = smoke[1]
     assert cli.main(["reproduce", "personalisation", "--budget", "smoke", "--out", str(folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [claim["letter"] for claim in told["claims"]] == list("abcdefg")
+    assert [claim["letter"] for claim in told["claims"]] == list("abcdefgh")
     text = (folder / "report" / "README.md").read_text("utf-8")
     for title, *_ in claims.PAPER.values():
         assert f"| {title} |" in text
@@ -96,22 +96,23 @@ def verdicts(**changes):
 
 
 def test_claims_hold_where_the_figures_say_so():
-    assert verdicts() == "abcdefg"
+    assert verdicts() == "abcdefgh"
 
 
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"dreambooth": row(0.7, 7.0, 5.5)}, "bcdefg"),
-        ({"dreambooth": row(0.7, 7.6, 5.5)}, "bcdefg"),  # within the intervals
-        ({"one": row(0.6, 9.0, 7.0)}, "acdefg"),
-        ({"average": row(0.85, 10, 4)}, "abdefg"),
-        ({"max": row(0.62, 8.0, 4)}, "abcefg"),
-        ({"self-attention seed 0 after 9": row(0.5)}, "abcdfg"),
-        ({"attention-tokens": row(0.61)}, "abcdef"),
-        ({"one-plus": row(0.95)}, "abcdeg"),
-        ({"attention-tokens": row(0.89, spread=0.3)}, "abcdef"),  # better in the mean, but not surely
-        ({"self-attention": row(0.8, 7.5, 6, spread=1.0)}, "abdefg"),
+        ({"dreambooth": row(0.7, 7.0, 5.5)}, "bcdefgh"),
+        ({"dreambooth": row(0.7, 7.6, 5.5)}, "bcdefgh"),  # within the intervals
+        ({"one": row(0.6, 9.0, 7.0)}, "acdefgh"),
+        ({"average": row(0.85, 10, 4)}, "abdefgh"),
+        ({"max": row(0.62, 8.0, 4)}, "abcefgh"),
+        ({"self-attention seed 0 after 9": row(0.5)}, "abcdfgh"),
+        ({"attention-tokens": row(0.61)}, "abcdefg"),
+        ({"one": row(0.9, 9.0, 5)}, "abdegh"),
+        ({"one-plus": row(0.95)}, "abcdefh"),
+        ({"attention-tokens": row(0.89, spread=0.3)}, "abcdefg"),  # better in the mean, but not surely
+        ({"self-attention": row(0.8, 7.5, 6, spread=1.0)}, "abdefgh"),
     ],
 )
 def test_a_claim_falls_where_the_figures_say_so(changes, left):
