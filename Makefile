@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check oldest bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -24,8 +24,17 @@ check: $(READY) ## lint, types, the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_rooms.py
 
+OLDEST := .venv-oldest
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist
+	@touch $@
+
+oldest: $(OLDEST)/.ready ## the tests around pipelines, with the oldest diffusers that is supported
+	@$(OLDEST)/bin/python -m pytest -q -n 2 -o filterwarnings=default tests/hosts tests/parity tests/pipelines
+
 bench: $(READY) ## ratios to plain diffusers
 	@$(BIN)/python -m benchmarks
 
 clean: ## everything that was made here, except trainings under runs/
-	rm -rf .venv imprompt-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest imprompt-out .pytest_cache .mypy_cache .ruff_cache

@@ -125,3 +125,7 @@ def test_what_the_keys_do_not_tell_is_in_the_name_or_the_header(tmp_path):
         checkpoints.save(random_face_adapter(pipe.unet, tokens=16, low_rank=False), tmp_path / name)
         assert prompter(tmp_path / name)(faces=3 * faces(1)).features.norm().item() == pytest.approx(length)
     assert plus.cross == CROSS
+    for name in ("faceid-plusv2.bin", "faceid-portrait_unnorm.bin"):  # under another name it is still what it was
+        checkpoints.convert(tmp_path / name, tmp_path / "mine.safetensors")
+        theirs, mine = (checkpoints.read(tmp_path / file)[1] for file in (name, "mine.safetensors"))
+        assert mine["version"] == theirs["version"] and mine["normalised"] == theirs["normalised"]
