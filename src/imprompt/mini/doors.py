@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from imprompt.config import Generate
 from imprompt.evaluate.metrics import Interval
@@ -68,7 +68,7 @@ class Doors:
     def inpaint(self) -> dict[str, float]:
         """Another subject drawn into a photograph, in place of its own."""
         photos = [c.photo for c in self.prompts]
-        masks = [world.silhouette(c.subject, c.scene).filter(ImageFilter.MaxFilter(9)).point(_binary) for c in self.prompts]
+        masks = [_box(world.silhouette(c.subject, c.scene)) for c in self.prompts]
         looks = [self._other(i) for i in range(len(self.prompts))]
         into, where, look = self._files("photo", photos), self._files("mask", masks), self._files("look", [x.photo for x in looks])
         drawn = self._draw(
@@ -99,22 +99,26 @@ class Doors:
         return found
 
     def regions(self) -> dict[str, float]:
-        """Two references, each in its half of a picture twice as wide."""
-        others = [self._other(i) for i in range(len(self.prompts))]
-        left, right = self._files("left", [c.photo for c in self.prompts]), self._files("right", [c.photo for c in others])
-        halves = [Image.new("L", (2 * world.SIZE, world.SIZE)) for _ in range(2)]
-        for n, half in enumerate(halves):
-            half.paste(255, (n * world.SIZE, 0, (n + 1) * world.SIZE, world.SIZE))
-        where = self._files("half", halves)
+        """Two references, each in its half of a picture twice as wide; edges say where the subjects are. And without edges: mini has
+        only ever seen one subject in a picture.
+        """
+        pairs = [(case, self._other(i)) for i, case in enumerate(self.prompts)]
+        left, right = (self._files(f"reference-{n}", [pair[n].photo for pair in pairs]) for n in range(2))
+        halves = [_side_by_side([Image.new("L", (world.SIZE,) * 2, 255 * (m == n)) for m in range(2)]) for n in range(2)]
+        edges = [_side_by_side([world.edges(c.subject, c.scene) for c in pair]) for pair in pairs]
+        where, control = self._files("half", halves), self._files("edges", edges)
         size = f"{2 * world.SIZE}x{world.SIZE}"
-        drawn = self._draw(
-            "regions",
-            lambda i: {"image": (left[i],), "region": where[0], "also": (f"image={right[i]},region={where[1]}",), "size": size},
-        )
-        self._sheet("regions", [c.photo for c in self.prompts], [c.photo for c in others], drawn)
-        crops = [d.crop((n * world.SIZE, 0, (n + 1) * world.SIZE, world.SIZE)) for n in range(2) for d in drawn]
-        everyone = [*self.prompts, *others]
-        return self._read(crops, {name: name for name in ("kind", "colour", "pattern", "background")}, everyone, everyone)
+        given: list[dict[str, Any]] = [
+            {"image": (a,), "region": where[0], "also": (f"image={b},region={where[1]}",), "size": size}
+            for a, b in zip(left, right, strict=True)
+        ]
+        drawn = self._draw("regions", lambda i: given[i] | {"control": (f"edges={control[i]}",)})
+        free = self._draw("regions without edges", given.__getitem__)
+        self._sheet("regions", *([pair[n].photo for pair in pairs] for n in range(2)), drawn, free)
+        everyone = [pair[n] for n in range(2) for pair in pairs]
+        names = {name: name for name in ("kind", "colour", "pattern", "background")}
+        without = self._read(_crops(free), names, everyone, everyone)
+        return self._read(_crops(drawn), names, everyone, everyone) | {f"{name}, without edges": v for name, v in without.items()}
 
     def _other(self, i: int) -> Case:
         """Another prompt, of another kind."""
@@ -167,4 +171,21 @@ def shares(curve: Mapping[float, Mapping[str, float]], prompts: int) -> bytes:
     return plotted(panels, "λ, the weight of the image")
 
 
-_binary = [255 * (v > 0) for v in range(256)]
+def _box(silhouette: Image.Image, margin: int = 4) -> Image.Image:
+    """White in the rectangle around a silhouette."""
+    left, top, right, bottom = silhouette.getbbox() or (0, 0, *silhouette.size)
+    mask = Image.new("L", silhouette.size)
+    mask.paste(255, (max(0, left - margin), max(0, top - margin), right + margin, bottom + margin))
+    return mask
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    page = Image.new(images[0].mode, (world.SIZE * len(images), world.SIZE))
+    for n, image in enumerate(images):
+        page.paste(image, (n * world.SIZE, 0))
+    return page
+
+
+def _crops(pages: Sequence[Image.Image]) -> list[Image.Image]:
+    """The left halves, and then the right ones."""
+    return [page.crop((n * world.SIZE, 0, (n + 1) * world.SIZE, world.SIZE)) for n in range(2) for page in pages]
