@@ -20,7 +20,7 @@ from imprompt.images import sheet
 from imprompt.mini import world
 from imprompt.mini.judging import Case, Judge, agreement
 
-SCALE = 0.6  # of the image where text says the kind: the best one of `mini judge --task image-text`
+SCALE = 0.8  # of the image where text says the kind: by `mini judge --task image-text` kind and look are both right most often there
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 SHOWN = 6  # rows of a sheet
 LOOK = {"colour": "colour (image)", "pattern": "pattern (image)"}
