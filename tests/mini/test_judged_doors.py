@@ -11,7 +11,7 @@ from imprompt.mini import world
 from imprompt.mini.doors import shares
 from imprompt.mini.judging import Judge, cases
 
-QUICK = ["--prompts", "3", "--steps", "4", "--scheduler", "dpm++", "--json"]
+QUICK = ["--prompts", "3", "--steps", "5", "--scheduler", "dpm++", "--json"]
 
 
 @pytest.fixture
