@@ -127,6 +127,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 curve = {scale: bench.image_text(scale) for scale in arguments.scale or SCALES}
                 results |= {f"image-text λ {scale}": figures for scale, figures in curve.items()}
                 results[task] = max(curve.values(), key=lambda figures: figures["all three"])
+                results["multimodal"] = max(curve.values(), key=lambda figures: min(figures["kind (text)"], figures["look (image)"]))
                 if out:
                     (out / "image-text.png").write_bytes(shares(curve, arguments.prompts))
             else:

@@ -35,6 +35,11 @@ BARS: dict[str, dict[str, float]] = {
     "image": {"kind": 0.90, "colour": 0.95, "background": 0.97, "pattern": 0.70},
     "image-plus": {"kind": 0.95, "colour": 0.97, "pattern": 0.85},
     "image-text": {"kind (text)": 0.95, "colour (image)": 0.92, "background (image)": 0.97, "all three": 0.85},
+    "multimodal": {"kind (text)": 0.9, "look (image)": 0.9},  # the same at the λ where both are right most often
+    "edges": {"IoU, with ÷ without": 0.95, "colour (image)": 0.9, "pattern (image)": 0.9},
+    "silhouette": {"IoU, with ÷ without": 0.95, "colour (image)": 0.9, "pattern (image)": 0.9},
+    "inpaint": {"kind (image)": 0.9, "colour (image)": 0.9, "pattern (image)": 0.9},
+    "regions": {"kind": 0.9, "colour": 0.9, "pattern": 0.9, "background": 0.9},
 }
 SCALES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
