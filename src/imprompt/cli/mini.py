@@ -129,7 +129,8 @@ def judge(arguments: argparse.Namespace) -> None:
                 results[task] = max(curve.values(), key=lambda figures: figures["all three"])
                 results["multimodal"] = max(curve.values(), key=lambda figures: min(figures["kind (text)"], figures["look (image)"]))
                 if out:
-                    (out / "image-text.png").write_bytes(shares(curve, arguments.prompts))
+                    with atomic_path(out / "image-text.png") as partial_:
+                        partial_.write_bytes(shares(curve, arguments.prompts))
             else:
                 raise UserError(f"unknown task {task!r}; expected one of {', '.join([*simple, 'image-text'])}")
     if arguments.json:

@@ -15,6 +15,7 @@ from PIL import Image
 from imprompt.config import Generate
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.report import Line, plotted
+from imprompt.files import atomic_path
 from imprompt.generating import draw
 from imprompt.images import sheet
 from imprompt.mini import world
@@ -155,7 +156,8 @@ class Doors:
 
     def _sheet(self, name: str, *columns: Sequence[Image.Image]) -> None:
         rows = [image for row in list(zip(*columns, strict=True))[:SHOWN] for image in row]
-        sheet([], rows, len(columns), 128).save(self.folder / f"{name}.png")
+        with atomic_path(self.folder / f"{name}.png") as partial:
+            sheet([], rows, len(columns), 128).save(partial)
 
 
 def shares(curve: Mapping[float, Mapping[str, float]], prompts: int) -> bytes:
