@@ -29,19 +29,6 @@ VISION = 40  # width of the encoder's grid
 POOLED = 24  # width of its pooled embedding
 
 
-# UNet2DConditionModel's arguments for the real ones
-FULL_SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-FULL_SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
-
-
 def sd15_unet(cross: int = CROSS, **more: Any) -> UNet2DConditionModel:
     """SD 1.5's layout of blocks and layers: 16 cross-attention layers."""
     torch.manual_seed(0)

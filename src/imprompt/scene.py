@@ -91,8 +91,8 @@ def with_lora(pipe: Any, words: Sequence[str]) -> Iterator[None]:
         for number, (source, scale) in enumerate(map(weighed, words)):
             try:
                 file = Path(source)
-                where = (file.parent, {"weight_name": file.name}) if file.is_file() else (source, {})
-                pipe.load_lora_weights(where[0], adapter_name=f"lora{number}", **where[1])
+                named = {"weight_name": file.name} if file.is_file() else {}
+                pipe.load_lora_weights(file.parent if named else source, adapter_name=f"lora{number}", **named)
             except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
                 remedy = (
                     "install peft with: pip install 'imprompt[lora]'" if "peft" in str(error).lower() else "expected a LoRA of this base"

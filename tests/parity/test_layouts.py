@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.models import SD15, SDXL
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from conftest import FULL_SD15, FULL_SDXL, random_adapter, sd15_unet
+from conftest import random_adapter, sd15_unet
 from imprompt import checkpoints, hub
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregators import TokenAttention
@@ -23,12 +24,12 @@ G = SimpleNamespace(width=lambda grid: 1664 if grid else 1280)
 @pytest.mark.parametrize(
     ("row", "base", "encoder", "method"),
     [
-        ("sd15", FULL_SD15, H, "ip-adapter"),
-        ("sd15_vit-G", FULL_SD15, G, "ip-adapter"),
-        ("sdxl", FULL_SDXL, G, "ip-adapter"),
-        ("sdxl_vit-h", FULL_SDXL, H, "ip-adapter"),
-        ("plus_sd15", FULL_SD15, H, "ip-adapter-plus"),
-        ("plus_sdxl_vit-h", FULL_SDXL, H, "ip-adapter-plus"),
+        ("sd15", SD15, H, "ip-adapter"),
+        ("sd15_vit-G", SD15, G, "ip-adapter"),
+        ("sdxl", SDXL, G, "ip-adapter"),
+        ("sdxl_vit-h", SDXL, H, "ip-adapter"),
+        ("plus_sd15", SD15, H, "ip-adapter-plus"),
+        ("plus_sdxl_vit-h", SDXL, H, "ip-adapter-plus"),
     ],
 )
 def test_what_is_trained_on_a_real_base_has_the_public_keys_and_shapes(row, base, encoder, method):
@@ -40,7 +41,7 @@ def test_what_is_trained_on_a_real_base_has_the_public_keys_and_shapes(row, base
 
 def test_the_layers_of_a_real_base_have_the_public_numbers():
     with torch.device("meta"):
-        layers = {layer.number: layer.attention.inner_dim for layer in cross_attention_layers(UNet2DConditionModel(**FULL_SDXL))}
+        layers = {layer.number: layer.attention.inner_dim for layer in cross_attention_layers(UNet2DConditionModel(**SDXL))}
         full = Adapter(MLPProjector(1280, 768), {1: 320}, 768)
     expected = ROWS["sdxl"].shapes
     assert {f"ip_adapter.{n}.to_k_ip.weight": (hidden, 2048) for n, hidden in layers.items()}.items() <= expected.items()

@@ -92,7 +92,7 @@ def bases(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_single_file_is_the_folder(bases):
     """Every tensor comes where it belongs, and the picture is the same."""
-    folder, single = load_base(str(bases / "folder")), None
+    folder = load_base(str(bases / "folder"))
     theirs = {name: dict(getattr(folder, name).state_dict()) for name in ("unet", "vae", "text_encoder")}
     how = {"prompt": "a red fish", "steps": 2, "count": 1, "size": "32", "dtype": "float32", "device": "cpu", "guidance": 4.0}
     expected = draw(Generate(base=str(bases / "folder"), **how))[0].image

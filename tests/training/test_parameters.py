@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.models import SD15, SDXL
 from diffusers import UNet2DConditionModel
 
-from conftest import FULL_SD15, FULL_SDXL
 from imprompt.config import METHODS, Train
 from imprompt.methods import create
 from imprompt.training.loop import accelerate, objective_of, optimisers_of
@@ -19,7 +19,7 @@ VIT_H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
 
 @pytest.mark.parametrize(
     ("unet", "method", "millions"),
-    [(FULL_SD15, "ip-adapter", 22.3), (FULL_SD15, "ip-adapter-plus", 49.1), (FULL_SDXL, "ip-adapter", 349.0), (FULL_SD15, "simple", 3.1)],
+    [(SD15, "ip-adapter", 22.3), (SD15, "ip-adapter-plus", 49.1), (SDXL, "ip-adapter", 349.0), (SD15, "simple", 3.1)],
 )
 def test_full_size_adapters_have_the_papers_number_of_parameters(unet, method, millions):
     with torch.device("meta"):

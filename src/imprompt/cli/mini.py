@@ -114,7 +114,7 @@ def judge(arguments: argparse.Namespace) -> None:
         prompts = cases(arguments.prompts)
         bench = Bench(pipe, prompts, arguments.steps, guidance, say)
         settings = Generate(steps=arguments.steps, guidance=guidance, scheduler=arguments.scheduler, device="cpu")
-        doors = Doors(prompts, out or Path(stack.enter_context(TemporaryDirectory())), settings, say)
+        doors = Doors(prompts, out or Path(stack.enter_context(TemporaryDirectory())), settings, say, bench.judge)
         simple: dict[str, Callable[[], dict[str, float]]] = {
             "real": bench.real, "text": bench.text, "image": bench.image, "image-plus": bench.image_plus, "rows": bench.clip_rows,
             "edges": doors.edges, "silhouette": doors.silhouette, "inpaint": doors.inpaint, "img2img": doors.img2img,

@@ -177,16 +177,31 @@ def plotted(panels: Mapping[str, Mapping[str, Line]], across: str, ticks: Sequen
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    alike = len({tuple(lines) for lines in panels.values()}) == 1
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        for name, line in lines.items():
+        width = max((x for line in lines.values() for x, _ in line), default=0.0)
+        for place, (name, line) in enumerate(lines.items()):
             values = [value for _, value in line]
             ends = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
-            axis.errorbar([x for x, _ in line], [v.value for v in values], ends, marker="o", markersize=3, linewidth=1.2, label=name)
+            aside = (place - (len(lines) - 1) / 2) * 0.008 * width  # so that no interval hides another
+            axis.errorbar(
+                [x + aside for x, _ in line],
+                [v.value for v in values],
+                ends,
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                elinewidth=0.7,
+                label=name,
+            )
         axis.set(title=title, xlabel=across)
         if ticks:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize="small")
+        if not alike:
+            axis.legend(frameon=False, fontsize="small")
+    if alike:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)

@@ -10,9 +10,8 @@ OUT/report/              the table, the claims, the pictures
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +24,11 @@ from PIL import Image
 from imprompt.config import READS, Encode, Evaluate, Reproduce, Train
 from imprompt.errors import UserError
 from imprompt.evaluate.metrics import Interval, diversity
+from imprompt.evaluate.pool import pool
 from imprompt.evaluate.report import score_row, strip
 from imprompt.evaluate.score import Score, Seen
 from imprompt.evaluate.shelf import Shelf, agree
-from imprompt.evaluate.suite import ENDED, Row, Studio, Task, facts, protocol
+from imprompt.evaluate.suite import Row, Studio, Task, facts, protocol
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pipelines import claim_device, pick_dtype
 from imprompt.training import encode, recorded, train
@@ -239,12 +239,7 @@ _study: Study | None = None
 
 
 def _begin(choice: Reproduce, queue: Any) -> None:
-    """In a process of its own: one thread, so that processes do not wait for each other."""
     global _study
-    from imprompt.pipelines import hide_progress
-
-    torch.set_num_threads(1)
-    hide_progress()
     _study = study_of(choice, queue.put)
 
 
@@ -261,23 +256,17 @@ def run(choice: Reproduce) -> Iterator[Progress]:
     stages = study.stages([name for name in study.names() if not finished_path(out, name).is_file()])
     done, total = 0, sum(len(stage) for stage in stages)
     yield Progress("", "rows", done, total)
-    context = get_context("spawn")
-    with context.Manager() as manager:
+    with get_context("spawn").Manager() as manager:
         queue = manager.Queue()
-        with ProcessPoolExecutor(choice.processes, context, _begin, (choice, queue)) as pool:
-            try:
-                for stage in stages:
-                    waiting: set[Future[str]] = {pool.submit(_do, verb, words) for verb, words in stage}
-                    while waiting:
-                        ready, waiting = wait_for(waiting, timeout=0.5)
-                        yield from _told(queue)
-                        for future in ready:
-                            done += 1
-                            yield Progress("", future.result(), done, total)
-            except BrokenProcessPool as error:
-                raise UserError(ENDED) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with pool(choice.processes, _begin, choice, queue) as processes:
+            for stage in stages:
+                waiting: set[Future[str]] = {processes.submit(_do, verb, words) for verb, words in stage}
+                while waiting:
+                    ready, waiting = wait_for(waiting, timeout=0.5)
+                    yield from _told(queue)
+                    for future in ready:
+                        done += 1
+                        yield Progress("", future.result(), done, total)
 
 
 def prepared(names: Iterable[str]) -> list[Job]:

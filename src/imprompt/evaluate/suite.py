@@ -7,12 +7,10 @@ interruption; so are the pictures and the table.
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ from imprompt.evaluate.contenders import Learner, check_source, load_contender, 
 from imprompt.evaluate.eyes import Eyes
 from imprompt.evaluate.gallery import Gallery, kept_gallery
 from imprompt.evaluate.identity import Identity, load_identity
+from imprompt.evaluate.pool import pool
 from imprompt.evaluate.shelf import Shelf, agree, folder_of
 from imprompt.files import writable_folder
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype, scheduled
@@ -238,12 +237,7 @@ _studio: Studio | None = None
 
 
 def _begin(choice: Evaluate) -> None:
-    """In a process of its own: one thread, so that processes do not wait for each other."""
     global _studio
-    from imprompt.pipelines import hide_progress
-
-    torch.set_num_threads(1)
-    hide_progress()
     _studio = Studio(choice)
 
 
@@ -297,20 +291,12 @@ def _results(choice: Evaluate, studio: Studio, tasks: list[Task]) -> Iterator[tu
         for task in tasks:
             yield task.row.name, studio.work(task)
         return
-    with ProcessPoolExecutor(min(choice.processes, len(tasks)), get_context("spawn"), _begin, (choice,)) as pool:
-        waiting = {pool.submit(_work, task) for task in tasks}
-        try:
-            while waiting:
-                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError(ENDED) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-ENDED = "a process was ended from outside, probably for want of memory; the same command goes on, best with fewer --processes"
+    with pool(min(choice.processes, len(tasks)), _begin, choice) as processes:
+        waiting = {processes.submit(_work, task) for task in tasks}
+        while waiting:
+            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ready:
+                yield future.result()
 
 
 def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:

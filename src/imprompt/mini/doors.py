@@ -5,7 +5,7 @@ Everything goes through `generate`, picture by picture, as a user would do it; t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Doors:
     folder: Path
     settings: Generate  # steps, scheduler, guidance
     say: Callable[[str, int, int], None]
-    judge: Judge = field(default_factory=Judge)
+    judge: Judge
 
     def edges(self) -> dict[str, float]:
         """A ControlNet says the shape, another subject's picture the look."""
@@ -51,11 +51,11 @@ class Doors:
         looks = [self._other(i) for i in range(len(self.prompts))]
         photos = self._files("look", [look.photo for look in looks])
         texts = [f"a {c.subject.kind}" for c in self.prompts]
-        alone = self._draw(f"{kind} alone", lambda i: {"prompt": texts[i], "control": (control[i],)})
-        both = self._draw(
-            f"{kind} and image", lambda i: {"prompt": texts[i], "control": (control[i],), "image": (photos[i],), "scale": SCALE}
-        )
-        free = self._draw(f"{kind}, image alone", lambda i: {"prompt": texts[i], "image": (photos[i],), "scale": SCALE})
+        shape = [{"prompt": text, "control": (word,)} for text, word in zip(texts, control, strict=True)]
+        look = [{"prompt": text, "image": (photo,), "scale": SCALE} for text, photo in zip(texts, photos, strict=True)]
+        alone = self._draw(f"{kind} alone", shape)
+        both = self._draw(f"{kind} and image", [a | b for a, b in zip(shape, look, strict=True)])
+        free = self._draw(f"{kind}, image alone", look)
         self._sheet(kind, structure, [look.photo for look in looks], alone, both, free)
         truth = [world.silhouette(c.subject, c.scene) for c in self.prompts]
         overlap = {
@@ -72,10 +72,8 @@ class Doors:
         masks = [_box(world.silhouette(c.subject, c.scene)) for c in self.prompts]
         looks = [self._other(i) for i in range(len(self.prompts))]
         into, where, look = self._files("photo", photos), self._files("mask", masks), self._files("look", [x.photo for x in looks])
-        drawn = self._draw(
-            "inpaint",
-            lambda i: {"inpaint": into[i], "mask": where[i], "image": (look[i],), "prompt": f"a {looks[i].subject.kind}"},
-        )
+        given = zip(into, where, look, looks, strict=True)
+        drawn = self._draw("inpaint", [{"inpaint": p, "mask": m, "image": (x,), "prompt": f"a {c.subject.kind}"} for p, m, x, c in given])
         self._sheet("inpaint", photos, masks, [x.photo for x in looks], drawn)
         changed = [
             float(np.abs(np.asarray(d, float) - np.asarray(p, float))[np.asarray(m) == 0].max(initial=0))
@@ -91,7 +89,7 @@ class Doors:
         found, columns = dict[str, float](), [photos, looks]
         for strength in STRENGTHS:
             given = [{"init": b, "strength": strength, "image": (t,)} for b, t in zip(begin, towards, strict=True)]
-            drawn = self._draw(f"img2img {strength}", given.__getitem__)
+            drawn = self._draw(f"img2img {strength}", given)
             seen = self.judge.image_embeddings(drawn)
             found[f"CLIP-I to the beginning, strength {strength}"] = float((seen * own).sum(1).mean())
             found[f"CLIP-I to the image, strength {strength}"] = float((seen * other).sum(1).mean())
@@ -113,8 +111,8 @@ class Doors:
             {"image": (a,), "region": where[0], "also": (f"image={b},region={where[1]}",), "size": size}
             for a, b in zip(left, right, strict=True)
         ]
-        drawn = self._draw("regions", lambda i: given[i] | {"control": (f"edges={control[i]}",)})
-        free = self._draw("regions without edges", given.__getitem__)
+        drawn = self._draw("regions", [each | {"control": (f"edges={path}",)} for each, path in zip(given, control, strict=True)])
+        free = self._draw("regions without edges", given)
         self._sheet("regions", *([pair[n].photo for pair in pairs] for n in range(2)), drawn, free)
         everyone = [pair[n] for n in range(2) for pair in pairs]
         names = {name: name for name in ("kind", "colour", "pattern", "background")}
@@ -135,11 +133,12 @@ class Doors:
             image.save(path)
         return paths
 
-    def _draw(self, task: str, given: Callable[[int], dict[str, Any]]) -> list[Image.Image]:
+    def _draw(self, task: str, given: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+        """A picture for each, with a seed of its own."""
         drawn = []
-        for i in range(len(self.prompts)):
-            drawn.append(draw(replace(self.settings, seed=i, count=1, **given(i)))[0].image)
-            self.say(task, i + 1, len(self.prompts))
+        for i, more in enumerate(given):
+            drawn.append(draw(replace(self.settings, seed=i, count=1, **more))[0].image)
+            self.say(task, i + 1, len(given))
         return drawn
 
     def _overlap(self, drawn: Sequence[Image.Image], truth: Sequence[Image.Image]) -> float:

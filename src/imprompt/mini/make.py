@@ -1,6 +1,5 @@
 """All of mini from nothing: the parts of the recipe, and then the adapters, by the same training that users run."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +47,8 @@ def install(build: Build) -> None:
     """Make what was made the embedded model, or companions alone a part of it."""
     if (build.parts / "unet").exists():
         build.assemble(MINI)
-        return
-    for name, place in STRUCTURE.items():
-        if (build.parts / name).exists():
-            shutil.rmtree(MINI / place, ignore_errors=True)
-            shutil.copytree(build.parts / name, MINI / place)
+    else:
+        build.add_companions(MINI)
 
 
 def chosen(build: Build, name: str) -> Train:

@@ -458,6 +458,13 @@ class Build:
         self._fit("unet", module)
         self._keep("unet", module.model.save_pretrained)
 
+    def add_companions(self, model: Path) -> None:
+        """Put the STRUCTURE parts that there are into a model's folder, in place of older ones."""
+        for name, place in STRUCTURE.items():
+            if (self.parts / name).exists():
+                shutil.rmtree(model / place, ignore_errors=True)
+                shutil.copytree(self.parts / name, model / place)
+
     def assemble(self, target: Path) -> None:
         """Write the model: a Stable Diffusion folder in half precision, with what evaluates and the adapters there are."""
         half = {"torch_dtype": torch.float16}
@@ -484,9 +491,7 @@ class Build:
             for name in ADAPTERS:
                 if (self.parts / name).exists():
                     shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
-            for name, place in STRUCTURE.items():
-                if (self.parts / name).exists():
-                    shutil.copytree(self.parts / name, fresh / place)
+            self.add_companions(fresh)
             for name in ("judge", "identity"):
                 if (self.parts / name).exists():
                     ResNetForImageClassification.from_pretrained(self.parts / name).half().save_pretrained(fresh / name)
