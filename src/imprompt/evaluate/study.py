@@ -53,7 +53,7 @@ class Finished(NamedTuple):
 
 
 Job = tuple[str, tuple[str, ...]]  # a verb of a study, and what it is told
-SAMPLER = "dpm++"  # on mini eight of its steps are as good as 25 of DDIM's (docs/log.md)
+SAMPLER = "dpm++"  # on mini five to eight of its steps are as good as 25 of DDIM's (docs/log.md)
 
 
 class Study:
