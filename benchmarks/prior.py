@@ -72,7 +72,7 @@ def main(words: Sequence[str] = ()) -> None:
                 if number == 0:
                     shown += [mine[0].references[0], *subject[:1], *of_class[:6]]
                 progress.advance(bar)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=120)
     table = Table(title=f"{count} subjects, {PHOTOGRAPHS} photographs each", box=box.SIMPLE)
     columns = list(figures["base"])
     for column in ("", *columns):
