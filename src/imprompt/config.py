@@ -192,7 +192,7 @@ def _further(word: str) -> dict[str, Any]:
     return found
 
 
-WAYS = ("attention", "self-attention", "average", "max", "concat", "dreambooth", "dreambooth-lora", "inversion")
+WAYS = (*COMBINE, "attention", "self-attention", "dreambooth", "dreambooth-lora", "inversion")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Personalise:
     folder: str = _option("", "folder of photographs of one subject, or a list of them", place=True)
     prompt: tuple[str, ...] = _option((), "text, * stands for the subject; repeat it for several", metavar="TEXT")
     negative: str = _option("", "what not to draw")
-    method: str = _option("attention", f"one of {', '.join(WAYS)}; the last three learn the subject first")
+    method: str = _option("average-tokens", f"one of {', '.join(WAYS)}; the last three learn the subject first")
     noun: str = _option("", "what the subject is: cat, person; needed by the methods that learn it")
     adapter: str | None = _option(None, "adapter: a file, mini … (default: the embedded one that suits the method, on mini)")
     encoder: str | None = _option(None, "image encoder: folder or hub id (default: found from the adapter)")

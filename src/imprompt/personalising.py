@@ -20,7 +20,9 @@ from imprompt.files import atomic_path, writable_folder
 from imprompt.generating import Drawn, draw
 from imprompt.images import Picture, open_image
 
-EMBEDDED = {"attention": "mini-subject"}  # of mini; the other ways bring the references of its plain adapter together
+EMBEDDED = {  # of mini; the other ways bring the references of its plain adapter together
+    "attention": "mini-subject", "average-tokens": "mini-plus", "max-tokens": "mini-plus", "joint": "mini-plus",
+}  # fmt: skip
 TRAINED = {"attention": ("attention-tokens", "attention"), "self-attention": ("self-attention",)}  # what the adapter has to have
 
 Progress = Callable[[int, int], None]

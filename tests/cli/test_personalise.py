@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from imprompt import cli
+from imprompt.config import COMBINE
 from imprompt.data.readers import Mini
 
 QUICK = ["--steps", "2", "--count", "1", "--json"]
@@ -28,7 +29,7 @@ def told(capsys, *words):
     return code, (json.loads(out) if code == 0 else err)
 
 
-@pytest.mark.parametrize("method", ["average", "max", "concat"])
+@pytest.mark.parametrize("method", [*COMBINE, "attention"])
 def test_photographs_become_a_sheet(photographs, tmp_path, capsys, method):
     code, found = told(capsys, "personalise", photographs, "--method", method, "--out", tmp_path, *QUICK)
     assert code == 0 and Image.open(found["sheet"]).width > 500
@@ -69,7 +70,7 @@ def test_what_was_learned_is_kept_and_used_again(photographs, tmp_path, capsys, 
     [
         ([], "folder: expected a folder of photographs"),
         (["nowhere"], "no data at nowhere"),
-        (["{photos}", "--method", "magic"], "method: expected one of attention"),
+        (["{photos}", "--method", "magic"], "method: expected one of concat, average"),
         (["{photos}", "--method", "dreambooth"], "noun: dreambooth has to know what the subject is"),
         (["{photos}", "--method", "self-attention"], "has weights that are trained: name an adapter"),
         (["{photos}", "--method", "attention", "--base", "elsewhere"], "has weights that are trained: name an adapter"),
