@@ -1,10 +1,10 @@
-"""Processes side by side, for work that is cut into pieces."""
+"""Processes side by side, for work that is cut into pieces, each of which is either kept whole or done again."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
@@ -15,17 +15,22 @@ from imprompt.pipelines import hide_progress
 
 @contextmanager
 def pool(processes: int, begin: Callable[..., None], *words: Any) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, each of which begins with `begin(*words)`, a function of a module. What has not begun
-    when the block is left is dropped.
+    """So many processes, each of which begins with `begin(*words)`, a function of a module.
 
-    Raises UserError where one of them is ended from outside.
+    Where the block is left by an error or an interruption they are ended at once: a piece may take an hour. Raises UserError
+    where one of them is ended from outside.
     """
+    others = set(active_children())
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (begin, words)) as made:
         try:
             yield made
         except BrokenProcessPool as error:
             remedy = "probably for want of memory; the same command goes on, best with fewer --processes"
             raise UserError(f"a process was ended from outside, {remedy}") from error
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
         finally:
             made.shutdown(wait=True, cancel_futures=True)
 
