@@ -31,6 +31,7 @@ from imprompt.mini.judging import Judge
 
 METHODS = ("dreambooth", "dreambooth-lora")
 PHOTOGRAPHS, TARGETS, SAMPLES = 9, 2, 8
+OTHER = 1000  # the first seed of the class: the pictures that are kept were drawn with those from 0 on
 
 
 def main(words: Sequence[str] = ()) -> None:
@@ -98,4 +99,4 @@ def _drawn(row: Contender, cases: Sequence[Case], how: How) -> tuple[list[Image.
         model: Any = row.learned(cases[0], Path(folder)) if isinstance(row, Learner) else row
         subject = model.draw(cases, texts, range(len(cases)), how)
         plain = model if isinstance(model, Text) else replace(model, say=str)
-        return subject, plain.draw([cases[0]] * SAMPLES, of_class, range(SAMPLES), how)
+        return subject, plain.draw([cases[0]] * SAMPLES, of_class, range(OTHER, OTHER + SAMPLES), how)

@@ -622,7 +622,8 @@ PAPERS = ("ip-adapter", "personalisation")
 
 # The rows of the second paper that can be named one by one.
 REMEMBERED = (
-    "one", "one-plus", "concat", "average", "max", "average-tokens", "self-attention", "attention-tokens", "references", *PERSONAL
+    "one", "one-plus", "concat", "average", "max", "average-tokens", "max-tokens", "average-plus", "max-plus", "self-attention",
+    "attention-tokens", "references", *PERSONAL
 )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
     folder = smoke[1]
     assert cli.main(["reproduce", "personalisation", "--budget", "smoke", "--out", str(folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [claim["letter"] for claim in told["claims"]] == list("abcdefgh")
+    assert [claim["letter"] for claim in told["claims"]] == list("abcdefghi")
     text = (folder / "report" / "README.md").read_text("utf-8")
     for title, *_ in claims.PAPER.values():
         assert f"| {title} |" in text
@@ -66,7 +66,8 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 
 def test_one_row_can_be_asked_for(tmp_path):
     names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention-tokens"))).names()
-    assert names == ["copy", "real", "text", "average", "attention-tokens seed 0", "attention-tokens seed 1"]
+    trained = [f"attention-tokens seed {seed}{more}" for seed in range(2) for more in ("", " given one")]
+    assert names == ["copy", "real", "text", "average", *trained]
     with pytest.raises(UserError, match="method: expected one of one, one-plus, concat"):
         Reproduce(paper="personalisation", method=("kandinsky",))
 
@@ -87,6 +88,7 @@ def row(identity=0.5, fid=10.0, score=5.0, width=0.1, spread=0.0):
 def made_up(**changes):
     rows = {"one": row(0.6, 9.0, 5), "average": row(0.65, 10, 4), "max": row(0.62, 11, 4), "dreambooth": row(0.7, 9.6, 5.5)}
     rows |= {"self-attention": row(0.8, 7.5, 6), "attention-tokens": row(0.9), "average-tokens": row(0.88), "one-plus": row(0.7)}
+    rows |= {"average-plus": row(0.66), "max-plus": row(0.64), "self-attention given one": row(0.52)}
     rows |= {f"self-attention seed 0 after {n}": row(0.5 + 0.02 * n) for n in (1, 3, 9)}
     return rows | changes
 
@@ -96,23 +98,25 @@ def verdicts(**changes):
 
 
 def test_claims_hold_where_the_figures_say_so():
-    assert verdicts() == "abcdefgh"
+    assert verdicts() == "abcdefghi"
 
 
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"dreambooth": row(0.7, 7.0, 5.5)}, "bcdefgh"),
-        ({"dreambooth": row(0.7, 7.6, 5.5)}, "bcdefgh"),  # within the intervals
-        ({"one": row(0.6, 9.0, 7.0)}, "acdefgh"),
-        ({"average": row(0.85, 10, 4)}, "abdefgh"),
-        ({"max": row(0.62, 8.0, 4)}, "abcefgh"),
-        ({"self-attention seed 0 after 9": row(0.5)}, "abcdfgh"),
+        ({"dreambooth": row(0.7, 7.0, 5.5)}, "bcdefghi"),
+        ({"dreambooth": row(0.7, 7.6, 5.5)}, "bcdefghi"),  # within the intervals
+        ({"one": row(0.6, 9.0, 7.0)}, "acdefghi"),
+        ({"average": row(0.85, 10, 4)}, "abdefghi"),
+        ({"max": row(0.62, 8.0, 4)}, "abcefghi"),
+        ({"self-attention given one": row(0.85)}, "abcdfghi"),
         ({"attention-tokens": row(0.61)}, "abcdefg"),
+        ({"attention-tokens": row(0.87)}, "abcdefgi"),
         ({"one": row(0.9, 9.0, 5)}, "abdegh"),
-        ({"one-plus": row(0.95)}, "abcdefh"),
-        ({"attention-tokens": row(0.89, spread=0.3)}, "abcdefg"),  # better in the mean, but not surely
-        ({"self-attention": row(0.8, 7.5, 6, spread=1.0)}, "abdefgh"),
+        ({"one-plus": row(0.95)}, "abcdefhi"),
+        ({"max-plus": row(0.9)}, "abcdefhi"),
+        ({"attention-tokens": row(0.89, spread=0.3)}, "abcdefgi"),  # better in the mean, but not surely
+        ({"self-attention": row(0.8, 7.5, 6, spread=1.0)}, "abdfghi"),
     ],
 )
 def test_a_claim_falls_where_the_figures_say_so(changes, left):
@@ -136,3 +140,8 @@ def test_seeds_become_one_row_once_all_are_there():
 
 def test_subjects_weigh_the_same():
     assert by_subject([1.0, 3.0, 10.0], [0, 0, 1]).tolist() == [2.0, 10.0]
+
+
+def test_a_protocol_that_rows_do_not_share_is_told_in_full():
+    rows = {name: row()._replace(protocol={"steps": steps, "data": "mini"}) for name, steps in (("a", 8), ("b", 6), ("c", 8))}
+    assert claims.told(rows) == ["- steps: 8; 6 (b)", "- data: mini"]

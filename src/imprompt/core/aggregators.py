@@ -2,7 +2,8 @@
 
 Pooling and self-attention are those of the second paper ("P2": several photographs on top of IP-Adapter, sections 3.4 and
 3.5). Each is a set function: the order of the references does not matter. A weight of 2 means the same as giving the
-reference twice, a weight of 0 the same as leaving it out.
+reference twice, a weight of 0 the same as leaving it out. P2's self-attention is both for nine references alone: of more
+the first nine are read, of fewer some are drawn again, before any weight is looked at.
 """
 
 from collections.abc import Callable

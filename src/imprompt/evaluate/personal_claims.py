@@ -13,7 +13,7 @@ from PIL import Image
 from imprompt.config import PERSONAL, Reproduce
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
-from imprompt.evaluate.second_paper import BUDGETS, NINE, PHOTOS, SEVERAL, TRAINED, SecondPaper, by_subject
+from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject
 from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
 from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, value_of
 from imprompt.files import atomic_path, writable_folder
@@ -29,6 +29,9 @@ PAPER: dict[str, tuple[str, float | None, float | None]] = {
     "concat": ("concatenation", None, None),
     "one-plus": ("fine-grained, one image", None, None),
     "average-tokens": ("fine-grained, average of tokens", None, None),
+    "max-tokens": ("fine-grained, max of tokens", None, None),
+    "average-plus": ("fine-grained, average of embeddings", None, None),
+    "max-plus": ("fine-grained, max of embeddings", None, None),
     "attention-tokens": ("fine-grained, our attention over tokens", None, None),
     "dreambooth-lora": ("DreamBooth with LoRA", None, None),
     "inversion": ("Textual Inversion", None, None),
@@ -42,7 +45,8 @@ SEEDS = (
     "Intervals are over subjects. Of the trained rows each figure is the mean over the seeds; where a figure compares whole sets of "
     "pictures, its interval covers those of all seeds. Methods that learn a subject learned each with a seed of its own, so their "
     "intervals hold that chance too. The settings of those methods were chosen on four of the subjects, our best way on 80 others. "
-    "The rows copy and real hold one picture for each prompt, half as many as the others, so their FID is not beside theirs."
+    "Row copy shows the photographs that were to be drawn, row real each time the subject's other one: as sets they are the same, and half "
+    "as many pictures as the other rows have, so their FID, KID, CMMD and IS are not beside the others'."
 )
 
 
@@ -53,10 +57,11 @@ def gathered(rows: Rows, seeds: int) -> dict[str, Finished]:
     """The rows of the table: the seeds of a trained way become one row, once all of them are there."""
     found = {name: row for name, row in rows.items() if name in SHOWN}
     for kind in TRAINED:
-        of_kind = [rows.get(f"{kind} seed {seed}") for seed in range(seeds)]
-        there = [row for row in of_kind if row is not None]
-        if len(there) == seeds:
-            found[kind] = merged(kind, there)
+        for more in ("", f" {ALONE}"):
+            of_kind = [rows.get(f"{kind} seed {seed}{more}") for seed in range(seeds)]
+            there = [row for row in of_kind if row is not None]
+            if len(there) == seeds:
+                found[kind + more] = merged(kind + more, there)
     return found
 
 
@@ -91,7 +96,7 @@ def better(rows: Rows, one: str, other: str, column: str = "identity") -> Interv
 
 
 def claims(rows: Rows) -> list[Claim]:
-    """The paper's, a … e, and ours, f … h, on the rows of the table and of the curves."""
+    """The paper's, a … e, and ours, f … i, on the rows of the table and of the curves."""
     texts: dict[str, tuple[str, Callable[[Rows], tuple[bool, str]]]] = {
         "a": ("self-attention has the lowest FID of the paper's five", lambda r: best_of_five(r, "FID", -1)),
         "b": ("self-attention has the highest Inception Score of the five", lambda r: best_of_five(r, "IS", 1)),
@@ -102,10 +107,17 @@ def claims(rows: Rows) -> list[Claim]:
             f"nine references through our best, {BEST}, beat one, and average and max pooling, in identity",
             lambda r: ahead(r, BEST, ("one", "average", "max")),
         ),
-        "g": ("the references do it, not the finer adapter: nine beat one through the same", lambda r: ahead(r, BEST, ("one-plus",))),
+        "g": (
+            "the references and the way do it, not the finer adapter: through the same, nine beat one, and average and max pooling",
+            lambda r: ahead(r, BEST, ("one-plus", "average-plus", "max-plus")),
+        ),
         "h": (
             "training our attention over tokens raises identity above that of their average",
             lambda r: ahead(r, "attention-tokens", ("average-tokens",)),
+        ),
+        "i": (
+            "nine references through our trained attention beat one, and average and max pooling, in identity",
+            lambda r: ahead(r, "attention-tokens", ("one", "average", "max")),
         ),
     }
     return judged(rows, texts)
@@ -139,13 +151,14 @@ def pooling_costs(rows: Rows) -> tuple[bool, str]:
 
 
 def more_help(rows: Rows) -> tuple[bool, str]:
-    line = [rows[name] for name in rows if name.startswith("self-attention seed 0 after ")]
-    if not line:
-        raise KeyError("self-attention seed 0 after 1")
-    gap = better(rows, f"self-attention seed 0 after {NINE}", "self-attention seed 0 after 1")
-    course = " ".join(f"{row.score.figures['identity'].value:.3f}" for row in line)
-    counts = " ".join(name.rpartition(" ")[2] for name in rows if name.startswith("self-attention seed 0 after "))
-    return gap.low > 0, f"identity after {counts}: {course}; nine to one {difference(gap)}"
+    one, nine = f"self-attention {ALONE}", "self-attention"
+    gap = better(rows, nine, one)
+    told = f"identity {value_of(rows, one, 'identity'):.3f} after one, {value_of(rows, nine, 'identity'):.3f} after nine; {difference(gap)}"
+    curve = {name.split()[-1]: row for name, row in rows.items() if name.startswith("self-attention seed 0 after ")}
+    if curve:
+        course = " ".join(f"{row.score.figures['identity'].value:.3f}" for row in curve.values())
+        told += f"; the curve, of one seed, after {' '.join(curve)}: {course}"
+    return gap.low > 0, told
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -163,20 +176,20 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     scores = [replace(table[name].score, name=name) for name in shown]
     lines = course(rows, study)
     by_seed = [rows[name].score for kind in TRAINED for name in study.seeds(kind) if name in rows]
+    explained = legend("subjects", "photograph to be drawn")
     words = [
         f"# The same subject again: the second paper's comparison on mini, budget {choice.budget}", "",
         f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}", "",
         "## Claims", "", *listed(verdicts), "", SEEDS, "",
         "## The paper's table, and ours", "", beside(table), "",
-        "## All figures", "", markdown(scores), legend(), "",
+        "## All figures", "", markdown(scores), explained, "",
         *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
-        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. Row real: the first reference.", "",
+        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. ", "",
     ]  # fmt: skip
     if lines:
         _bytes(folder / "references.png", plotted(lines, "references", budget.counts))
-        words += ["## The number of references", "", "![figures against the number of references](references.png)", ""]
-    kept = next((row.protocol for row in rows.values() if row.protocol), {})
-    words += ["## Protocol", "", *(f"- {name}: {value}" for name, value in kept.items()), ""]
+        words += ["## The number of references", "", "![figures against the number of references](references.png)", "", _curves(budget), ""]
+    words += ["## Protocol", "", *told(rows), ""]
     _bytes(folder / "README.md", "\n".join(words).encode())
     everything = [replace(row.score, name=name) for name, row in rows.items()]
     _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
@@ -188,9 +201,10 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         below(list(strips.values())).save(partial)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}"
     body += (
-        f"<p>{SEEDS}</p><h2>Figures</h2>{html_table(scores)}<p><small>{escape(legend())}</small></p><h2>Pictures</h2>{html_strips(strips)}"
+        f"<p>{SEEDS}</p><h2>Figures</h2>{html_table(scores)}<p><small>{escape(explained)}</small></p><h2>Pictures</h2>{html_strips(strips)}"
     )
-    body += f"<h2>The number of references</h2>{inline((folder / 'references.png').read_bytes())}" if lines else ""
+    if lines:
+        body += f"<h2>The number of references</h2>{inline((folder / 'references.png').read_bytes())}<p>{escape(_curves(budget))}</p>"
     write_page(folder / "index.html", "The same subject again, on mini", body)
     return folder / "index.html", verdicts
 
@@ -241,8 +255,30 @@ def _budget(choice: Reproduce) -> str:
         f"trained rows: from the embedded adapters, {b.steps:,} steps × {b.batch} of {b.pictures:,} photographs ({PHOTOS} of each subject, "
         f"one drawn after the others), {b.seeds} seeds; every row: {b.subjects} held-out subjects × {b.targets} photographs to be drawn × "
         f"{b.samples}, after {NINE} references (one: after one), text says kind and place, λ = 1, {SAMPLER} {b.drawing} steps, guidance 3. "
-        f"Without training: {', '.join(SEVERAL)}"
+        f"Without training: {', '.join(name for name, (_, references) in PLAIN.items() if references > 1)}"
     )
+
+
+def _curves(b: Budget) -> str:
+    """What the points of the curves were measured on."""
+    return (
+        f"{b.curve} subjects × {b.targets} photographs × 1 picture; of the trained ways the first seed. FID compares so few pictures with "
+        "the photographs of all subjects, so it is higher than in the table, and only to be read along the curve."
+    )
+
+
+def told(rows: Rows) -> list[str]:
+    """The protocol, line by line; where rows differ in it, all that they have and which rows it is."""
+    kept = {name: row.protocol for name, row in rows.items() if row.protocol}
+    lines = []
+    for field in dict.fromkeys(field for protocol in kept.values() for field in protocol):
+        whose: dict[str, list[str]] = {}
+        for name, protocol in kept.items():
+            whose.setdefault(str(protocol.get(field, "–")), []).append(name)
+        most = max(whose, key=lambda value: len(whose[value]))
+        others = [f"{value} ({', '.join(names)})" for value, names in whose.items() if value != most]
+        lines.append(f"- {field}: {'; '.join([most, *others])}")
+    return lines
 
 
 def _shown(name: str) -> str:

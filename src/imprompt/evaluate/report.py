@@ -138,9 +138,10 @@ def html_strips(strips: Mapping[str, Image.Image]) -> str:
     return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip)}" for n, strip in strips.items()) + "</table>"
 
 
-def legend() -> str:
-    """What the columns mean, as plain text."""
-    return "± half of the 95 % interval over prompts. " + "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items()) + "."
+def legend(over: str = "prompts", target: str = "reference") -> str:
+    """What the columns mean, as plain text: what intervals are over, and what pictures are compared with."""
+    meanings = "; ".join(f"{name}: {meaning.replace('reference', target)}" for name, meaning in COLUMNS.items())
+    return f"± half of the 95 % interval over {over}. {meanings}."
 
 
 def strip(out: Path, name: str, prompts: Sequence[int] = range(SHOWN)) -> Image.Image:

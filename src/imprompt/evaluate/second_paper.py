@@ -33,9 +33,13 @@ PLAIN = {  # rows without training: what they draw with, after how many referenc
     "average": (f"{COARSE}@average", NINE),
     "max": (f"{COARSE}@max", NINE),
     "average-tokens": (f"{FINE}@average-tokens", NINE),
+    "max-tokens": (f"{FINE}@max-tokens", NINE),
+    "average-plus": (f"{FINE}@average", NINE),
+    "max-plus": (f"{FINE}@max", NINE),
 }
-SEVERAL = tuple(name for name, (_, references) in PLAIN.items() if references > 1)
+SEVERAL = ("concat", "average", "max", "average-tokens")  # those whose curve is drawn
 TRAINED = {"self-attention": COARSE, "attention-tokens": FINE}  # each way, and the adapter that it goes on from
+ALONE = "given one"  # a trained way's row after one reference: what the others add is told by the difference
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class SecondPaper(Study):
         def asked(kind: str) -> bool:
             return not self.choice.method or kind in self.choice.method
 
-        trained = [name for kind in TRAINED if asked(kind) for name in self.seeds(kind)]
+        trained = [name for kind in TRAINED if asked(kind) for seed in self.seeds(kind) for name in (seed, f"{seed} {ALONE}")]
         learned = [name for name in PERSONAL if asked(name)]
         plain = [name for name in PLAIN if asked(name)]
         curves = [name for names in self.curves().values() for name in names] if asked("references") else []
@@ -96,7 +100,7 @@ class SecondPaper(Study):
         for method in sorted({_method(name) for name in trains}):
             if not complete(self.cache(READS[method])):
                 first.append(("fill", (f"mini:{self.budget.pictures}x{PHOTOS}", method)))
-        curves = [name for name in missing if " after " in name]
+        curves = [name for name in missing if " after " in name or name.endswith(ALONE)]  # drawn with another row's weights
         slow = [name for name in missing if name in PERSONAL]
         trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
         plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
@@ -118,6 +122,8 @@ class SecondPaper(Study):
             return Row(name, name, "caption", b.samples, prompts, references=NINE), "mini"
         way, _, count = name.partition(" after ")
         source = f"{name}={self.weights(way) if _kind(way) in TRAINED else PLAIN[way][0]}"
+        if name.endswith(ALONE):
+            return Row(name, f"{name}={self.weights(_way(name))}", "caption", b.samples, prompts, references=1), "mini"
         if count:
             return Row(name, source, "caption", 1, b.curve * b.targets, references=int(count)), "mini"
         return Row(name, source, "caption", b.samples, prompts, references=NINE), "mini"
@@ -173,8 +179,8 @@ def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
 
 
 def _way(name: str) -> str:
-    """A row of a curve without the number of references."""
-    return name.partition(" after ")[0]
+    """A row without the number of references."""
+    return name.partition(" after ")[0].removesuffix(f" {ALONE}")
 
 
 def _method(name: str) -> str:
