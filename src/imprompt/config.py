@@ -394,7 +394,9 @@ class Train:
     references: int = _option(0, "references for one picture (default: 1; 9 with --subjects)")
     fewest: int = _option(0, "of these are different, at random from this many on (default: 1 with --subjects, but 9 for self-attention)")
     combine: str = _option("auto", f"several references: {', '.join(AGGREGATORS)} (default: the adapter's own, or side by side)")
-    subjects: int = _option(0, "draw each picture after the others of its subject, of subjects with at least so many; 0 for after itself")
+    subjects: int = _option(
+        0, "draw each picture after the others of its subject, of subjects with at least so many files; 0 for after itself"
+    )
     held_out: float = _option(-1.0, "share of the subjects that is left for testing (default: a third; of mini none, it has others)")
     augment: float = _option(0.0, "how much references are altered, 0 … 1")
     own_crop: bool = _option(False, "crop references on their own, not as the target")
