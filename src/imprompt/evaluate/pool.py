@@ -1,10 +1,12 @@
 """Processes side by side, for work that is cut into pieces, each of which is either kept whole or done again."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -36,6 +38,15 @@ def pool(processes: int, begin: Callable[..., None], *words: Any) -> Iterator[Pr
 
 
 def _begin(begin: Callable[..., None], words: tuple[Any, ...]) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # so that processes do not wait for each other
     hide_progress()
     begin(*words)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its processes; they would go on with their piece for nobody."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
