@@ -59,7 +59,15 @@ def read(adapter, features, aggregator):
     return heard(adapter, features[:, aggregator.chosen(features.shape[1])], aggregator=aggregator)
 
 
-def test_the_order_does_not_matter(adapter, aggregator):
+@pytest.mark.parametrize("count", [2, 9, 64])
+def test_the_order_does_not_matter(adapter, aggregator, count):
+    x = references(count)
+    shuffled = x[:, torch.randperm(count, generator=torch.Generator().manual_seed(2))]
+    difference = heard(adapter, x, aggregator=aggregator) - heard(adapter, shuffled, aggregator=aggregator)
+    assert difference.abs().max() <= 1e-5
+
+
+def test_nor_does_it_where_the_aggregator_chooses(adapter, aggregator):
     """P2's self-attention is a set function of nine: of more it reads the first nine, of fewer some twice."""
     for count in (9,) if isinstance(aggregator, SelfAttention) else (2, 9, 64):
         x = references(count)

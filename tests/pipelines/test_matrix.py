@@ -65,7 +65,9 @@ def inpainting_unet(pipe):
     wider.weight.data[:, :4] = pipe.unet.conv_in.weight
     pipe.unet.conv_in = wider
     pipe.unet.register_to_config(in_channels=9)
-    return inpaint(pipe)
+    made, more = inpaint(pipe)
+    assert made.unet.config.in_channels == 9
+    return made, more
 
 
 def control(pipe):

@@ -11,7 +11,7 @@ from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
 from imprompt.evaluate.report import as_csv, below, cell, curves, html_strips, html_table, legend, markdown
 from imprompt.evaluate.study import SAMPLER, finished, finished_path, study_of
-from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, value_of
+from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, protocol_lines, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -117,7 +117,6 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     table = [name for name in ("copy", "real", "text", *PAPER, *CUSTOM_NAMES) if name in rows]
     verdicts = claims(rows)
     points = [rows[name].score for name in curve_names() if name in rows and not name.endswith("base")]
-    kept = next((row.protocol for name, row in rows.items() if name in PAPER and row.protocol), {})
     words = [
         f"# IP-Adapter's comparison on mini, budget {choice.budget}",
         "",
@@ -143,7 +142,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     if points:
         _bytes(folder / "curve.png", curves(points))
         words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
-    words += ["## Protocol", "", *(f"- {name}: {value}" for name, value in kept.items()), ""]
+    words += ["## Protocol", "", *protocol_lines({name: row for name, row in rows.items() if name in PAPER}), ""]
     page = "\n".join(words)
     _bytes(folder / "README.md", page.encode())
     _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())

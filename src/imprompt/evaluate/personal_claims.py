@@ -15,7 +15,7 @@ from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
 from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject
 from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
-from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, value_of
+from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocol_lines, value_of
 from imprompt.files import atomic_path, writable_folder
 from imprompt.pages import inline, write_page
 
@@ -189,7 +189,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     if lines:
         _bytes(folder / "references.png", plotted(lines, "references", budget.counts))
         words += ["## The number of references", "", "![figures against the number of references](references.png)", "", _curves(budget), ""]
-    words += ["## Protocol", "", *told(rows), ""]
+    words += ["## Protocol", "", *protocol_lines(rows), ""]
     _bytes(folder / "README.md", "\n".join(words).encode())
     everything = [replace(row.score, name=name) for name, row in rows.items()]
     _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
@@ -265,20 +265,6 @@ def _curves(b: Budget) -> str:
         f"{b.curve} subjects × {b.targets} photographs × 1 picture; of the trained ways the first seed. FID compares so few pictures with "
         "the photographs of all subjects, so it is higher than in the table, and only to be read along the curve."
     )
-
-
-def told(rows: Rows) -> list[str]:
-    """The protocol, line by line; where rows differ in it, all that they have and which rows it is."""
-    kept = {name: row.protocol for name, row in rows.items() if row.protocol}
-    lines = []
-    for field in dict.fromkeys(field for protocol in kept.values() for field in protocol):
-        whose: dict[str, list[str]] = {}
-        for name, protocol in kept.items():
-            whose.setdefault(str(protocol.get(field, "–")), []).append(name)
-        most = max(whose, key=lambda value: len(whose[value]))
-        others = [f"{value} ({', '.join(names)})" for value, names in whose.items() if value != most]
-        lines.append(f"- {field}: {'; '.join([most, *others])}")
-    return lines
 
 
 def _shown(name: str) -> str:
