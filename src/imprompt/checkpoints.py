@@ -41,7 +41,7 @@ _OURS = ("image_proj.", "ip_adapter.", "aggregator.")
 class Spec:
     """What an adapter file is, read off its keys and shapes."""
 
-    kind: str  # global, resampler, full-face; faceid, faceid-plus are recognised only
+    kind: str  # global, resampler, full-face, faceid, faceid-plus
     tokens: int  # image tokens per reference; 0 where every patch becomes one
     features: int  # width of the encoder's output
     cross: int  # width of the text states

@@ -262,6 +262,7 @@ class Personalise:
 READS = {
     "ip-adapter": "pooled",
     "ip-adapter-plus": "grid",
+    "ip-adapter-full-face": "grid",
     "simple": "pooled",
     "simple-plus": "grid",
     "uni-controlnet": "pooled",
@@ -291,6 +292,7 @@ COPIES = (
 MANY = (
     "ip-adapter",
     "ip-adapter-plus",
+    "ip-adapter-full-face",
     "simple",
     "simple-plus",
     "uni-controlnet",
@@ -298,8 +300,8 @@ MANY = (
     "blip-diffusion",
 )  # hear several references
 PERSONAL = tuple(name for name, read in READS.items() if read == "nothing")  # learn one subject, and are shown no picture afterwards
-GENERAL = tuple(name for name in READS if name not in PERSONAL)
-METHODS = tuple(name for name in GENERAL if name != "reference-only")  # those that are trained to hear pictures
+METHODS = tuple(name for name in READS if name not in (*PERSONAL, "reference-only"))  # those that are trained to hear pictures
+GENERAL = tuple(name for name in READS if name not in (*PERSONAL, "ip-adapter-full-face"))  # the first paper's: not its variant for faces
 
 # What fits the embedded model, for whatever the user left open; elsewhere it is P1's settings (arXiv:2308.06721, section 4.1.2).
 _MINI: dict[str, Any] = {
@@ -435,7 +437,7 @@ class Train:
             self._of_one_subject()
         _one_of(("auto", *AGGREGATORS), combine=self.combine)
         if self.combine != "auto" and not self.method.startswith("ip-adapter"):
-            raise UserError(f"combine: {self.method} has a way of its own; expected ip-adapter or ip-adapter-plus as the method")
+            raise UserError(f"combine: {self.method} has a way of its own; expected a method of the ip-adapter family")
         if self.subjects == 1:
             raise UserError("subjects: expected at least 2 pictures of a subject, one to draw and one to draw after; received 1")
         if not (self.held_out == -1 or 0 <= self.held_out < 1):

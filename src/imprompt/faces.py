@@ -1,4 +1,4 @@
-"""Faces: found, turned upright and embedded by InsightFace or FaceNet; and embeddings that are in files."""
+"""Faces: found, turned upright and embedded by InsightFace or FaceNet; embeddings that are in files; what FaceID hears."""
 
 import contextlib
 import io
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt import checkpoints
-from imprompt.errors import UserError, brief
+from imprompt.encoders import Encoder
+from imprompt.errors import ImageError, UserError, brief
 
 _FACE = 512  # width of both face embeddings
 _CROP = 160  # pixels of the face that FaceNet sees
@@ -87,6 +88,66 @@ class InsightFace:
 def insightface(device: str = "cpu") -> InsightFace:
     """The same one again: its models take seconds to load."""
     return InsightFace(device)
+
+
+class FaceEncoder:
+    """What adapters of the FaceID family hear: who is in a picture, by InsightFace; of Plus, the picture's grid behind it.
+
+    `face` is the identity's width. `picture` encodes the grid; None for those that hear the identity alone. Features are
+    (pictures, 1, face), or (pictures, 1 + patches, width) with the identity in the first row, zeros behind it.
+    """
+
+    def __init__(self, face: int, picture: Encoder | None = None, normalised: bool = True):
+        self.face, self.picture, self.normalised = face, picture, normalised
+        self.side = picture.side if picture else 1
+        self.model: Any = nn.ModuleDict({"picture": picture.model} if picture else {})
+        self.model.register_buffer("place", torch.zeros(0), persistent=False)  # so that it is known where `model` was moved
+
+    def width(self, grid: bool) -> int:
+        return self.picture.width(True) if self.picture else self.face
+
+    def found(self, images: Sequence[Image.Image]) -> list[bool]:
+        """In which pictures there is somebody. Raises UserError without InsightFace."""
+        return self._embedded(images)[1].tolist()
+
+    def who(self, images: Sequence[Image.Image]) -> Tensor:
+        """Identities, (pictures, face). Raises ImageError for a picture without a face, and UserError without InsightFace."""
+        embedded, there = self._embedded(images)
+        if not there.all():
+            raise ImageError(f"no face was found in picture {there.tolist().index(False) + 1}; expected one in each")
+        return embedded
+
+    def _embedded(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        return insightface(str(self.model.place.device)).embed(images)
+
+    def beside(self, who: Tensor, images: Sequence[Image.Image]) -> Tensor:
+        """Features of identities, (pictures, face), and of the pictures that they are from. Raises UserError where one is missing."""
+        found = F.normalize(who, dim=1) if self.normalised else who
+        if self.picture is None:
+            return found[:, None]
+        if len(images) != len(found):
+            raise UserError(f"FaceID-Plus hears faces and their pictures; expected as many, received {len(found)} and {len(images)}")
+        grid = self.picture.encode(images, True)
+        first = torch.zeros(len(found), 1, grid.shape[2])
+        first[:, 0, : self.face] = found
+        return torch.cat([first.to(grid), grid], 1)
+
+    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
+        """The features themselves: faces are found in whole pictures. Raises ImageError for a picture without one."""
+        return self.beside(self.who(images), images)
+
+    def features(self, pixels: Tensor, grid: bool) -> Tensor:
+        return pixels
+
+    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
+        return self.prepare(images)
+
+    def null(self, grid: bool) -> Tensor:
+        """Nobody; of Plus, before the grid of no picture."""
+        if self.picture is None:
+            return torch.zeros(1, 1, self.face)
+        nothing = self.picture.null(True)
+        return torch.cat([torch.zeros_like(nothing[:, :1]), nothing], 1)
 
 
 class FaceNet:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from imprompt.core.aggregators import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
 from imprompt.core.projectors import FaceProjector, Resampler
 from imprompt.core.scales import Scale
-from imprompt.encoders import Encoder, ImageEncoder, NothingEncoder
+from imprompt.encoders import Encoder, ImageEncoder
 from imprompt.errors import ImageError, UserError
-from imprompt.faces import insightface, read_faces
+from imprompt.faces import FaceEncoder, read_faces
 from imprompt.images import Picture, fit, open_image, squares
 
 Faces = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
@@ -102,7 +102,7 @@ class Prompter:
 
     def __init__(self, adapter: Adapter, spec: Spec, encoder: Encoder):
         width = encoder.width(spec.grid)
-        if spec.kind != "faceid" and width != spec.features:
+        if width != spec.features:
             raise UserError(
                 f"the image encoder does not fit the adapter: expected {spec.encoder}, "
                 f"received features of width {width}; choose another with --encoder"
@@ -136,10 +136,10 @@ class Prompter:
         """
         together = combined(combine, self.adapter)
         pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
-        if self.spec.kind.startswith("faceid"):
-            features, null = self._of_faces(pictures, faces, fit)
+        if isinstance(self.encoder, FaceEncoder):
+            features, null = _of_faces(self.encoder, pictures, faces, fit), self.encoder.null(self.spec.grid)
             if negative is not None:
-                null = self._of_faces([negative], None, fit)[0]
+                null = _of_faces(self.encoder, [negative], None, fit)
             given = _weights(weights, len(features))
         elif faces is not None:
             raise UserError(f"faces: a {self.spec.kind} adapter hears pictures; expected one of the FaceID family")
@@ -189,35 +189,23 @@ class Prompter:
         opened = [fit(open_image(picture), fit_) for picture in pictures]
         return self.encoder.encode(opened, self.spec.grid), self.encoder.null(self.spec.grid)
 
-    def _of_faces(self, pictures: list[Picture], faces: Faces | None, fit_: str) -> tuple[Tensor, Tensor]:
-        """Features of the FaceID family, and their null: the identity, and with Plus the picture's grid behind it."""
-        projector, spec = cast(FaceProjector, self.adapter.image_proj), self.spec
-        opened = [open_image(picture) for picture in pictures]
-        if faces is not None:
-            found = read_faces(faces, projector.face)
-        elif opened:
-            found, there = insightface(str(next(self.adapter.parameters()).device)).embed(opened)
-            if not there.all():
-                raise ImageError(f"no face was found in picture {there.tolist().index(False) + 1}; expected one in each")
-        else:
-            raise UserError("a FaceID adapter needs a face: give pictures, or identity embeddings as faces")
-        if spec.metadata.get("normalised", True):
-            found = torch.nn.functional.normalize(found, dim=1)
-        if not spec.grid:
-            return found[:, None], torch.zeros(1, 1, projector.face)
-        if len(opened) != len(found):
-            raise UserError(f"FaceID-Plus hears faces and their pictures; expected as many, received {len(found)} and {len(opened)}")
-        squared = [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened]
-        grid, nothing = self.encoder.encode(squared, True), self.encoder.null(True)
-        who = torch.zeros(len(found), 1, grid.shape[2])
-        who[:, 0, : projector.face] = found
-        return torch.cat([who.to(grid), grid], 1), torch.cat([torch.zeros_like(nothing[:, :1]), nothing], 1)
-
     def to(self, device: torch.device | str) -> "Prompter":
         """Move encoder and adapter."""
         self.adapter.to(device)
         self.encoder.model.to(device)
         return self
+
+
+def _of_faces(encoder: FaceEncoder, pictures: list[Picture], faces: Faces | None, fit_: str) -> Tensor:
+    """Features of the FaceID family: of faces that are given, or of those that are found in the pictures."""
+    opened = [open_image(picture) for picture in pictures]
+    if faces is not None:
+        who = read_faces(faces, encoder.face)
+    elif opened:
+        who = encoder.who(opened)
+    else:
+        raise UserError("a FaceID adapter needs a face: give pictures, or identity embeddings as faces")
+    return encoder.beside(who, [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened])
 
 
 def _sums(adapter: Adapter) -> list[float]:
@@ -281,7 +269,10 @@ def load(source: str | Path, weight: str | None = None, encoder: str | Path | No
     """
     path, found = hub.find_adapter(str(source), weight)
     adapter, spec = checkpoints.load_adapter(path)
-    if spec.kind == "faceid":
-        return Prompter(adapter, spec, NothingEncoder())
-    where = (str(encoder), None) if encoder else found or hub.default_encoder(spec)
-    return Prompter(adapter, spec, ImageEncoder.load(*where))
+    where = (str(encoder), None) if encoder else found
+    face = adapter.image_proj.face if isinstance(adapter.image_proj, FaceProjector) else 0
+    picture = None if face and not spec.grid else ImageEncoder.load(*(where or hub.default_encoder(spec)))
+    if face:
+        return Prompter(adapter, spec, FaceEncoder(face, picture, bool(spec.metadata.get("normalised", True))))
+    assert picture is not None
+    return Prompter(adapter, spec, picture)

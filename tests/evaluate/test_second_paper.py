@@ -12,7 +12,7 @@ from imprompt.errors import UserError
 from imprompt.evaluate import personal_claims as claims
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.score import Score
-from imprompt.evaluate.second_paper import PLAIN, SEVERAL, TRAINED, by_subject
+from imprompt.evaluate.second_paper import PLAIN, SEVERAL, TRAINED, by_subject, timed
 from imprompt.evaluate.study import Finished, finished, run, study_of
 
 
@@ -27,14 +27,16 @@ def test_every_row_is_trained_and_measured(smoke):
     choice, folder, told = smoke
     rows = {name: finished(folder, name) for name in study_of(choice).names()}
     assert all(rows.values())
-    assert {"copy", "real", "text", *PLAIN, *PERSONAL, *(f"{kind} seed {n}" for kind in TRAINED for n in (0, 1))} < set(rows)
+    assert {"copy", "real", "reference", "text", *PLAIN, *PERSONAL, *(f"{kind} seed {n}" for kind in TRAINED for n in (0, 1))} < set(rows)
     assert {f"{way} after {n}" for way in (*SEVERAL, *(f"{kind} seed 0" for kind in TRAINED)) for n in (1, 9)} < set(rows)
     for name, row in rows.items():
-        if " after " not in name and name not in ("copy", "real"):
+        if " after " not in name and name not in ("copy", "real", "reference"):
             assert row.score.pictures == 12 and len(row.each["identity"]) == 6 and len(set(row.each["subject"])) == 3
     for name in PERSONAL:
-        assert claims.seconds_of(name, rows[name]) > 0
-    assert 0 < claims.seconds_of("average", rows["average"]) < claims.seconds_of("dreambooth", rows["dreambooth"])
+        assert claims.seconds_of(name, rows[name], {}) > 0
+    seconds = timed(folder)
+    assert set(seconds) == {*PLAIN, *TRAINED}
+    assert 0 < seconds["one"] < seconds["average-tokens"] < claims.seconds_of("dreambooth", rows["dreambooth"], seconds)
     assert rows["attention-tokens seed 0"].score.trainable > rows["one"].score.trainable
     assert rows["attention-tokens seed 0"].each["identity"] != rows["attention-tokens seed 1"].each["identity"]
     assert {at.stage for at in told} >= {"encoding", "training", "drawing"}
@@ -67,7 +69,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
 def test_one_row_can_be_asked_for(tmp_path):
     names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention-tokens"))).names()
     trained = [f"attention-tokens seed {seed}{more}" for seed in range(2) for more in ("", " given one")]
-    assert names == ["copy", "real", "text", "average", *trained]
+    assert names == ["copy", "real", "reference", "text", "average", *trained]
     with pytest.raises(UserError, match="method: expected one of one, one-plus, concat"):
         Reproduce(paper="personalisation", method=("kandinsky",))
 

@@ -98,13 +98,23 @@ def measured(tmp_path_factory):
 
 def test_every_row_says_who_was_recognised(measured):
     folder, found, _ = measured
-    assert list(found) == ["copy", "real", "text", "one", "mini@average", "mini@max", "dreambooth-lora", "inversion"]
+    assert list(found) == ["copy", "real", "reference", "text", "one", "mini@average", "mini@max", "dreambooth-lora", "inversion"]
     assert all({"identity", "recognised"} <= set(score.figures) for score in found.values())
     assert found["copy"].figures["recognised"].value == 1 and found["copy"].figures["identity"].value > 0.9
     assert found["text"].figures["identity"].value < found["mini@average"].figures["identity"].value
     assert found["one"].pictures == 12
     table = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert {"identity", "recognised low", "no face"} & set(table[0]) == {"identity", "recognised low"}
+
+
+def test_the_reference_row_gives_a_reference_back(measured):
+    folder, found, choice = measured
+    cases, kept = open_cases(choice.settled()), sorted((folder / "rows" / "reference" / "pictures").iterdir())
+    for i, path in enumerate(kept):
+        given = cases[i].references[i % choice.targets]
+        assert Image.open(path).convert("RGB").tobytes() == given.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    figures = found["reference"].figures
+    assert len(kept) == 6 and figures["identity"].value > 0.9 and figures["CLIP-I"].value < found["copy"].figures["CLIP-I"].value
 
 
 def test_learning_is_not_drawing(measured):

@@ -9,8 +9,9 @@ from conftest import CROSS, VISION, image_processor, sd15_pipeline, vision_encod
 from imprompt import checkpoints
 from imprompt.core.adapter import Adapter
 from imprompt.core.projectors import FacePlusProjector, FaceProjector
-from imprompt.encoders import ImageEncoder, NothingEncoder
+from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
+from imprompt.faces import FaceEncoder
 from imprompt.hosts.unet import adapter_shape, attach
 from imprompt.prompter import Prompter
 
@@ -44,7 +45,8 @@ def picture(seed):
 
 def prompter(path):
     adapter, spec = checkpoints.load_adapter(path)
-    return Prompter(adapter, spec, ImageEncoder(vision_encoder(), image_processor()) if spec.grid else NothingEncoder())
+    picture = ImageEncoder(vision_encoder(), image_processor()) if spec.grid else None
+    return Prompter(adapter, spec, FaceEncoder(FACE, picture, spec.metadata.get("normalised", True)))
 
 
 def drawn(pipe, **more):

@@ -108,11 +108,16 @@ def test_another_method_does_not_continue_the_run(tmp_path):
         run(tmp_path, method="simple")
 
 
-@pytest.mark.parametrize("method", ["ip-adapter-plus", "simple", "simple-plus"])
+@pytest.mark.parametrize("method", ["ip-adapter-plus", "ip-adapter-full-face", "simple", "simple-plus"])
 def test_the_other_methods_train(tmp_path, method):
     steps = run(tmp_path, method=method, steps=2)
     assert len(steps) == 2 and steps[-1].findings.figures["CLIP-I"] < 1
-    kinds = {"ip-adapter-plus": "ip_adapter.1.to_k_ip.weight", "simple": "image_proj.proj.weight", "simple-plus": "image_proj.latents"}
+    kinds = {
+        "ip-adapter-plus": "ip_adapter.1.to_k_ip.weight",
+        "ip-adapter-full-face": "image_proj.proj.3.weight",
+        "simple": "image_proj.proj.weight",
+        "simple-plus": "image_proj.latents",
+    }
     tensors = load_file(tmp_path / "adapter.safetensors")
     assert kinds[method] in tensors and ("simple" not in method or not any(k.startswith("ip_adapter") for k in tensors))
 

@@ -19,7 +19,13 @@ VIT_H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
 
 @pytest.mark.parametrize(
     ("unet", "method", "millions"),
-    [(SD15, "ip-adapter", 22.3), (SD15, "ip-adapter-plus", 49.1), (SDXL, "ip-adapter", 349.0), (SD15, "simple", 3.1)],
+    [
+        (SD15, "ip-adapter", 22.3),
+        (SD15, "ip-adapter-plus", 49.1),
+        (SD15, "ip-adapter-full-face", 21.8),
+        (SDXL, "ip-adapter", 349.0),
+        (SD15, "simple", 3.1),
+    ],
 )
 def test_full_size_adapters_have_the_papers_number_of_parameters(unet, method, millions):
     with torch.device("meta"):

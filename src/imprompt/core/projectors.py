@@ -1,6 +1,7 @@
 """From image features to image tokens: the small network in front of the keys and values.
 
-Each takes (batch, patches, features) and gives (batch, tokens, cross). Parameter names are those of the public files.
+Each takes (batch, patches, features) and gives (batch, tokens, cross). Parameter names are those of the public files. `grid` says
+which features a projector reads: the encoder's grid of patches, or one pooled embedding.
 """
 
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ HEAD_CHANNELS = 64  # of the resampler's attention, in every public file
 class LinearProjector(nn.Module):
     """The global variant: one pooled embedding → Linear → N tokens → LayerNorm (IP-Adapter, section 3.2)."""
 
+    grid = False
+
     def __init__(self, features: int, cross: int, tokens: int = 4):
         super().__init__()
         self.tokens = tokens
@@ -33,6 +36,8 @@ class LinearProjector(nn.Module):
 class MLPProjector(nn.Module):
     """The full-face variant: every patch of the grid becomes one token."""
 
+    grid = True
+
     def __init__(self, features: int, cross: int):
         super().__init__()
         self.proj = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, cross), nn.LayerNorm(cross))
@@ -44,6 +49,8 @@ class MLPProjector(nn.Module):
 
 class Resampler(nn.Module):
     """The fine-grained variant ("Plus"): N learned queries read the grid in `depth` layers (the Perceiver resampler)."""
+
+    grid = True
 
     def __init__(self, features: int, cross: int, tokens: int = 16, width: int = 768, heads: int = 12, depth: int = 4):
         super().__init__()
@@ -102,6 +109,8 @@ def feed_forward(width: int, factor: int = 4) -> nn.Sequential:
 class FaceProjector(nn.Module):
     """FaceID: one identity embedding → N tokens. With 16 of them, and a reference for each face, FaceID-Portrait."""
 
+    grid = False
+
     def __init__(self, face: int, cross: int, tokens: int = 4, middle: int = 1024):
         super().__init__()
         self.face, self.tokens = face, tokens
@@ -129,6 +138,8 @@ class FacePerceiver(nn.Module):
 
 class FacePlusProjector(FaceProjector):
     """FaceID-Plus: identity and picture. In version 2 the identity's own tokens are added to what they found (`shortcut`)."""
+
+    grid = True
 
     def __init__(
         self,

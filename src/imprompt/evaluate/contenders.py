@@ -13,9 +13,10 @@ from PIL import Image
 
 from imprompt import checkpoints, hub
 from imprompt.config import COMBINE, MANY, PERSONAL, READS, Evaluate, Train
-from imprompt.errors import UserError
+from imprompt.errors import ImageError, UserError
 from imprompt.evaluate.contender import Case, Contender, How
 from imprompt.evaluate.outside import is_outside, load_outside
+from imprompt.faces import FaceEncoder
 from imprompt.methods import Method, create
 from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.inversion import Inversion
@@ -23,7 +24,8 @@ from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.methods.loading import load_method
 from imprompt.pipelines import claim_device, drawing, load_base, pick_dtype, scheduled
 
-SHOWN = ("copy", "real", "text")  # rows that need no contender of their own, or no picture
+REAL = ("copy", "real", "reference")  # rows that are not drawn
+SHOWN = (*REAL, "text")  # rows that need no contender of their own
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,31 @@ class WithMethod:
     name: str
     trainable: int | None
     say: Callable[[str], str] = field(default=str, repr=False)  # how a text is put to it
+
+    def rehearse(self, judge: str) -> None:
+        """Raise UserError where what it hears cannot be had, or where `judge` of identity is what conditions it."""
+        encoder = self.method.encoder
+        if not isinstance(encoder, FaceEncoder):
+            return
+        if judge == "insightface":
+            raise UserError(
+                f"identity: InsightFace tells {self.name} who it is to draw, so it would score itself; "
+                "expected another judge: --identity facenet, or none"
+            )
+        encoder.found([Image.new("RGB", (64, 64))])
+
+    def heard(self, case: Case) -> Case:
+        """The case with the references that can be heard, again from the first where some cannot. Raises ImageError where none can.
+
+        In evaluation a photograph in which no face is found is passed over as one that cannot be opened is.
+        """
+        encoder = self.method.encoder
+        if not isinstance(encoder, FaceEncoder):
+            return case
+        kept = [picture for picture, there in zip(case.references, encoder.found(case.references), strict=True) if there]
+        if not kept:
+            raise ImageError(f"no face was found in the {len(case.references)} reference(s) of {case.key}")
+        return case._replace(references=tuple(kept[n % len(kept)] for n in range(len(case.references))))
 
     @torch.no_grad()
     def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:

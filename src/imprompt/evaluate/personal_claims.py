@@ -1,7 +1,7 @@
 """The second paper's claims, each judged on our rows, and ours beside them; its table next to ours."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from math import hypot
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from imprompt.config import PERSONAL, Reproduce
+from imprompt.evaluate.contenders import SHOWN as UNTAUGHT
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
-from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject
+from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, timed
 from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
 from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocol_lines, value_of
 from imprompt.files import atomic_path, writable_folder
@@ -38,15 +39,20 @@ PAPER: dict[str, tuple[str, float | None, float | None]] = {
 }
 FIVE = ("one", "dreambooth", "max", "average", "self-attention")
 BEST = "average-tokens"  # of ours, on 80 subjects that are not among the test's (docs/log.md)
-SHOWN = ("copy", "real", "text", *PAPER)
+SHOWN = (*UNTAUGHT, *PAPER)
 EACH = ("CLIP-I", "CLIP-T", "diversity", "identity", "recognised")  # kept prompt by prompt
 
 SEEDS = (
     "Intervals are over subjects. Of the trained rows each figure is the mean over the seeds; where a figure compares whole sets of "
     "pictures, its interval covers those of all seeds. Methods that learn a subject learned each with a seed of its own, so their "
     "intervals hold that chance too. The settings of those methods were chosen on four of the subjects, our best way on 80 others. "
-    "Row copy shows the photographs that were to be drawn, row real each time the subject's other one: as sets they are the same, and half "
-    "as many pictures as the other rows have, so their FID, KID, CMMD and IS are not beside the others'."
+    "Row copy shows the photographs that were to be drawn, row real each time the subject's other one (as sets they are the same), row "
+    "reference gives back one of the nine, which is among those that identity is measured by. They have half as many pictures as the other "
+    "rows, so their FID, KID, CMMD and IS are not beside the others'."
+)
+CLOCK = (
+    "Seconds for a new subject: from its photographs to keys and values in the UNet, one way after the other while nothing else of the "
+    "study is at work; of methods that learn, the learning, with other rows at work beside it."
 )
 
 
@@ -176,12 +182,13 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     scores = [replace(table[name].score, name=name) for name in shown]
     lines = course(rows, study)
     by_seed = [rows[name].score for kind in TRAINED for name in study.seeds(kind) if name in rows]
+    seconds = timed(out)
     explained = legend("subjects", "photograph to be drawn")
     words = [
         f"# The same subject again: the second paper's comparison on mini, budget {choice.budget}", "",
         f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}", "",
         "## Claims", "", *listed(verdicts), "", SEEDS, "",
-        "## The paper's table, and ours", "", beside(table), "",
+        "## The paper's table, and ours", "", beside(table, seconds), CLOCK, "",
         "## All figures", "", markdown(scores), explained, "",
         *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
         f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. ", "",
@@ -193,7 +200,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     _bytes(folder / "README.md", "\n".join(words).encode())
     everything = [replace(row.score, name=name) for name, row in rows.items()]
     _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
-    own = {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row)} for name, row in table.items()}
+    own = {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row, seconds)} for name, row in table.items()}
     whole = plain(verdicts, rows) | {"table": own}
     _bytes(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False).encode())
     strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
@@ -224,7 +231,7 @@ def course(rows: Rows, study: SecondPaper) -> dict[str, dict[str, Line]]:
     return found
 
 
-def beside(table: Rows) -> str:
+def beside(table: Rows, seconds: Mapping[str, float]) -> str:
     """The paper's figures next to ours, with what a new subject costs."""
     lines = [
         "| method | paper: IS ↑ | FID ↓ | ours: IS ↑ | FID ↓ | identity ↑ | recognised ↑ | trainable | seconds for a new subject |",
@@ -237,16 +244,17 @@ def beside(table: Rows) -> str:
         theirs = " | ".join("–" if v is None else f"{v:.2f}" for v in (their_is, their_fid))
         mine = " | ".join(f"{f[c].value:.{d}f}" if c in (f := row.score.figures) else "–" for c, d in (("IS", 2), ("FID", 2)))
         more = " | ".join(f"{f[c].value:.3f}" if c in (f := row.score.figures) else "–" for c in ("identity", "recognised"))
-        seconds = seconds_of(name, row)
-        lines.append(f"| {title} | {theirs} | {mine} | {more} | {(row.score.trainable or 0) / 1e6:.2f} M | {seconds:.2g} |")
+        cost = seconds_of(name, row, seconds)
+        told = "–" if cost is None else f"{cost:.2g}"
+        lines.append(f"| {title} | {theirs} | {mine} | {more} | {(row.score.trainable or 0) / 1e6:.2f} M | {told} |")
     return "\n".join(lines) + "\n"
 
 
-def seconds_of(name: str, row: Finished) -> float:
-    """Before a new subject can be drawn: its photographs looked at, or learned from."""
+def seconds_of(name: str, row: Finished, seconds: Mapping[str, float]) -> float | None:
+    """Before a new subject can be drawn: from its photographs to keys and values (`seconds`, by way), or learned from them."""
     if name in PERSONAL:
         return 60 * row.minutes.get("learning", 0.0) / max(1, len(set(row.each["subject"])))
-    return sum(row.each.get("seconds", [0.0]))
+    return seconds.get(name)
 
 
 def _budget(choice: Reproduce) -> str:

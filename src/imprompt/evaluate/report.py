@@ -12,10 +12,11 @@ from typing import Any
 from PIL import Image
 
 from imprompt.config import Evaluate
+from imprompt.evaluate.contenders import REAL
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.score import COLUMNS, Score, Seen, scored
 from imprompt.evaluate.shelf import Shelf
-from imprompt.evaluate.suite import REAL, Row, Studio, rows_of
+from imprompt.evaluate.suite import Row, Studio, rows_of
 from imprompt.files import atomic_path
 from imprompt.images import sheet
 from imprompt.pages import inline, table, write_page

@@ -5,6 +5,7 @@ trained rows go on from the embedded adapters, leave one out, at one budget, wit
 subject learn each one with a seed of its own.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from PIL import Image
 from imprompt.config import MINI_SUBJECT, PERSONAL, READS, Evaluate, Train
 from imprompt.data.cache import complete
 from imprompt.evaluate.contender import Contender
-from imprompt.evaluate.contenders import WithMethod
+from imprompt.evaluate.contenders import REAL, SHOWN, WithMethod
 from imprompt.evaluate.metrics import cosines, recognised
 from imprompt.evaluate.report import strip
 from imprompt.evaluate.score import Seen
-from imprompt.evaluate.study import SAMPLER, Job, Study, prepared, rounded, rows
+from imprompt.evaluate.study import SAMPLER, Job, Progress, Study, prepared, rounded, rows
 from imprompt.evaluate.suite import Row, Studio
+from imprompt.files import atomic_path
 
 NINE = 9
 COARSE, FINE = "mini", "mini-plus"  # the embedded adapters: of a pooled embedding, of a grid
@@ -39,6 +41,7 @@ PLAIN = {  # rows without training: what they draw with, after how many referenc
 }
 SEVERAL = ("concat", "average", "max", "average-tokens")  # those whose curve is drawn
 TRAINED = {"self-attention": COARSE, "attention-tokens": FINE}  # each way, and the adapter that it goes on from
+SECONDS = Path("finished") / "seconds.json"  # way → seconds for a new subject
 ALONE = "given one"  # a trained way's row after one reference: what the others add is told by the difference
 
 
@@ -83,7 +86,7 @@ class SecondPaper(Study):
         learned = [name for name in PERSONAL if asked(name)]
         plain = [name for name in PLAIN if asked(name)]
         curves = [name for names in self.curves().values() for name in names] if asked("references") else []
-        return ["copy", "real", "text", *plain, *trained, *learned, *curves]
+        return [*SHOWN, *plain, *trained, *learned, *curves]
 
     def seeds(self, kind: str) -> list[str]:
         """The rows of a way that is trained: one for each seed."""
@@ -106,12 +109,13 @@ class SecondPaper(Study):
         plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
         copied = rows([name for name in missing if name == "copy"])
         needed = prepared(_way(name) for name in curves if name in trains and _way(name) not in missing)
-        return [[*first, *copied], [*rows(slow), *needed, *rows([*trained, *plain])], rows(curves)]  # the longest first
+        timing: list[Job] = [("clock", ())] if self.to_time(missing) else []
+        return [[*first, *copied], [*rows(slow), *needed, *rows([*trained, *plain])], rows(curves), timing]  # the longest first
 
     def row(self, name: str) -> tuple[Row, str]:
         b = self.budget
         prompts = b.subjects * b.targets
-        if name in ("copy", "real"):
+        if name in REAL:
             return Row(name, name, "none", 1, prompts), "mini"
         if name == "text":
             return Row(name, "text", "caption", b.samples, prompts), "mini"
@@ -158,24 +162,51 @@ class SecondPaper(Study):
         right = recognised(drawn, group, gallery.centroids).double()
         found["identity"], found["recognised"] = (rounded(v.unflatten(0, (-1, row.samples)).mean(1)) for v in (alike, right))
         found["subject"] = group[:: row.samples].tolist()
-        if row.source not in ("copy", "real", "text", *PERSONAL):
-            found["seconds"] = [heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])]
         return found
+
+    def clock(self) -> str:
+        """Seconds before a new subject can be drawn, by every way that learns nothing of it, one after the other."""
+        studio, seconds, ways = self.studio("mini"), timed(self.out), self.to_time([])
+        for number, way in enumerate(ways, 1):
+            row, _ = self.row(_row_of(way))
+            seconds[way] = heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])
+            self.tell(Progress(way, "timing", number, len(ways)))
+        with atomic_path(self.out / SECONDS) as partial:
+            partial.write_text(json.dumps(seconds, indent=1), "utf-8")
+        return "seconds for a new subject"
+
+    def to_time(self, missing: Sequence[str]) -> list[str]:
+        """The ways that are not timed yet and can be: what they draw with is there, or will be since their row is missing."""
+        known, names = timed(self.out), set(self.names())
+        ways = [way for way in (*PLAIN, *TRAINED) if way not in known and _row_of(way) in names]
+        return [way for way in ways if way in PLAIN or _row_of(way) in missing or self.weights(_row_of(way)).is_file()]
 
     def strip(self, studio: Studio, row: Row) -> Image.Image:
         """One picture of each of the first subjects."""
         return strip(studio.out, row.name, range(0, row.prompts, self.budget.targets))
 
 
+@torch.no_grad()
 def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
-    """Seconds that the pictures of a new subject take to be looked at: the median of some."""
+    """Seconds from the pictures of a new subject to keys and values in the UNet: the median of some, the first left out."""
     assert isinstance(contender, WithMethod)
-    times = []
-    for _ in range(5):
+    method, times = contender.method, []
+    for _ in range(8):
         began = time.perf_counter()
-        contender.method.encoder.encode(references, contender.method.grid)
-        times.append(time.perf_counter() - began)
-    return median(times)
+        features = method.encoder.encode(references, method.grid)[None]
+        with method.attached(contender.pipe, features, method.null()[None]):
+            times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+def timed(out: Path) -> dict[str, float]:
+    """Way → seconds, of those that were timed."""
+    return dict(json.loads((out / SECONDS).read_text("utf-8"))) if (out / SECONDS).is_file() else {}
+
+
+def _row_of(way: str) -> str:
+    """The row that is drawn in a way; of a trained one that of the first seed."""
+    return f"{way} seed 0" if way in TRAINED else way
 
 
 def _way(name: str) -> str:

@@ -135,6 +135,10 @@ class Study:
             partial.write_text(json.dumps(finished._asdict() | {"score": asdict(score)}), "utf-8")
         return name
 
+    def clock(self) -> str:
+        """Time what can only be timed while nothing else is at work."""
+        raise NotImplementedError
+
     # Shared
 
     def cache(self, features: str) -> Path:

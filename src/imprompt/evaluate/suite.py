@@ -22,11 +22,11 @@ from imprompt.config import PERSONAL, Evaluate
 from imprompt.data.loader import UNREADABLE
 from imprompt.data.personal import named as spoken
 from imprompt.data.readers import is_mini
-from imprompt.errors import UserError, brief
+from imprompt.errors import ImageError, UserError, brief
 from imprompt.evaluate import metrics
 from imprompt.evaluate.cases import Cases, SubjectCases, open_cases
 from imprompt.evaluate.contender import Case, Contender, How
-from imprompt.evaluate.contenders import Learner, check_source, load_contender, named, taken_apart
+from imprompt.evaluate.contenders import REAL, SHOWN, Learner, WithMethod, check_source, load_contender, named, taken_apart
 from imprompt.evaluate.eyes import Eyes
 from imprompt.evaluate.gallery import Gallery, kept_gallery
 from imprompt.evaluate.identity import Identity, load_identity
@@ -36,7 +36,6 @@ from imprompt.files import writable_folder
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_dtype, scheduled
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-REAL = ("copy", "real")  # rows that are not drawn
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,12 @@ def rows_of(choice: Evaluate, cases: Cases) -> list[Row]:
     rows = [Row("copy", "copy", "none", 1, count)]
     if cases.has_others:
         rows.append(Row("real", "real", "none", 1, count))
+    if choice.subjects:  # else the copy is the reference itself
+        rows.append(Row("reference", "reference", "none", 1, count))
     rows.append(Row("text", "text", "caption", choice.samples, count))
     drawn = list(dict.fromkeys([*choice.adapter, *choice.against]))
     for source in drawn:
-        if source not in (*REAL, "text"):
+        if source not in SHOWN:
             rows.append(Row(named(source)[0], source, choice.text, choice.samples, count, choice.scale))
     names = [folder_of(row.name) for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -150,7 +151,9 @@ class Studio:
         self.eyes.see([blank])
         _ = self.gallery
         for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
-            self.contender(source)
+            contender = self.contender(source)
+            if isinstance(contender, WithMethod):
+                contender.rehearse(self.choice.identity)
         if any(row.source not in REAL for row in rows):
             with scheduled(self.pipe, self.choice.scheduler, self.choice.steps):  # as many steps as the scheduler can take
                 pass
@@ -170,27 +173,49 @@ class Studio:
         """Draw a chunk, look at it and keep both. How many pictures there were."""
         row, step = task.row, self.step(task.row)
         shelf, found, lost = Shelf(self.out, row.name), list[tuple[int, Case, Image.Image | None]](), dict[str, str]()
+        if row.source not in REAL:
+            self.contender(row.source)  # loading it is not drawing
         for i in range(task.number * step, min(row.prompts, (task.number + 1) * step)):
             try:
-                found.append((i, self.cases[i], self.cases.other(i) if row.source == "real" else None))
+                case = self.cases[i]
+                shown = self._shown(row, i, case)
             except UNREADABLE as error:
+                lost[str(i)] = brief(error)
+                continue
+            try:
+                found.append((i, self._heard(row, case), shown))
+            except ImageError as error:
                 lost[str(i)] = brief(error)
         if not found:
             shelf.write(task.number, {}, lost)
             return 0
         places = [(i, s, self.choice.seed + i * self.choice.samples + s) for i, *_ in found for s in range(row.samples)]
         repeated = [case for _, case, _ in found for _ in range(row.samples)]
-        if row.source not in REAL:
-            self.contender(row.source)  # loading it is not drawing
         learning, began = self._learning(row), time.perf_counter()
-        shown = [case.target if row.source == "copy" else other for _, case, other in found]
-        drawn = [self._resized(p) for p in shown if p] or self._drawn(row, repeated, places)
+        drawn = [self._resized(picture) for *_, picture in found if picture] or self._drawn(row, repeated, places)
         learning = self._learning(row) - learning
         seconds = time.perf_counter() - began - learning
         seen = self._scored(row, drawn, repeated, places)
         shelf.keep(drawn, places)
         shelf.write(task.number, seen | {"seconds": torch.tensor([seconds]), "learning": torch.tensor([learning])}, lost)
         return len(drawn)
+
+    def _shown(self, row: Row, i: int, case: Case) -> Image.Image | None:
+        """The photograph that stands in a row that is not drawn; None where one is to be drawn."""
+        match row.source:
+            case "copy":
+                return case.target
+            case "real":
+                return self.cases.other(i)
+            case "reference":  # for each of a subject's targets another one
+                return case.references[i % self.choice.targets % len(case.references)]
+        return None
+
+    def _heard(self, row: Row, case: Case) -> Case:
+        """The case with those of its references that the row is to hear. Raises ImageError where it can hear none."""
+        case = case._replace(references=case.references[: row.references or None])
+        contender = None if row.source in REAL else self.contender(row.source)
+        return contender.heard(case) if isinstance(contender, WithMethod) else case
 
     def _learning(self, row: Row) -> float:
         """Seconds that the row's contender has spent so far on learning its subjects."""
@@ -202,8 +227,7 @@ class Studio:
 
     def _drawn(self, row: Row, cases: list[Case], places: list[tuple[int, int, int]]) -> list[Image.Image]:
         texts, seeds = [self._text(row, i) for i, _, _ in places], [seed for _, _, seed in places]
-        heard = [case._replace(references=case.references[: row.references or None]) for case in cases]
-        return self.contender(row.source).draw(heard, texts, seeds, self.how(row))
+        return self.contender(row.source).draw(cases, texts, seeds, self.how(row))
 
     def _text(self, row: Row, i: int) -> str:
         """What the row is told, or, for the curve, what another prompt's caption says."""

@@ -52,13 +52,14 @@ def reader(name: str, pipe: Any, encoder: ImageEncoder | None) -> Encoder:
     return encoder
 
 
-def _ip_adapter(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
-    return IPAdapter.create(pipe.unet, encoder, grid=name.endswith("plus"))
+def _ip_adapter(kind: str) -> Maker:
+    return lambda name, pipe, encoder: IPAdapter.create(pipe.unet, encoder, kind)
 
 
-def _simple(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
-    grid = name.endswith("plus")
-    return Rewriter(name, pipe.unet, encoder, SimpleAdapter(projector(encoder.width(grid), _cross(pipe), grid)), grid)
+def _simple(kind: str) -> Maker:
+    return lambda name, pipe, encoder: Rewriter(
+        name, pipe.unet, encoder, SimpleAdapter(projector(encoder, _cross(pipe), kind)), kind != "global"
+    )
 
 
 def _t2i_style(name: str, pipe: Any, encoder: ImageEncoder) -> Method:
@@ -82,10 +83,11 @@ def _cross(pipe: Any) -> int:
 
 # What `--method` may say, and how each is made; config.READS says what they read.
 MAKERS: dict[str, Maker] = {
-    "ip-adapter": _ip_adapter,
-    "ip-adapter-plus": _ip_adapter,
-    "simple": _simple,
-    "simple-plus": _simple,
+    "ip-adapter": _ip_adapter("global"),
+    "ip-adapter-plus": _ip_adapter("resampler"),
+    "ip-adapter-full-face": _ip_adapter("full-face"),
+    "simple": _simple("global"),
+    "simple-plus": _simple("resampler"),
     "uni-controlnet": lambda name, pipe, e: Rewriter(name, pipe.unet, e, UniControlNetGlobal(e.width(False), _cross(pipe))),
     "t2i-style": _t2i_style,
     "shuffle": lambda name, pipe, e: Rewriter(name, pipe.unet, e, Shuffle(pipe.unet, pipe.vae_scale_factor)),

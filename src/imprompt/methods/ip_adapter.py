@@ -1,4 +1,4 @@
-"""IP-Adapter (arXiv:2308.06721): decoupled cross-attention, with global or fine-grained features."""
+"""IP-Adapter (arXiv:2308.06721): decoupled cross-attention, with global or fine-grained features, or every patch as a token."""
 
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregators import AGGREGATORS
 from imprompt.core.attention import KeyValues
-from imprompt.core.projectors import LinearProjector, Projector, Resampler
+from imprompt.core.projectors import LinearProjector, MLPProjector, Projector, Resampler
 from imprompt.encoders import Encoder
 from imprompt.errors import UserError
 from imprompt.hosts.unet import Processors, adapter_shape, attach, initialise, layer_inputs
@@ -23,15 +23,15 @@ class IPAdapter:
     def __init__(self, unet: Any, encoder: Encoder, adapter: Adapter):
         self.unet, self.encoder, self.module = unet, encoder, cast(nn.Module, adapter)
         self.adapter = adapter
-        self.grid = not isinstance(adapter.image_proj, LinearProjector)
+        self.grid = adapter.image_proj.grid
         self.about = {"aggregator": adapter.aggregator.name}
         self.processors: Processors | None = None
 
     @classmethod
-    def create(cls, unet: Any, encoder: Encoder, grid: bool = False, tokens: int = 0) -> "IPAdapter":
-        """Untrained: the projector at random, keys and values started from the UNet's own."""
+    def create(cls, unet: Any, encoder: Encoder, kind: str = "global") -> "IPAdapter":
+        """Untrained, of one of KINDS: the projector at random, keys and values started from the UNet's own."""
         layers, cross = adapter_shape(unet)
-        adapter = Adapter(projector(encoder.width(grid), cross, grid, tokens), layers, cross)
+        adapter = Adapter(projector(encoder, cross, kind), layers, cross)
         initialise(adapter, unet)
         return cls(unet, encoder, adapter)
 
@@ -65,9 +65,15 @@ class IPAdapter:
         return attach(pipe, ImagePrompt(self.adapter, image, null, scale))
 
 
-def projector(features: int, cross: int, grid: bool, tokens: int = 0) -> Projector:
+KINDS = ("global", "resampler", "full-face")
+
+
+def projector(encoder: Encoder, cross: int, kind: str) -> Projector:
     """The projectors of the public releases; narrower for narrow text states, as mini's are."""
-    if not grid:
-        return LinearProjector(features, cross, tokens or 4)
+    match kind:
+        case "global":
+            return LinearProjector(encoder.width(False), cross)
+        case "full-face":
+            return MLPProjector(encoder.width(True), cross)
     width = {2048: 1280}.get(cross, cross)
-    return Resampler(features, cross, tokens or 16, width, heads=max(2, width // 64), depth=4)
+    return Resampler(encoder.width(True), cross, 16, width, heads=max(2, width // 64), depth=4)

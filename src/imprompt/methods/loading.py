@@ -6,16 +6,19 @@ from typing import Any
 import torch
 
 from imprompt import checkpoints, hub
+from imprompt.checkpoints import Spec
 from imprompt.config import PERSONAL, READS
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import FaceProjector
 from imprompt.encoders import ImageEncoder
-from imprompt.errors import CheckpointError
+from imprompt.errors import CheckpointError, UserError
 from imprompt.hosts.packing import pack
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.dreambooth import RANK, DreamBooth
 from imprompt.methods.inversion import TOKEN, VECTORS, Inversion
 from imprompt.methods.ip_adapter import IPAdapter
-from imprompt.prompter import Prompter, find_encoder
+from imprompt.prompter import find_encoder, load
 
 LARGE = 5_000_000  # parameters of a module that is worth laying out for the processor
 
@@ -43,20 +46,29 @@ def method_of(source: str) -> str:
 def _loaded(source: str, pipe: Any, base: str, encoder: str | None) -> Method:
     if source == "reference-only":
         return create(source, pipe, _own_encoder(base, encoder, pipe))
-    path, place = hub.find_adapter(source)
+    path, _ = hub.find_adapter(source)
     about = checkpoints.about(path) if path.suffix == ".safetensors" else {}
     name = str(about.get("method", "ip-adapter"))
     if name.startswith("ip-adapter"):
-        adapter, spec = checkpoints.load_adapter(path)
-        where = (encoder, None) if encoder else place or hub.default_encoder(spec)
-        prompter = Prompter(adapter, spec, ImageEncoder.load(*where)).to(pipe.unet.device)
-        check_fit(adapter, pipe.unet)
-        return IPAdapter(pipe.unet, prompter.encoder, adapter)
+        prompter = load(source, encoder=encoder).to(pipe.unet.device)
+        check_fit(prompter.adapter, pipe.unet)
+        return IPAdapter(pipe.unet, prompter.encoder, prompter.adapter)
     if name not in READS:
         raise CheckpointError(f"{path.name} was trained by method {name!r}; expected one of {', '.join(READS)}")
     method = remade(name, pipe, about) if name in PERSONAL else create(name, pipe, _own_encoder(base, encoder, pipe))
     checkpoints.load_module(method.module, path)
     return method
+
+
+def to_train(source: str) -> tuple[Adapter, Spec]:
+    """An adapter that a training goes on from. Raises UserError for one that is not trained here."""
+    adapter, spec = checkpoints.load_adapter(hub.find_adapter(source)[0])
+    if isinstance(adapter.image_proj, FaceProjector):
+        raise UserError(
+            f"adapter: {source} is of the FaceID family, which draws but is not trained here; expected a global, fine-grained or "
+            "full-face one (for faces: --method ip-adapter-full-face)"
+        )
+    return adapter, spec
 
 
 def remade(name: str, pipe: Any, about: Mapping[str, Any]) -> DreamBooth | Inversion:

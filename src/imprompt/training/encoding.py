@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imprompt import checkpoints
 from imprompt.checkpoints import Spec
 from imprompt.config import READS, Encode, Train
 from imprompt.data.cache import Cache, Chunk, Row, about, begin, complete, to_encode
@@ -22,8 +21,8 @@ from imprompt.data.readers import Shards, is_mini, open_data
 from imprompt.data.records import Record, Records, Sharded
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
-from imprompt.hub import find_adapter
 from imprompt.methods import reader
+from imprompt.methods.loading import to_train
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
 from imprompt.prompter import find_encoder
 from imprompt.training.frozen import Encoded, Frozen
@@ -119,11 +118,10 @@ def cached(choice: Train, rank: int, ranks: int) -> Iterator[Progress]:
     if complete(Path(choice.cache)):
         agree(choice, about(Path(choice.cache)))
         return
-    spec = checkpoints.load_adapter(find_adapter(choice.adapter)[0])[1] if choice.adapter else None
-    wanted = Encode.of(choice)
-    if spec is not None:
-        wanted = replace(wanted, method="ip-adapter-plus" if spec.grid else "ip-adapter")
-    yield from encode(wanted, rank, ranks, spec)
+    wanted, given = Encode.of(choice), to_train(choice.adapter) if choice.adapter else None
+    if given is not None:
+        wanted = replace(wanted, method="ip-adapter-plus" if given[1].grid else "ip-adapter")
+    yield from encode(wanted, rank, ranks, given[1] if given else None)
 
 
 def agree(choice: Train, made: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from PIL import Image
 
-from imprompt import checkpoints
 from imprompt.checkpoints import Spec
 from imprompt.config import PERSONAL, Train
 from imprompt.core.adapter import Adapter
@@ -28,10 +27,10 @@ from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
 from imprompt.files import atomic_path, writable_folder
 from imprompt.hosts.unet import check_fit
-from imprompt.hub import find_adapter
 from imprompt.methods import Method, create
 from imprompt.methods.inversion import Inversion
 from imprompt.methods.ip_adapter import IPAdapter
+from imprompt.methods.loading import to_train
 from imprompt.pipelines import guidance_of, load_base, pick_precision, schedule_of
 from imprompt.prompter import Prompter, find_encoder
 from imprompt.training.encoding import check, framing_of
@@ -139,7 +138,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
         opened = by_subject(opened, choice.subjects)
     precision = pick_precision(choice.precision, device.type)
     pipe = load_base(choice.base, str(device), precision)
-    given = checkpoints.load_adapter(find_adapter(choice.adapter)[0]) if choice.adapter else None
+    given = to_train(choice.adapter) if choice.adapter else None
     personal = choice.method in PERSONAL
     encoder = None if personal else find_encoder(choice.base, choice.encoder, given[1] if given else None)
     if encoder is not None:
@@ -189,7 +188,7 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
 def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:
     """A method that goes on from an adapter's file. Raises UserError where it does not fit base or encoder."""
     if not choice.method.startswith("ip-adapter"):
-        raise UserError(f"method: expected ip-adapter or ip-adapter-plus to go on from a file, received {choice.method!r}")
+        raise UserError(f"method: expected one of the ip-adapter family to go on from a file, received {choice.method!r}")
     Prompter(adapter, spec, encoder)
     check_fit(adapter, unet)
     return IPAdapter(unet, encoder, adapter)

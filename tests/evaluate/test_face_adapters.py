@@ -1,0 +1,125 @@
+"""Adapters that hear who somebody is, measured: what is drawn, photographs without a face, and judges that may not judge."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from imprompt import checkpoints, faces
+from imprompt.config import Evaluate, Train
+from imprompt.core.adapter import Adapter
+from imprompt.core.projectors import FacePlusProjector, FaceProjector
+from imprompt.errors import UserError
+from imprompt.evaluate import identity, suite
+from imprompt.evaluate.cases import open_cases
+from imprompt.evaluate.contender import How
+from imprompt.evaluate.contenders import load_contender
+from imprompt.evaluate.score import Seen
+from imprompt.hosts.unet import adapter_shape, attach
+from imprompt.hub import MINI
+from imprompt.pipelines import drawing, load_base, scheduled
+from imprompt.prompter import load
+from imprompt.training import train
+
+FACE = 12
+SMALL = Evaluate(data="mini", limit=4, samples=1, steps=2, batch=2, resamples=20)
+
+
+class Finder:
+    """Stands for InsightFace: the picture's colours, column by column, are the face; pictures in `nobody` have none."""
+
+    nobody: tuple[bytes, ...] = ()
+
+    def embed(self, images):
+        small = [torch.tensor(list(image.resize((FACE, 1)).convert("L").tobytes())).float() for image in images]
+        there = torch.tensor([image.tobytes() not in self.nobody for image in images])
+        return torch.nn.functional.normalize(torch.stack(small) - 100, dim=1) * there[:, None], there
+
+
+@pytest.fixture
+def finder(monkeypatch):
+    found = Finder()
+    monkeypatch.setattr(faces, "insightface", lambda device="cpu": found)
+    return found
+
+
+def saved(path, plus=False):
+    """An adapter of the family for mini's UNet, at random, with low-rank parts in its first cross-attention."""
+    torch.manual_seed(3)
+    layers, cross = adapter_shape(load_base("mini", "cpu", torch.float32).unet)
+    projector = FacePlusProjector(FACE, 128, cross, 4, 24, heads=1, depth=1) if plus else FaceProjector(FACE, cross, 4, 24)
+    adapter = Adapter(projector, layers, cross)
+    n, hidden = next(iter(layers.items()))
+    adapter.add_low_rank(n, {part: (cross if part in "kv" else hidden, hidden, 3) for part in ("q", "k", "v", "out")})
+    checkpoints.save(adapter, path)
+    return str(path)
+
+
+def settings(path, **more):
+    return replace(SMALL, adapter=(path,), encoder=str(MINI / "image_encoder"), **more)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_what_is_measured_is_what_is_generated(plus, tmp_path, finder):
+    path = saved(tmp_path / f"faceid{'-plus' * plus}.bin", plus)
+    choice = settings(path).settled()
+    cases = [open_cases(choice)[i] for i in range(2)]
+    contender = load_contender(path, choice)
+    drawn = contender.draw(cases, ["", ""], [5, 6], How(2, 3.0, (64, 64)))
+    pipe = load_base("mini", "cpu", torch.float32)
+    ip = load(path, encoder=choice.encoder)
+    for case, seed, picture in zip(cases, (5, 6), drawn, strict=True):
+        with attach(pipe, ip(case.references[0])), scheduled(pipe, choice.scheduler, 2):
+            (expected,) = drawing(pipe, [""], 2, [seed], (64, 64), 3.0)
+        apart = torch.tensor(list(expected.tobytes())).float() - torch.tensor(list(picture.tobytes())).float()
+        assert apart.abs().max() <= 2
+    (plain,) = load_contender("text", choice).draw(cases[:1], [""], [5], How(2, 3.0, (64, 64)))
+    assert plain.tobytes() != drawn[0].tobytes()
+
+
+def test_a_reference_without_a_face_is_left_out_of_that_row_alone(tmp_path, finder):
+    path = saved(tmp_path / "faceid.bin")
+    choice = settings(path, out=str(tmp_path / "out"))
+    finder.nobody = (open_cases(choice)[2].references[0].tobytes(),)
+    list(suite.draw(choice))
+    lost = {row: Seen(tmp_path / "out", row, 2).lost for row in ("copy", "text", "faceid")}
+    assert not lost["copy"] and not lost["text"]
+    assert lost["faceid"].keys() == {"2"} and "no face was found in the 1 reference(s)" in lost["faceid"]["2"]
+    assert Seen(tmp_path / "out", "faceid", 2).column("prompt").tolist() == [0, 1, 3]
+
+
+def test_of_several_references_those_with_a_face_are_heard(tmp_path, finder):
+    path = saved(tmp_path / "faceid.bin")
+    choice = settings(path, subjects=4, references=3, limit=2, text="caption").settled()
+    case = open_cases(choice)[0]
+    first, second, third = case.references
+    finder.nobody = (first.tobytes(),)
+    heard = load_contender(path, choice).heard(case)
+    assert [picture.tobytes() for picture in heard.references] == [p.tobytes() for p in (second, third, second)]
+
+
+def test_the_encoder_that_conditions_does_not_judge(tmp_path, finder, monkeypatch):
+    path = saved(tmp_path / "faceid.bin")
+    choice = settings(path, subjects=4, text="caption", out=str(tmp_path / "out"))
+    monkeypatch.setattr(identity, "InsightFace", lambda device: finder)
+    finder.name = "insightface"
+    with pytest.raises(UserError, match="it would score itself; expected another judge: --identity facenet"):
+        list(suite.draw(replace(choice, identity="insightface")))
+    list(suite.draw(replace(choice, adapter=("mini",), encoder=None, identity="insightface")))
+
+
+def test_without_insightface_it_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    monkeypatch.setitem(sys.modules, "insightface.app", None)
+    faces.insightface.cache_clear()
+    choice = settings(saved(tmp_path / "faceid.bin"), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="insightface is not installed"):
+        list(suite.draw(choice))
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_training_does_not_go_on_from_one(tmp_path):
+    path = saved(tmp_path / "faceid.bin")
+    with pytest.raises(UserError, match="is of the FaceID family, which draws but is not trained here"):
+        next(train(Train(adapter=path, data="mini:8", steps=1, batch=2, out=str(tmp_path / "run"))))
