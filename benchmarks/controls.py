@@ -1,0 +1,88 @@
+"""Why the second paper's self-attention stays behind on mini: two more ways, beside those of `imprompt reproduce personalisation`.
+
+`attention` reads the same embeddings of the same adapter at the same budget, but begins as their average; `self-attention
+longer` is the paper's own, trained for several times as many steps. Both go on from the work folder of the study: its caches,
+its test subjects, its rows. Run again, what is finished stays.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from imprompt.config import READS, Reproduce, Train
+from imprompt.data.cache import complete
+from imprompt.evaluate.personal_claims import better
+from imprompt.evaluate.second_paper import NINE, PHOTOS, SecondPaper
+from imprompt.evaluate.study import Finished, Progress, finished
+from imprompt.evaluate.suite import Row
+from imprompt.evaluate.verdicts import Rows, difference
+
+OURS, LONGER, FIRST = "attention over embeddings seed 0", "self-attention longer seed 0", "self-attention seed 0"
+BESIDE = (FIRST, "average", "one")  # rows of the study, to compare with
+COLUMNS = ("identity", "recognised", "FID", "IS", "CLIP-T")
+
+
+class Controls(SecondPaper):
+    """Two rows more: both trained as the first seed of self-attention is, but for one thing each."""
+
+    times = 4  # as many steps, of the longer one
+
+    def training(self, name: str) -> Train | None:
+        if name not in (OURS, LONGER):
+            return super().training(name)
+        plain = super().training(FIRST)
+        assert plain is not None
+        plain = replace(plain, out=str(self.weights(name).parent))
+        if name == OURS:
+            return replace(plain, combine="attention")
+        return replace(plain, steps=self.times * plain.steps, validate_every=self.times * plain.steps)
+
+    def row(self, name: str) -> tuple[Row, str]:
+        if name not in (OURS, LONGER):
+            return super().row(name)
+        b = self.budget
+        return Row(name, f"{name}={self.weights(name)}", "caption", b.samples, b.subjects * b.targets, references=NINE), "mini"
+
+
+def main(words: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks controls", description=__doc__)
+    parser.add_argument("--small", action="store_true", help="the study's smoke budget: says whether it runs")
+    parser.add_argument("--out", type=Path, default=None, help="work folder of the study (default: runs/personalisation)")
+    chosen = parser.parse_args(words)
+    out = chosen.out or Path("runs/controls-small" if chosen.small else "runs/personalisation")
+    choice = Reproduce(paper="personalisation", budget="smoke" if chosen.small else "full", out=str(out), processes=1)
+    with Bars(transient=True) as bars:
+        bar = bars.add_task("controls")
+
+        def tell(at: Progress) -> None:
+            bars.update(bar, description=f"{at.row}: {at.stage}", completed=at.done, total=at.total)
+
+        study = Controls(choice, tell)
+        if not complete(study.cache(READS["ip-adapter"])):
+            study.fill(f"mini:{study.budget.pictures}x{PHOTOS}", "ip-adapter")
+        for name in (*BESIDE, OURS, LONGER):
+            study.finish(name)
+    rows: Rows = {name: row for name in (*BESIDE, OURS, LONGER) if (row := finished(out, name))}
+    Console(highlight=False, soft_wrap=True, width=140).print(table(rows, study.budget.subjects))
+
+
+def table(rows: Rows, subjects: int) -> Table:
+    """Figures of each row, and what its identity is to that of the first seed of self-attention."""
+    made = Table(title=f"{subjects} subjects, {NINE} references", box=box.SIMPLE)
+    for column in ("", "minutes", *COLUMNS, f"identity − {FIRST}"):
+        made.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, row in rows.items():
+        gap = "" if name == FIRST else difference(better(rows, name, FIRST))
+        made.add_row(name, f"{row.minutes['training']:.0f}", *(_cell(row, column) for column in COLUMNS), gap)
+    return made
+
+
+def _cell(row: Finished, column: str) -> str:
+    value = row.score.figures.get(column)
+    return "–" if value is None else f"{value.value:.3f}"
