@@ -32,6 +32,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         ) from error
 
 
+def write_file(path: Path | str, content: str | bytes) -> None:
+    """A whole file, text as UTF-8. Raises UserError where nothing can be written there."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_failed(error: Exception) -> bool:
     """Whether the disk is what failed. safetensors and torch have error types of their own for it."""
     return isinstance(error, OSError) or (not isinstance(error, UserError) and any(sign in str(error) for sign in _DISK))

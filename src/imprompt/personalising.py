@@ -16,7 +16,7 @@ from imprompt.data.personal import named
 from imprompt.data.readers import open_data
 from imprompt.data.records import Counted
 from imprompt.errors import UserError, brief
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.generating import Drawn, draw
 from imprompt.images import Picture, open_image
 
@@ -73,8 +73,7 @@ def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
         return
     done.unlink(missing_ok=True)
     resume = "auto" if _said(begun) == facts else "never"  # what is there may be another subject's
-    with atomic_path(begun) as partial:
-        partial.write_text(json.dumps(facts, indent=1), "utf-8")
+    write_file(begun, json.dumps(facts, indent=1))
     shown = writable_folder(str(folder / "photographs"))
     for path in shown.glob("*.png"):
         path.unlink()
@@ -82,8 +81,7 @@ def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
         with atomic_path(shown / f"{number:03}.png") as partial:
             image.save(partial, "PNG")
     yield from train(replace(training, resume=resume, data=str(shown)))
-    with atomic_path(done) as partial:
-        partial.write_text(json.dumps(facts, indent=1), "utf-8")
+    write_file(done, json.dumps(facts, indent=1))
 
 
 def pictures(choice: Personalise, places: Sequence[Picture], progress: Progress = lambda done, total: None) -> list[list[Drawn]]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from imprompt.cli.console import Shown, progress_bar, quiet_libraries
 from imprompt.errors import UserError
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import atomic_path, writable_folder, write_file
 
 
 def make(arguments: argparse.Namespace) -> None:
@@ -129,8 +129,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 results[task] = max(curve.values(), key=lambda figures: figures["all three"])
                 results["multimodal"] = max(curve.values(), key=lambda figures: min(figures["kind (text)"], figures["look (image)"]))
                 if out:
-                    with atomic_path(out / "image-text.png") as partial_:
-                        partial_.write_bytes(shares(curve, arguments.prompts))
+                    write_file(out / "image-text.png", shares(curve, arguments.prompts))
             else:
                 raise UserError(f"unknown task {task!r}; expected one of {', '.join([*simple, 'image-text'])}")
     if arguments.json:

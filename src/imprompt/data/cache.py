@@ -28,7 +28,7 @@ from imprompt.data.frame import spread
 from imprompt.data.identities import Identities
 from imprompt.data.records import Counted
 from imprompt.errors import UserError, brief
-from imprompt.files import atomic_path
+from imprompt.files import atomic_path, write_file
 
 VERSION = 1
 _TEXT = ("utf-8", "surrogatepass")  # names of files may be anything
@@ -229,8 +229,7 @@ def begin(folder: Path, facts: Mapping[str, Any], probe: Mapping[str, Tensor]) -
         return
     with atomic_path(folder / PROBE) as partial:
         save_file({name: tensor.contiguous().cpu() for name, tensor in probe.items()}, partial)
-    with atomic_path(folder / ABOUT) as partial:
-        partial.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    write_file(folder / ABOUT, json.dumps(facts, indent=2) + "\n")
 
 
 class Chunk:

@@ -12,7 +12,7 @@ from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_n
 from imprompt.evaluate.report import as_csv, below, cell, curves, html_strips, html_table, legend, markdown
 from imprompt.evaluate.study import SAMPLER, finished, finished_path, study_of
 from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, protocol_lines, value_of
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.pages import inline, write_page
 
 # Our row → the paper's name, its trainable parameters, CLIP-T and CLIP-I (COCO 2017, CLIP ViT-L/14).
@@ -140,13 +140,13 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "",
     ]
     if points:
-        _bytes(folder / "curve.png", curves(points))
+        write_file(folder / "curve.png", curves(points))
         words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
     words += ["## Protocol", "", *protocol_lines({name: row for name, row in rows.items() if name in PAPER}), ""]
     page = "\n".join(words)
-    _bytes(folder / "README.md", page.encode())
-    _bytes(folder / "table.csv", as_csv([rows[name].score for name in table] + points).encode())
-    _bytes(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False).encode())
+    write_file(folder / "README.md", page)
+    write_file(folder / "table.csv", as_csv([rows[name].score for name in table] + points))
+    write_file(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False))
     strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
@@ -196,8 +196,3 @@ def _html(choice: Reproduce, folder: Path, rows: Rows, claims: Sequence[Claim], 
     body += f"<h2>λ</h2>{inline(curve.read_bytes())}" if curve.is_file() else ""
     write_page(folder / "index.html", "IP-Adapter on mini", body)
     return folder / "index.html"
-
-
-def _bytes(path: Path, content: bytes) -> None:
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)

@@ -17,7 +17,7 @@ from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, 
 from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, timed
 from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
 from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocol_lines, value_of
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.pages import inline, write_page
 
 # Our row → the paper's name, its IS and FID (LFW, people with at least ten photographs).
@@ -194,15 +194,15 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. ", "",
     ]  # fmt: skip
     if lines:
-        _bytes(folder / "references.png", plotted(lines, "references", budget.counts))
+        write_file(folder / "references.png", plotted(lines, "references", budget.counts))
         words += ["## The number of references", "", "![figures against the number of references](references.png)", "", _curves(budget), ""]
     words += ["## Protocol", "", *protocol_lines(rows), ""]
-    _bytes(folder / "README.md", "\n".join(words).encode())
+    write_file(folder / "README.md", "\n".join(words))
     everything = [replace(row.score, name=name) for name, row in rows.items()]
-    _bytes(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]).encode())
+    write_file(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]))
     own = {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row, seconds)} for name, row in table.items()}
     whole = plain(verdicts, rows) | {"table": own}
-    _bytes(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False).encode())
+    write_file(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False))
     strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
@@ -277,8 +277,3 @@ def _curves(b: Budget) -> str:
 
 def _shown(name: str) -> str:
     return f"{name} seed 0" if name in TRAINED else name
-
-
-def _bytes(path: Path, content: bytes) -> None:
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)

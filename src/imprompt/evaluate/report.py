@@ -17,7 +17,7 @@ from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.score import COLUMNS, Score, Seen, scored
 from imprompt.evaluate.shelf import Shelf
 from imprompt.evaluate.suite import Row, Studio, rows_of
-from imprompt.files import atomic_path
+from imprompt.files import atomic_path, write_file
 from imprompt.images import sheet
 from imprompt.pages import inline, table, write_page
 
@@ -49,8 +49,7 @@ def score_row(studio: Studio, row: Row, out: Path) -> Score:
         figures = scored(seen, real, choice.resamples, row.samples, not row.curve, studio.gallery, bool(choice.subjects))
     trainable = None if row.source in REAL else studio.contender(row.source).trainable
     score = Score(row.name, count, count // row.samples, len(lost), trainable, seen.seconds / max(count, 1), row.scale, row.curve, figures)
-    with atomic_path(kept) as partial:
-        partial.write_text(json.dumps(asdict(score) | {"resamples": choice.resamples}), "utf-8")
+    write_file(kept, json.dumps(asdict(score) | {"resamples": choice.resamples}))
     return score
 
 
@@ -58,9 +57,9 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     """table.md, table.csv, table.json and index.html; the page's path."""
     out = Path(choice.out)
     rows = [score for score in found if not score.curve]
-    _text(out / "table.md", markdown(rows) + "\n" + "\n".join(f"- {name}: {value}" for name, value in protocol.items()) + "\n")
-    _text(out / "table.csv", as_csv(found))
-    _text(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
+    write_file(out / "table.md", markdown(rows) + "\n" + "\n".join(f"- {name}: {value}" for name, value in protocol.items()) + "\n")
+    write_file(out / "table.csv", as_csv(found))
+    write_file(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
     points = [score for score in found if score.curve]
     body = html_table(rows) + f"<p><small>{html.escape(legend())}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
@@ -69,8 +68,7 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
     if points:
         curve = curves(points)
-        with atomic_path(out / "curve.png") as partial:
-            partial.write_bytes(curve)
+        write_file(out / "curve.png", curve)
         body += f"<h2>The weight of the image, λ</h2><p>Text: another prompt's caption. CLIP-T: with that text.</p>{inline(curve)}"
     body += f"<h2>Protocol</h2>{table(protocol)}"
     write_page(out / "index.html", "Evaluation", body, f"Image prompts on {choice.base}")
@@ -208,8 +206,3 @@ def plotted(panels: Mapping[str, Mapping[str, Line]], across: str, ticks: Sequen
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
-
-
-def _text(path: Path, text: str) -> None:
-    with atomic_path(path) as partial:
-        partial.write_text(text, "utf-8")

@@ -24,7 +24,7 @@ from imprompt.evaluate.report import strip
 from imprompt.evaluate.score import Seen
 from imprompt.evaluate.study import SAMPLER, Job, Progress, Study, prepared, rounded, rows
 from imprompt.evaluate.suite import Row, Studio
-from imprompt.files import atomic_path
+from imprompt.files import write_file
 
 NINE = 9
 COARSE, FINE = "mini", "mini-plus"  # the embedded adapters: of a pooled embedding, of a grid
@@ -171,8 +171,7 @@ class SecondPaper(Study):
             row, _ = self.row(_row_of(way))
             seconds[way] = heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])
             self.tell(Progress(way, "timing", number, len(ways)))
-        with atomic_path(self.out / SECONDS) as partial:
-            partial.write_text(json.dumps(seconds, indent=1), "utf-8")
+        write_file(self.out / SECONDS, json.dumps(seconds, indent=1))
         return "seconds for a new subject"
 
     def to_time(self, missing: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.errors import UserError
-from imprompt.files import atomic_path
+from imprompt.files import atomic_path, write_file
 
 
 class Shelf:
@@ -79,5 +79,4 @@ def agree(path: Path, facts: Mapping[str, Any], what: str) -> None:
                     "go on with the settings it was begun with, or choose another --out"
                 )
         return
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(wanted, indent=1, ensure_ascii=False), "utf-8")
+    write_file(path, json.dumps(wanted, indent=1, ensure_ascii=False))

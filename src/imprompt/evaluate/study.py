@@ -29,7 +29,7 @@ from imprompt.evaluate.report import score_row, strip
 from imprompt.evaluate.score import Score, Seen
 from imprompt.evaluate.shelf import Shelf, agree
 from imprompt.evaluate.suite import Row, Studio, Task, facts, protocol
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.pipelines import claim_device, pick_dtype
 from imprompt.training import encode, recorded, train
 
@@ -131,8 +131,7 @@ class Study:
         if not row.curve:
             with atomic_path(path.with_suffix(".png")) as partial:
                 self.strip(studio, row).save(partial)
-        with atomic_path(path) as partial:
-            partial.write_text(json.dumps(finished._asdict() | {"score": asdict(score)}), "utf-8")
+        write_file(path, json.dumps(finished._asdict() | {"score": asdict(score)}))
         return name
 
     def clock(self) -> str:
@@ -187,8 +186,7 @@ class Study:
             self.tell(Progress(name, "training", last.index, last.steps))
         rate = last.images_per_second if last else 0.0  # of the steps alone, since the run was begun or continued
         minutes = choice.steps * choice.batch / rate / 60 if rate else 0.0
-        with atomic_path(kept) as partial:
-            partial.write_text(json.dumps({"minutes": minutes, "settings": asked}), "utf-8")
+        write_file(kept, json.dumps({"minutes": minutes, "settings": asked}))
         return minutes
 
     def _draw(self, studio: Studio, row: Row) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.config import Train
-from imprompt.files import atomic_path
+from imprompt.files import atomic_path, write_file
 from imprompt.pages import inline, table, write_page
 from imprompt.training.loop import Step
 
@@ -58,8 +58,7 @@ class Diary:
     def _forget(self, first: int) -> None:
         """Of a run that is continued, drop the lines behind the state it goes on from."""
         lines = [line for line in self.lines() if line["step"] < first]
-        with atomic_path(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def lines(self) -> list[dict[str, Any]]:
         """What was taken down so far; a line that a kill cut off is left out."""
@@ -75,8 +74,7 @@ class Diary:
         """Draw the curves and write the page."""
         lines = self.lines()
         curves = draw_curves(lines)
-        with atomic_path(self.folder / "curves.png") as partial:
-            partial.write_bytes(curves)
+        write_file(self.folder / "curves.png", curves)
         sheets = sorted((self.folder / "samples").glob("step-*.png"))[-SHEETS:]
         last = next((line for line in reversed(lines) if "validation" in line), lines[-1])
         pictures = "".join(f"<h2>Step {int(p.stem.removeprefix('step-'))}</h2>{inline(p.read_bytes())}" for p in reversed(sheets))

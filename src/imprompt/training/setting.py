@@ -25,7 +25,7 @@ from imprompt.data.readers import Mini, Shards, is_mini, open_data
 from imprompt.data.records import Counted, Record, Records, Without
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
-from imprompt.files import atomic_path, writable_folder
+from imprompt.files import writable_folder, write_file
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.inversion import Inversion
@@ -222,11 +222,7 @@ def write_split(path: Path, everyone: Identities, rest: Records, choice: Train) 
     """Which subjects are trained on, and which are left for testing."""
     trained = sorted(cast(Identities, rest).subjects)
     facts = {"least": choice.subjects, "held_out": choice.held_out, "seed": choice.seed}
-    with atomic_path(path) as partial:
-        partial.write_text(
-            json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1),  # any name of a folder
-            "utf-8",
-        )
+    write_file(path, json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1))
 
 
 def held_out(records: Records, choice: Train) -> tuple[list[Record], Records]:
