@@ -40,7 +40,7 @@ class Controls(SecondPaper):
         assert plain is not None
         plain = replace(plain, out=str(self.weights(name).parent))
         if name == OURS:
-            return replace(plain, combine="attention")
+            return replace(plain, combine="attention", fewest=NINE)  # self-attention hears nine at every step too
         return replace(plain, steps=self.times * plain.steps, validate_every=self.times * plain.steps)
 
     def row(self, name: str) -> tuple[Row, str]:

@@ -114,6 +114,7 @@ ROWS = {
     "faceid-plus_sdxl": Row("SDXL", faceid_plus(1280, 2048, 2048), "faceid-plus", 4, H, 743.7, lora=True),
     "faceid-portrait_sd15": Row("SD 1.5", faceid(768, tokens=16), "faceid", 16, FACE, None),
     "faceid-portrait_sdxl": Row("SDXL", faceid(2048, tokens=16), "faceid", 16, FACE, None),
+    "faceid-portrait_sdxl_unnorm": Row("SDXL", resampler(512, 2048, 768, 2048), "faceid-resampler", 16, FACE, None),
 }
 OPEN = {name: row for name, row in ROWS.items() if not row.kind.startswith("faceid")}
 FULL_SIZE = [name for name, row in OPEN.items() if row.base == "SD 1.5"]

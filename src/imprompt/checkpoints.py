@@ -34,6 +34,7 @@ _PREFIXES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter
 _TRAINED_INSIDE = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in public order
 _METADATA_KEY = "imprompt"
+FACE = 512  # width of an identity by ArcFace; no CLIP encoder has a grid of this width
 _OURS = ("image_proj.", "ip_adapter.", "aggregator.")
 
 
@@ -41,7 +42,7 @@ _OURS = ("image_proj.", "ip_adapter.", "aggregator.")
 class Spec:
     """What an adapter file is, read off its keys and shapes."""
 
-    kind: str  # global, resampler, full-face, faceid, faceid-plus
+    kind: str  # global, resampler, full-face; faceid, faceid-plus, faceid-resampler
     tokens: int  # image tokens per reference; 0 where every patch becomes one
     features: int  # width of the encoder's output
     cross: int  # width of the text states
@@ -57,6 +58,16 @@ class Spec:
         return self.kind in ("resampler", "full-face", "faceid-plus")
 
     @property
+    def faces(self) -> bool:
+        """Whether it hears identities: the FaceID family."""
+        return self.kind.startswith("faceid")
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the identities that it hears are of length 1."""
+        return bool(self.metadata.get("normalised", self.kind != "faceid-resampler"))
+
+    @property
     def base(self) -> str:
         """The family of base models that it fits."""
         known = {(768, 16): "SD 1.5", (1024, 16): "SD 2.1", (2048, 70): "SDXL"}
@@ -68,8 +79,8 @@ class Spec:
         output = "penultimate grid" if self.grid else "pooled embedding"
         known = {(False, 1024): "CLIP ViT-H/14", (False, 1280): "CLIP ViT-bigG/14", (True, 1280): "CLIP ViT-H/14"}
         known |= {(True, 1664): "CLIP ViT-bigG/14"}
-        if self.kind == "faceid":
-            return "face recognition embedding (512, normalised)"
+        if self.faces and not self.grid:
+            return f"face recognition embedding ({self.features}, {'normalised' if self.normalised else 'as it comes'})"
         name = self.metadata.get("encoder") or known.get((self.grid, self.features), "an encoder")
         return f"{name}, {output} ({self.features})"
 
@@ -237,7 +248,8 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None 
     elif shape("norm.weight", 1) and (size := shape("proj.0.weight")):
         kind, tokens, features = "faceid", _rows(shape("proj.2.weight")) // cross, size[1]
     elif (size := shape("proj_in.weight")) and (latents := shape("latents", 3)):
-        kind, tokens, features = "resampler", latents[1], size[1]
+        faces = size[1] == FACE or "normalised" in (metadata or {})  # FaceID-Portrait, unnormalised
+        kind, tokens, features = "faceid-resampler" if faces else "resampler", latents[1], size[1]
     else:
         names = sorted(key for key in tensors if key.startswith("image_proj."))
         raise CheckpointError(f"unknown kind of adapter: image_proj holds {', '.join(names[:4])} …")
@@ -309,7 +321,7 @@ def _layers(tensors: Mapping[str, Tensor], prefix: str, width: int) -> tuple[int
 
 
 def _projector(spec: Spec, tensors: Mapping[str, Tensor]) -> Projector:
-    if spec.kind.startswith("faceid"):
+    if spec.kind in ("faceid", "faceid-plus"):
         middle, face = _size(tensors, "image_proj.proj.0.weight")
         if spec.kind == "faceid":
             return FaceProjector(face, spec.cross, spec.tokens, middle)

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from imprompt.errors import ImageError, UserError, brief
 
 _FACE = 512  # width of both face embeddings
 _CROP = 160  # pixels of the face that FaceNet sees
+_UPRIGHT = 224  # pixels of the face that FaceID-Plus sees
 
 
 def read_faces(source: Tensor | np.ndarray | str | Path, width: int) -> Tensor:
@@ -46,6 +47,13 @@ def read_faces(source: Tensor | np.ndarray | str | Path, width: int) -> Tensor:
     return found
 
 
+class Face(NamedTuple):
+    """A face that was found."""
+
+    embedding: Tensor  # (512,), as the encoder gives it: not of length 1
+    picture: Image.Image | None = None  # turned upright and cut out
+
+
 class InsightFace:
     """ArcFace (arXiv:1801.07698) on the largest face that SCRFD finds, turned upright by its five points. For research only:
     the models' licence is not commercial.
@@ -65,23 +73,37 @@ class InsightFace:
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints every model that it finds
-                self.faces = FaceAnalysis("buffalo_l", allowed_modules=["detection", "recognition"], providers=providers)
-                self.faces.prepare(ctx_id=(place.index or 0) if cuda else -1, det_size=(640, 640))
+                self.analysis = FaceAnalysis("buffalo_l", allowed_modules=["detection", "recognition"], providers=providers)
+                self.analysis.prepare(ctx_id=(place.index or 0) if cuda else -1, det_size=(640, 640))
         except Exception as error:  # a download, an archive, ONNX: nearly anything
             message = f"insightface's models do not load ({brief(error)}); they are fetched once, to ~/.insightface/models/buffalo_l"
             raise UserError(message) from error
 
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        return _gathered([self._largest(np.asarray(image.convert("RGB"))[:, :, ::-1].copy()) for image in images])
+        return _gathered([face and face.embedding for face in self.faces(images)])
 
-    def _largest(self, bgr: np.ndarray) -> Tensor | None:
-        height, width = bgr.shape[:2]
-        margin = ((height // 2, height // 2), (width // 2, width // 2), (0, 0))
-        faces: list[Any] = self.faces.get(bgr) or self.faces.get(np.pad(bgr, margin))
-        if not faces:
+    def faces(self, images: Sequence[Image.Image], upright: bool = False) -> list[Face | None]:
+        """The largest face of each picture, None where there is none; with `upright` its picture too."""
+        return [self._largest(np.asarray(image.convert("RGB"))[:, :, ::-1].copy(), upright) for image in images]
+
+    def _largest(self, bgr: np.ndarray, upright: bool) -> Face | None:
+        found: list[Any] = self.analysis.get(bgr)
+        if not found:
+            height, width = bgr.shape[:2]
+            bgr = np.pad(bgr, ((height // 2, height // 2), (width // 2, width // 2), (0, 0)))
+            found = self.analysis.get(bgr)
+        if not found:
             return None
-        largest = max(faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
-        return torch.from_numpy(np.asarray(largest.normed_embedding)).float()
+        largest = max(found, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
+        embedding = torch.from_numpy(np.asarray(largest.embedding)).float()
+        return Face(embedding, _upright(bgr, largest.kps) if upright else None)
+
+
+def _upright(bgr: np.ndarray, points: np.ndarray) -> Image.Image:
+    """The face turned and cut out so that its five points stand where ArcFace wants them."""
+    from insightface.utils import face_align
+
+    return Image.fromarray(np.ascontiguousarray(face_align.norm_crop(bgr, landmark=points, image_size=_UPRIGHT)[:, :, ::-1]))
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +113,7 @@ def insightface(device: str = "cpu") -> InsightFace:
 
 
 class FaceEncoder:
-    """What adapters of the FaceID family hear: who is in a picture, by InsightFace; of Plus, the picture's grid behind it.
+    """What adapters of the FaceID family hear: who is in a picture, by InsightFace; of Plus, the upright face's grid behind it.
 
     `face` is the identity's width. `picture` encodes the grid; None for those that hear the identity alone. Features are
     (pictures, 1, face), or (pictures, 1 + patches, width) with the identity in the first row, zeros behind it.
@@ -108,20 +130,13 @@ class FaceEncoder:
 
     def found(self, images: Sequence[Image.Image]) -> list[bool]:
         """In which pictures there is somebody. Raises UserError without InsightFace."""
-        return self._embedded(images)[1].tolist()
+        return [face is not None for face in self._faces(images)]
 
-    def who(self, images: Sequence[Image.Image]) -> Tensor:
-        """Identities, (pictures, face). Raises ImageError for a picture without a face, and UserError without InsightFace."""
-        embedded, there = self._embedded(images)
-        if not there.all():
-            raise ImageError(f"no face was found in picture {there.tolist().index(False) + 1}; expected one in each")
-        return embedded
-
-    def _embedded(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        return insightface(str(self.model.place.device)).embed(images)
+    def _faces(self, images: Sequence[Image.Image]) -> list[Face | None]:
+        return insightface(str(self.model.place.device)).faces(images, self.picture is not None)
 
     def beside(self, who: Tensor, images: Sequence[Image.Image]) -> Tensor:
-        """Features of identities, (pictures, face), and of the pictures that they are from. Raises UserError where one is missing."""
+        """Features of identities, (pictures, face), and of pictures of their faces. Raises UserError where one is missing."""
         found = F.normalize(who, dim=1) if self.normalised else who
         if self.picture is None:
             return found[:, None]
@@ -134,7 +149,12 @@ class FaceEncoder:
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
         """The features themselves: faces are found in whole pictures. Raises ImageError for a picture without one."""
-        return self.beside(self.who(images), images)
+        faces: list[Face] = []
+        for number, face in enumerate(self._faces(images), 1):
+            if face is None:
+                raise ImageError(f"no face was found in picture {number}; expected one in each")
+            faces.append(face)
+        return self.beside(torch.stack([face.embedding for face in faces]), [face.picture for face in faces if face.picture])
 
     def features(self, pixels: Tensor, grid: bool) -> Tensor:
         return pixels

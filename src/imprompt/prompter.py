@@ -132,7 +132,7 @@ class Prompter:
 
         Adapters of the FaceID family hear who somebody is: `faces` are identity embeddings, (faces, 512), or a `.npy` or
         `.safetensors` file of them; without, they are computed from the pictures by InsightFace (pip install 'imprompt[faces]').
-        FaceID-Plus hears the pictures too, one for each face.
+        FaceID-Plus hears the faces' pictures too, which are cut out of yours; beside `faces`, as you give them, one for each.
         """
         together = combined(combine, self.adapter)
         pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
@@ -200,12 +200,10 @@ def _of_faces(encoder: FaceEncoder, pictures: list[Picture], faces: Faces | None
     """Features of the FaceID family: of faces that are given, or of those that are found in the pictures."""
     opened = [open_image(picture) for picture in pictures]
     if faces is not None:
-        who = read_faces(faces, encoder.face)
-    elif opened:
-        who = encoder.who(opened)
-    else:
+        return encoder.beside(read_faces(faces, encoder.face), [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened])
+    if not opened:
         raise UserError("a FaceID adapter needs a face: give pictures, or identity embeddings as faces")
-    return encoder.beside(who, [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened])
+    return encoder.prepare(opened)
 
 
 def _sums(adapter: Adapter) -> list[float]:
@@ -270,9 +268,9 @@ def load(source: str | Path, weight: str | None = None, encoder: str | Path | No
     path, found = hub.find_adapter(str(source), weight)
     adapter, spec = checkpoints.load_adapter(path)
     where = (str(encoder), None) if encoder else found
-    face = adapter.image_proj.face if isinstance(adapter.image_proj, FaceProjector) else 0
-    picture = None if face and not spec.grid else ImageEncoder.load(*(where or hub.default_encoder(spec)))
-    if face:
-        return Prompter(adapter, spec, FaceEncoder(face, picture, bool(spec.metadata.get("normalised", True))))
-    assert picture is not None
+    if spec.faces and not spec.grid:
+        return Prompter(adapter, spec, FaceEncoder(spec.features, normalised=spec.normalised))
+    picture = ImageEncoder.load(*(where or hub.default_encoder(spec)))
+    if isinstance(adapter.image_proj, FaceProjector):
+        return Prompter(adapter, spec, FaceEncoder(adapter.image_proj.face, picture, spec.normalised))
     return Prompter(adapter, spec, picture)

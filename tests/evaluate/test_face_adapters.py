@@ -11,7 +11,7 @@ from imprompt.config import Evaluate, Train
 from imprompt.core.adapter import Adapter
 from imprompt.core.projectors import FacePlusProjector, FaceProjector
 from imprompt.errors import UserError
-from imprompt.evaluate import identity, suite
+from imprompt.evaluate import identity, metrics, report, suite
 from imprompt.evaluate.cases import open_cases
 from imprompt.evaluate.contender import How
 from imprompt.evaluate.contenders import load_contender
@@ -31,10 +31,16 @@ class Finder:
 
     nobody: tuple[bytes, ...] = ()
 
+    def faces(self, images, upright=False):
+        return [None if image.tobytes() in self.nobody else self.face(image, upright) for image in images]
+
+    def face(self, image, upright):
+        small = torch.tensor(list(image.resize((FACE, 1)).convert("L").tobytes())).float()
+        return faces.Face(small - 100, image.resize((32, 32)).rotate(90) if upright else None)
+
     def embed(self, images):
-        small = [torch.tensor(list(image.resize((FACE, 1)).convert("L").tobytes())).float() for image in images]
-        there = torch.tensor([image.tobytes() not in self.nobody for image in images])
-        return torch.nn.functional.normalize(torch.stack(small) - 100, dim=1) * there[:, None], there
+        found = [face.embedding if face else torch.zeros(FACE) for face in self.faces(images)]
+        return torch.nn.functional.normalize(torch.stack(found), dim=1), torch.tensor([bool(f.any()) for f in found])
 
 
 @pytest.fixture
@@ -78,6 +84,39 @@ def test_what_is_measured_is_what_is_generated(plus, tmp_path, finder):
     assert plain.tobytes() != drawn[0].tobytes()
 
 
+def test_plus_hears_the_upright_face_and_not_the_whole_picture(tmp_path, finder):
+    path, picture = saved(tmp_path / "faceid-plus.bin", plus=True), open_cases(SMALL.settled())[0].target
+    ip = load(path, encoder=MINI / "image_encoder")
+    heard = ip(picture).features[0]
+    upright = finder.face(picture, True).picture
+    torch.testing.assert_close(heard[:, 1:], ip.encoder.picture.encode([upright], True))
+    given = ip(upright, faces=heard[:, 0, :FACE]).features[0]  # beside embeddings the picture is the face's already
+    torch.testing.assert_close(heard, given)
+
+
+@pytest.mark.parametrize(("name", "length"), [("faceid-portrait.bin", 1.0), ("faceid-portrait_unnorm.bin", None)])
+def test_identities_are_of_the_length_that_the_adapter_was_trained_with(name, length, tmp_path, finder):
+    picture = open_cases(SMALL.settled())[0].target
+    heard = load(saved(tmp_path / name))(picture).features
+    assert heard.norm().item() == pytest.approx(length or finder.face(picture, False).embedding.norm().item())
+
+
+def test_a_row_that_left_prompts_out_is_compared_without_them(tmp_path, finder):
+    """FID of the copy without the prompt, to itself: nought."""
+    path = saved(tmp_path / "faceid.bin")
+    choice = settings(path, out=str(tmp_path / "out"), limit=6)
+    finder.nobody = (open_cases(choice)[2].references[0].tobytes(),)
+    list(suite.draw(choice))
+    studio = suite.Studio(choice.settled())
+    row = next(row for row in suite.rows_of(studio.choice, studio.cases) if row.name == "faceid")
+    score = report.score_row(studio, row, tmp_path / "out")
+    chunks = studio.chunks(row)
+    mine, copy = (Seen(tmp_path / "out", name, chunks) for name in ("faceid", "copy"))
+    wanted = copy.column("features")[[0, 1, 3, 4, 5]]
+    assert score.figures["FID"].value == pytest.approx(metrics.fid(wanted, mine.column("features")), rel=1e-6)
+    assert score.lost == 1 and "5 (1 prompts left out)" in report.markdown([score])
+
+
 def test_a_reference_without_a_face_is_left_out_of_that_row_alone(tmp_path, finder):
     path = saved(tmp_path / "faceid.bin")
     choice = settings(path, out=str(tmp_path / "out"))
@@ -107,6 +146,12 @@ def test_the_encoder_that_conditions_does_not_judge(tmp_path, finder, monkeypatc
     with pytest.raises(UserError, match="it would score itself; expected another judge: --identity facenet"):
         list(suite.draw(replace(choice, identity="insightface")))
     list(suite.draw(replace(choice, adapter=("mini",), encoder=None, identity="insightface")))
+
+
+def test_where_no_identity_is_measured_any_adapter_may_be(tmp_path, finder):
+    list(suite.draw(settings(saved(tmp_path / "faceid.bin"), identity="insightface", out=str(tmp_path / "out"))))
+    with pytest.raises(UserError, match="reference: after single pictures the row copy gives it back"):
+        list(suite.draw(replace(SMALL, against=("reference",), out=str(tmp_path / "other"))))
 
 
 def test_without_insightface_it_is_said_before_any_work(tmp_path, monkeypatch):

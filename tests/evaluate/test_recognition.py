@@ -126,7 +126,7 @@ def test_an_unknown_source_names_those_there_are():
 
 
 def face(box, embedding):
-    return SimpleNamespace(bbox=np.array(box, dtype=np.float32), normed_embedding=np.array(embedding, dtype=np.float32))
+    return SimpleNamespace(bbox=np.array(box, dtype=np.float32), embedding=3 * np.array(embedding, dtype=np.float32), kps=box)
 
 
 def unit(at):
@@ -178,6 +178,27 @@ def test_insightface_looks_again_with_a_margin_and_then_finds_nobody(monkeypatch
     assert [array.shape for array in Analysis.shown] == [(20, 40, 3), (40, 80, 3)] * 2
     assert (Analysis.shown[1][10:30, 20:60] == Analysis.shown[0]).all()
     assert found.tolist() == [True, False] and embedded.norm(dim=1).tolist() == [1, 0] and embedded[0].argmax() == 1
+
+
+def test_insightface_turns_the_face_that_it_found_upright(monkeypatch):
+    """Where it had to look with a margin, the points are those of the picture with the margin."""
+    stand_in(monkeypatch)
+    told = []
+
+    def norm_crop(picture, landmark, image_size):
+        told.append((picture.shape, landmark, image_size))
+        return np.full((image_size, image_size, 3), (7, 8, 9), np.uint8)
+
+    utils, align = ModuleType("insightface.utils"), ModuleType("insightface.utils.face_align")
+    align.norm_crop, utils.face_align = norm_crop, align
+    monkeypatch.setitem(sys.modules, "insightface.utils", utils)
+    monkeypatch.setitem(sys.modules, "insightface.utils.face_align", align)
+    Analysis.plan = [[face((0, 0, 9, 9), unit(3))], [], [face((10, 5, 20, 15), unit(1))], [], []]
+    images = [Image.new("RGB", (40, 20), "red"), Image.new("RGB", (40, 20), "blue"), Image.new("RGB", (40, 20))]
+    first, second, nobody = load_identity("insightface").faces(images, upright=True)
+    assert nobody is None and told == [((20, 40, 3), (0, 0, 9, 9), 224), ((40, 80, 3), (10, 5, 20, 15), 224)]
+    assert first.picture.size == (224, 224) and first.picture.getpixel((0, 0)) == (9, 8, 7)
+    assert first.embedding.norm() == 3 and second.embedding.argmax() == 1, "as the encoder gives it"
 
 
 def test_insightface_runs_where_it_is_told(monkeypatch):

@@ -66,6 +66,14 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
     }
 
 
+def test_what_was_timed_is_not_timed_again_and_what_is_not_there_cannot_be(tmp_path):
+    study = study_of(Reproduce(paper="personalisation", budget="smoke", out=str(tmp_path)))
+    assert study.to_time([]) == [*PLAIN] and study.to_time(["self-attention seed 0"]) == [*PLAIN, "self-attention"]
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "seconds.json").write_text('{"one": 0.1}')
+    assert study.to_time([]) == [name for name in PLAIN if name != "one"]
+
+
 def test_one_row_can_be_asked_for(tmp_path):
     names = study_of(Reproduce(paper="personalisation", budget="smoke", method=("average", "attention-tokens"))).names()
     trained = [f"attention-tokens seed {seed}{more}" for seed in range(2) for more in ("", " given one")]

@@ -117,6 +117,11 @@ def test_the_reference_row_gives_a_reference_back(measured):
     assert len(kept) == 6 and figures["identity"].value > 0.9 and figures["CLIP-I"].value < found["copy"].figures["CLIP-I"].value
 
 
+def test_with_one_target_the_real_row_is_no_reference():
+    cases = open_cases(replace(SMALL, subjects=8, references=5, targets=1).settled())
+    assert cases.other(0).tobytes() not in {picture.tobytes() for picture in (*cases[0].references, cases[0].target)}
+
+
 def test_learning_is_not_drawing(measured):
     folder, found, _ = measured
     learning = suite.Studio(measured[2].settled())

@@ -171,3 +171,8 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule():
     assert [share(s, choice) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert share(10, choice) == pytest.approx(0) and 0 < share(9, choice) < share(5, choice) < 1
     assert share(7, replace(choice, schedule="linear")) == pytest.approx(0.5) and share(9, replace(choice, schedule="constant")) == 1
+
+
+def test_a_method_that_is_not_the_adapters_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mini is a global adapter; expected ip-adapter, received ip-adapter-full-face"):
+        run(tmp_path, adapter="mini", method="ip-adapter-full-face")

@@ -164,11 +164,12 @@ class SubjectCases:
         return Case(record.key, self.texts[i], references, fit(open_image(record.target)), self.subjects[number], self._nouns[number])
 
     def other(self, i: int) -> Image.Image:
-        """The subject's next target, which is not in the gallery either; where there is only one, a photograph of the gallery."""
+        """The subject's next target, which is not in the gallery either; where there is only one, a photograph of the gallery,
+        one that is no reference if there are enough."""
         number, place = self._prompts[i]
         mine = [at for whose, at in self._prompts if whose == number]
         if len(mine) == 1:
-            return self.gallery(number, 1)[0]
+            return self.gallery(number, self._references + 1)[-1]
         return fit(open_image(self._records[mine[(mine.index(place) + 1) % len(mine)]].target))
 
     def group(self, i: int) -> int:

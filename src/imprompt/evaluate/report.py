@@ -97,13 +97,18 @@ def millions(score: Score) -> str:
     return "–" if score.trainable is None else f"{score.trainable / 1e6:.2f} M" if score.trainable else "0"
 
 
+def counted(score: Score) -> str:
+    """How many pictures there are, and how many prompts were left out."""
+    return f"{score.pictures:,}" + (f" ({score.lost} prompts left out)" if score.lost else "")
+
+
 def markdown(rows: Sequence[Score]) -> str:
     """A table with 95 % intervals."""
     names = columns_of(rows)
     lines = ["| | trainable | " + " | ".join(names) + " | pictures |", "|---|---|" + "---|" * (len(names) + 1)]
     for score in rows:
         figures = " | ".join(cell(score.figures.get(name)) for name in names)
-        lines.append(f"| {score.name} | {millions(score)} | {figures} | {score.pictures:,} |")
+        lines.append(f"| {score.name} | {millions(score)} | {figures} | {counted(score)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +133,7 @@ def html_table(rows: Sequence[Score]) -> str:
     lines = []
     for s in rows:
         figures = "".join("<td>" + cell(s.figures.get(n)).replace(" ± ", "<br><small>± ") for n in names)
-        lines.append(f"<tr><th>{html.escape(s.name)}<td>{millions(s)}{figures}<td>{s.pictures:,}")
+        lines.append(f"<tr><th>{html.escape(s.name)}<td>{millions(s)}{figures}<td>{counted(s)}")
     return f"<table class=figures><tr>{head}{''.join(lines)}</table>"
 
 

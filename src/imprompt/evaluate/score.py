@@ -24,7 +24,7 @@ COLUMNS = {
     "CMMD": "↓ to every reference",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
-    "identity": "↑ cosine with the subject's other photographs, by an encoder of identity",
+    "identity": "↑ cosine with the subject's photographs that are not to be drawn (row reference shows one), by an encoder of identity",
     "recognised": "↑ share nearest to its own subject of all",
     "no face": "↓ share in which the encoder of identity found nobody",
 }
@@ -94,7 +94,11 @@ def scored(
         return found
     pairs = [(seen.column(name), real.column(name)) for name in ("features", "clip")]
     (mine, theirs), (drawn, wanted) = pairs
-    assert mine is not None and theirs is not None and drawn is not None and wanted is not None
+    numbers = real.column("prompt")
+    assert mine is not None and theirs is not None and drawn is not None and wanted is not None and numbers is not None
+    if seen.lost:  # what the row left out is not held against it
+        kept = torch.tensor([str(number) not in seen.lost for number in numbers.tolist()])
+        theirs, wanted = theirs[kept], wanted[kept]
     found["FID"] = metrics.jackknife(lambda rows: metrics.fid(theirs, mine[rows]), groups)
     size = min(len(theirs), KERNEL)
     found["KID × 1000"] = metrics.jackknife(lambda rows: 1000 * metrics.kid(theirs, mine[rows], subsets=20, subset_size=size), groups)

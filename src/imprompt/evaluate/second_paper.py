@@ -190,10 +190,14 @@ def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
     """Seconds from the pictures of a new subject to keys and values in the UNet: the median of some, the first left out."""
     assert isinstance(contender, WithMethod)
     method, times = contender.method, []
+    device = contender.pipe.unet.device
+    null = method.null()[None].to(device)
     for _ in range(8):
         began = time.perf_counter()
-        features = method.encoder.encode(references, method.grid)[None]
-        with method.attached(contender.pipe, features, method.null()[None]):
+        features = method.encoder.encode(references, method.grid)[None].to(device)
+        with method.attached(contender.pipe, features, null):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
     return median(times[1:])
 

@@ -153,7 +153,7 @@ class Studio:
         for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
             contender = self.contender(source)
             if isinstance(contender, WithMethod):
-                contender.rehearse(self.choice.identity)
+                contender.rehearse(self.choice.identity if self.cases.subjects else "none")
         if any(row.source not in REAL for row in rows):
             with scheduled(self.pipe, self.choice.scheduler, self.choice.steps):  # as many steps as the scheduler can take
                 pass
@@ -276,6 +276,8 @@ def draw(choice: Evaluate) -> Iterator[Progress]:
     out = writable_folder(choice.out)
     for source in (*choice.adapter, *choice.against):
         check_source(source)
+        if source == "reference" and not choice.subjects:
+            raise UserError("reference: after single pictures the row copy gives it back; this row is for --subjects")
         if named(source)[1] in PERSONAL and not choice.subjects:
             raise UserError(f"{source} learns a subject from several photographs: say how many each has at least, --subjects 10")
     studio = Studio(choice)

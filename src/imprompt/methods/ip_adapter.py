@@ -40,7 +40,7 @@ class IPAdapter:
         if self.grid and how == "attention":
             raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take attention-tokens")
         if how == "joint" and not isinstance(self.adapter.image_proj, Resampler):
-            raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take attention")
+            raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take average")
         self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid), self.adapter.cross)
         self.about["aggregator"] = how
 

@@ -9,7 +9,6 @@ from imprompt import checkpoints, hub
 from imprompt.checkpoints import Spec
 from imprompt.config import PERSONAL, READS
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import FaceProjector
 from imprompt.encoders import ImageEncoder
 from imprompt.errors import CheckpointError, UserError
 from imprompt.hosts.packing import pack
@@ -63,10 +62,10 @@ def _loaded(source: str, pipe: Any, base: str, encoder: str | None) -> Method:
 def to_train(source: str) -> tuple[Adapter, Spec]:
     """An adapter that a training goes on from. Raises UserError for one that is not trained here."""
     adapter, spec = checkpoints.load_adapter(hub.find_adapter(source)[0])
-    if isinstance(adapter.image_proj, FaceProjector):
+    if spec.faces:
         raise UserError(
             f"adapter: {source} is of the FaceID family, which draws but is not trained here; expected a global, fine-grained or "
-            "full-face one (for faces: --method ip-adapter-full-face)"
+            "full-face one; for faces, leave --adapter out and take --method ip-adapter-full-face"
         )
     return adapter, spec
 

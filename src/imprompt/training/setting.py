@@ -185,10 +185,15 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, data, device, precision)
 
 
+GOES_ON = {"global": "ip-adapter", "resampler": "ip-adapter-plus", "full-face": "ip-adapter-full-face"}  # kind → method
+
+
 def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:
     """A method that goes on from an adapter's file. Raises UserError where it does not fit base or encoder."""
     if not choice.method.startswith("ip-adapter"):
         raise UserError(f"method: expected one of the ip-adapter family to go on from a file, received {choice.method!r}")
+    if choice.method not in ("ip-adapter", GOES_ON[spec.kind]):  # the first is what stands there where nothing was said
+        raise UserError(f"method: {choice.adapter} is a {spec.kind} adapter; expected {GOES_ON[spec.kind]}, received {choice.method}")
     Prompter(adapter, spec, encoder)
     check_fit(adapter, unet)
     return IPAdapter(unet, encoder, adapter)
