@@ -154,4 +154,4 @@ def test_subjects_weigh_the_same():
 
 def test_a_protocol_that_rows_do_not_share_is_told_in_full():
     rows = {name: row()._replace(protocol={"steps": steps, "data": "mini"}) for name, steps in (("a", 8), ("b", 6), ("c", 8))}
-    assert claims.protocol_lines(rows) == ["- steps: 8; 6 (b)", "- data: mini"]
+    assert claims.protocols(rows) == {"steps": "8; 6 (b)", "data": "mini"}

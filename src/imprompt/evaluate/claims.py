@@ -1,7 +1,7 @@
 """The first paper's claims, each judged on our rows: holds, or does not hold. And its table, beside ours."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -9,11 +9,12 @@ from PIL import Image
 
 from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
-from imprompt.evaluate.report import as_csv, below, cell, curves, html_strips, html_table, legend, markdown
+from imprompt.evaluate.report import Cells, as_csv, as_html, as_markdown, below, cell, cells, curves, html_strips, legend, markdown
 from imprompt.evaluate.study import SAMPLER, finished, finished_path, study_of
-from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, protocol_lines, value_of
+from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, protocols, value_of
 from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.pages import inline, write_page
+from imprompt.pages import table as facts
 
 # Our row → the paper's name, its trainable parameters, CLIP-T and CLIP-I (COCO 2017, CLIP ViT-L/14).
 PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
@@ -115,7 +116,8 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     everything = Reproduce(paper=choice.paper, budget=choice.budget)
     rows = {name: row for name in study_of(everything).names() if (row := finished(out, name))}
     table = [name for name in ("copy", "real", "text", *PAPER, *CUSTOM_NAMES) if name in rows]
-    verdicts = claims(rows)
+    verdicts, scores = claims(rows), [rows[name].score for name in table]
+    protocol = protocols({name: row for name, row in rows.items() if name in PAPER})
     points = [rows[name].score for name in curve_names() if name in rows and not name.endswith("base")]
     words = [
         f"# IP-Adapter's comparison on mini, budget {choice.budget}",
@@ -130,11 +132,11 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "",
         "## The paper's table, and ours",
         "",
-        beside(rows, table),
+        as_markdown(beside(rows, table)),
         "## All figures",
         "",
-        markdown([rows[name].score for name in table]),
-        legend(),
+        markdown(scores),
+        legend(scores),
         "",
         f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(table)}.",
         "",
@@ -142,15 +144,23 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     if points:
         write_file(folder / "curve.png", curves(points))
         words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
-    words += ["## Protocol", "", *protocol_lines({name: row for name, row in rows.items() if name in PAPER}), ""]
+    words += ["## Protocol", "", *(f"- {field}: {value}" for field, value in protocol.items()), ""]
     page = "\n".join(words)
     write_file(folder / "README.md", page)
-    write_file(folder / "table.csv", as_csv([rows[name].score for name in table] + points))
+    write_file(folder / "table.csv", as_csv(scores + points))
     write_file(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False))
     strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
-    return _html(choice, folder, rows, verdicts, strips), verdicts
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{ONE_SEED}</p>"
+    body += f"<h2>The paper's table, and ours</h2>{as_html(beside(rows, table))}"
+    body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(legend(scores))}</small></p>"
+    body += f"<h2>Pictures</h2>{html_strips(strips)}"
+    if points:
+        body += f"<h2>λ</h2>{inline((folder / 'curve.png').read_bytes())}"
+    body += f"<h2>Protocol</h2>{facts(protocol)}"
+    write_page(folder / "index.html", "IP-Adapter on mini", body)
+    return folder / "index.html", verdicts
 
 
 def _budget(choice: Reproduce) -> str:
@@ -163,36 +173,22 @@ def _budget(choice: Reproduce) -> str:
     )
 
 
-def beside(rows: Rows, names: Sequence[str]) -> str:
+def beside(rows: Rows, names: Sequence[str]) -> Cells:
     """The paper's figures next to ours."""
-    lines = [
-        "| method | paper: trainable | CLIP-T | CLIP-I | ours: trainable | CLIP-T | CLIP-I | minutes of training | of drawing |",
-        "|---" * 9 + "|",
-    ]
+    head = "method, paper: trainable, CLIP-T, CLIP-I, ours: trainable, CLIP-T, CLIP-I, minutes of training, of drawing"
+    lines = [head.split(", ")]
     for name in names:
         if name not in PAPER:
             continue
         title, size, text, image = PAPER[name]
         row = rows[name]
-        theirs = " | ".join("–" if v is None else f"{v:.3f}" for v in (text, image))
-        trainable = row.score.trainable or 0
-        ours = " | ".join(cell(row.score.figures[column]) for column in ("CLIP-T", "CLIP-I"))
-        minutes = f"{row.minutes['training']:.0f} | {row.minutes['drawing']:.0f}"
-        lines.append(f"| {title} | {size} | {theirs} | {trainable / 1e6:.2f} M | {ours} | {minutes} |")
-    return "\n".join(lines) + "\n"
+        theirs = ["–" if v is None else f"{v:.3f}" for v in (text, image)]
+        ours = [cell(row.score.figures[column]) for column in ("CLIP-T", "CLIP-I")]
+        minutes = [f"{row.minutes[part]:.0f}" for part in ("training", "drawing")]
+        lines.append([title, size, *theirs, f"{(row.score.trainable or 0) / 1e6:.2f} M", *ours, *minutes])
+    return lines
 
 
 def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
     """The pictures of every row."""
     return {name: Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names}
-
-
-def _html(choice: Reproduce, folder: Path, rows: Rows, claims: Sequence[Claim], strips: Mapping[str, Image.Image]) -> Path:
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(claims)}"
-    body += f"<p>{ONE_SEED}</p>"
-    body += f"<h2>Figures</h2>{html_table([rows[n].score for n in strips])}<p><small>{escape(legend())}</small></p>"
-    body += f"<h2>Pictures</h2>{html_strips(strips)}"
-    curve = folder / "curve.png"
-    body += f"<h2>λ</h2>{inline(curve.read_bytes())}" if curve.is_file() else ""
-    write_page(folder / "index.html", "IP-Adapter on mini", body)
-    return folder / "index.html"

@@ -13,12 +13,26 @@ from PIL import Image
 from imprompt.config import PERSONAL, Reproduce
 from imprompt.evaluate.contenders import SHOWN as UNTAUGHT
 from imprompt.evaluate.metrics import Interval, mean_interval
-from imprompt.evaluate.report import Line, as_csv, as_dict, below, html_strips, html_table, legend, markdown, plotted
+from imprompt.evaluate.report import (
+    Cells,
+    Line,
+    as_csv,
+    as_dict,
+    as_html,
+    as_markdown,
+    below,
+    cells,
+    html_strips,
+    legend,
+    markdown,
+    plotted,
+)
 from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, timed
 from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
-from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocol_lines, value_of
+from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocols, value_of
 from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.pages import inline, write_page
+from imprompt.pages import table as facts
 
 # Our row → the paper's name, its IS and FID (LFW, people with at least ten photographs).
 PAPER: dict[str, tuple[str, float | None, float | None]] = {
@@ -183,12 +197,13 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     lines = course(rows, study)
     by_seed = [rows[name].score for kind in TRAINED for name in study.seeds(kind) if name in rows]
     seconds = timed(out)
-    explained = legend("subjects", "photograph to be drawn")
+    protocol = protocols(rows)
+    explained = legend(scores, "subjects", "photograph to be drawn")
     words = [
         f"# The same subject again: the second paper's comparison on mini, budget {choice.budget}", "",
         f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}", "",
         "## Claims", "", *listed(verdicts), "", SEEDS, "",
-        "## The paper's table, and ours", "", beside(table, seconds), CLOCK, "",
+        "## The paper's table, and ours", "", as_markdown(beside(table, seconds)), CLOCK, "",
         "## All figures", "", markdown(scores), explained, "",
         *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
         f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. ", "",
@@ -196,7 +211,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     if lines:
         write_file(folder / "references.png", plotted(lines, "references", budget.counts))
         words += ["## The number of references", "", "![figures against the number of references](references.png)", "", _curves(budget), ""]
-    words += ["## Protocol", "", *protocol_lines(rows), ""]
+    words += ["## Protocol", "", *(f"- {field}: {value}" for field, value in protocol.items()), ""]
     write_file(folder / "README.md", "\n".join(words))
     everything = [replace(row.score, name=name) for name, row in rows.items()]
     write_file(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]))
@@ -206,12 +221,12 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
     with atomic_path(folder / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}"
-    body += (
-        f"<p>{SEEDS}</p><h2>Figures</h2>{html_table(scores)}<p><small>{escape(explained)}</small></p><h2>Pictures</h2>{html_strips(strips)}"
-    )
+    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{escape(SEEDS)}</p>"
+    body += f"<h2>The paper's table, and ours</h2>{as_html(beside(table, seconds))}<p><small>{escape(CLOCK)}</small></p>"
+    body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(explained)}</small></p><h2>Pictures</h2>{html_strips(strips)}"
     if lines:
         body += f"<h2>The number of references</h2>{inline((folder / 'references.png').read_bytes())}<p>{escape(_curves(budget))}</p>"
+    body += f"<h2>Protocol</h2>{facts(protocol)}"
     write_page(folder / "index.html", "The same subject again, on mini", body)
     return folder / "index.html", verdicts
 
@@ -231,23 +246,21 @@ def course(rows: Rows, study: SecondPaper) -> dict[str, dict[str, Line]]:
     return found
 
 
-def beside(table: Rows, seconds: Mapping[str, float]) -> str:
+def beside(table: Rows, seconds: Mapping[str, float]) -> Cells:
     """The paper's figures next to ours, with what a new subject costs."""
     lines = [
-        "| method | paper: IS ↑ | FID ↓ | ours: IS ↑ | FID ↓ | identity ↑ | recognised ↑ | trainable | seconds for a new subject |",
-        "|---" * 9 + "|",
+        ["method", "paper: IS ↑", "FID ↓", "ours: IS ↑", "FID ↓", "identity ↑", "recognised ↑", "trainable", "seconds for a new subject"]
     ]
     for name, (title, their_is, their_fid) in PAPER.items():
         if name not in table:
             continue
-        row = table[name]
-        theirs = " | ".join("–" if v is None else f"{v:.2f}" for v in (their_is, their_fid))
-        mine = " | ".join(f"{f[c].value:.{d}f}" if c in (f := row.score.figures) else "–" for c, d in (("IS", 2), ("FID", 2)))
-        more = " | ".join(f"{f[c].value:.3f}" if c in (f := row.score.figures) else "–" for c in ("identity", "recognised"))
+        row, figures = table[name], table[name].score.figures
+        theirs = ["–" if v is None else f"{v:.2f}" for v in (their_is, their_fid)]
+        digits = {"IS": 2, "FID": 2, "identity": 3, "recognised": 3}
+        mine = [f"{figures[column].value:.{count}f}" if column in figures else "–" for column, count in digits.items()]
         cost = seconds_of(name, row, seconds)
-        told = "–" if cost is None else f"{cost:.2g}"
-        lines.append(f"| {title} | {theirs} | {mine} | {more} | {(row.score.trainable or 0) / 1e6:.2f} M | {told} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *theirs, *mine, f"{(row.score.trainable or 0) / 1e6:.2f} M", "–" if cost is None else f"{cost:.2g}"])
+    return lines
 
 
 def seconds_of(name: str, row: Finished, seconds: Mapping[str, float]) -> float | None:

@@ -22,6 +22,7 @@ from imprompt.images import sheet
 from imprompt.pages import inline, table, write_page
 
 SHOWN = 8  # prompts of which pictures are shown
+Cells = Sequence[Sequence[str]]  # a table, line by line; the first is its head
 
 
 def scores(choice: Evaluate) -> Iterable[Score]:
@@ -61,7 +62,7 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     write_file(out / "table.csv", as_csv(found))
     write_file(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
     points = [score for score in found if score.curve]
-    body = html_table(rows) + f"<p><small>{html.escape(legend())}</small></p>"
+    body = as_html(cells(rows)) + f"<p><small>{html.escape(legend(rows))}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
     with atomic_path(out / "sheet.png") as partial:
         below(list(strips.values())).save(partial)
@@ -102,14 +103,33 @@ def counted(score: Score) -> str:
     return f"{score.pictures:,}" + (f" ({score.lost} prompts left out)" if score.lost else "")
 
 
-def markdown(rows: Sequence[Score]) -> str:
-    """A table with 95 % intervals."""
+def cells(rows: Sequence[Score]) -> Cells:
+    """Every figure with half of its 95 % interval."""
     names = columns_of(rows)
-    lines = ["| | trainable | " + " | ".join(names) + " | pictures |", "|---|---|" + "---|" * (len(names) + 1)]
+    lines = [["", "trainable", *names, "pictures"]]
     for score in rows:
-        figures = " | ".join(cell(score.figures.get(name)) for name in names)
-        lines.append(f"| {score.name} | {millions(score)} | {figures} | {counted(score)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([score.name, millions(score), *(cell(score.figures.get(name)) for name in names), counted(score)])
+    return lines
+
+
+def as_markdown(lines: Cells) -> str:
+    """A table of Markdown."""
+    head, *rows = ("| " + " | ".join(line).lstrip() + " |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows]) + "\n"
+
+
+def as_html(lines: Cells) -> str:
+    """A table of HTML, each interval below its figure."""
+    (head, *rows), found = lines, []
+    for first, *rest in rows:
+        figures = "".join("<td>" + html.escape(text).replace(" ± ", "<br><small>± ") for text in rest)
+        found.append(f"<tr><th>{html.escape(first)}{figures}")
+    return f"<table class=figures><tr>{''.join(f'<th>{html.escape(text)}' for text in head)}{''.join(found)}</table>"
+
+
+def markdown(rows: Sequence[Score]) -> str:
+    """The figures of these rows as Markdown."""
+    return as_markdown(cells(rows))
 
 
 def as_csv(rows: Sequence[Score]) -> str:
@@ -126,25 +146,14 @@ def as_csv(rows: Sequence[Score]) -> str:
     return buffer.getvalue()
 
 
-def html_table(rows: Sequence[Score]) -> str:
-    """The table, each figure above half the width of its interval."""
-    names = columns_of(rows)
-    head = "".join(f"<th>{html.escape(n)}" for n in ("", "trainable", *names, "pictures"))
-    lines = []
-    for s in rows:
-        figures = "".join("<td>" + cell(s.figures.get(n)).replace(" ± ", "<br><small>± ") for n in names)
-        lines.append(f"<tr><th>{html.escape(s.name)}<td>{millions(s)}{figures}<td>{counted(s)}")
-    return f"<table class=figures><tr>{head}{''.join(lines)}</table>"
-
-
 def html_strips(strips: Mapping[str, Image.Image]) -> str:
     """Every row's pictures beside its name."""
     return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip)}" for n, strip in strips.items()) + "</table>"
 
 
-def legend(over: str = "prompts", target: str = "reference") -> str:
-    """What the columns mean, as plain text: what intervals are over, and what pictures are compared with."""
-    meanings = "; ".join(f"{name}: {meaning.replace('reference', target)}" for name, meaning in COLUMNS.items())
+def legend(rows: Sequence[Score], over: str = "prompts", target: str = "reference") -> str:
+    """What the columns of these rows mean, as plain text: what intervals are over, and what pictures are compared with."""
+    meanings = "; ".join(f"{name}: {COLUMNS[name].replace('reference', target)}" for name in columns_of(rows))
     return f"± half of the 95 % interval over {over}. {meanings}."
 
 

@@ -74,15 +74,15 @@ def plain(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
     }
 
 
-def protocol_lines(rows: Rows) -> list[str]:
-    """The protocol, line by line; where rows differ in it, all that they have and which rows it is."""
+def protocols(rows: Rows) -> dict[str, str]:
+    """The protocol, field by field; where rows differ in it, all that they have and which rows it is."""
     kept = {name: row.protocol for name, row in rows.items() if row.protocol}
-    lines = []
+    found = {}
     for field in dict.fromkeys(field for protocol in kept.values() for field in protocol):
         whose: dict[str, list[str]] = {}
         for name, protocol in kept.items():
             whose.setdefault(str(protocol.get(field, "–")), []).append(name)
         most = max(whose, key=lambda value: len(whose[value]))
         others = [f"{value} ({', '.join(names)})" for value, names in whose.items() if value != most]
-        lines.append(f"- {field}: {'; '.join([most, *others])}")
-    return lines
+        found[field] = "; ".join([most, *others])
+    return found
