@@ -138,7 +138,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         markdown(scores),
         legend(scores),
         "",
-        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(table)}.",
+        "![one row of pictures for each row of the table](sheet.png)",
         "",
     ]
     if points:
@@ -151,7 +151,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     write_file(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False))
     strips = strips_of(out, table)
     with atomic_path(folder / "sheet.png") as partial:
-        below(list(strips.values())).save(partial)
+        below(strips).save(partial)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{ONE_SEED}</p>"
     body += f"<h2>The paper's table, and ours</h2>{as_html(beside(rows, table))}"
     body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(legend(scores))}</small></p>"

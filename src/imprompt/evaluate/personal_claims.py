@@ -206,7 +206,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         "## The paper's table, and ours", "", as_markdown(beside(table, seconds)), CLOCK, "",
         "## All figures", "", markdown(scores), explained, "",
         *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
-        f"![one row of pictures for each row of the table](sheet.png)\n\nRows: {', '.join(shown)}. ", "",
+        "![one row of pictures for each row of the table](sheet.png)", "",
     ]  # fmt: skip
     if lines:
         write_file(folder / "references.png", plotted(lines, "references", budget.counts))
@@ -220,7 +220,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     write_file(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False))
     strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
     with atomic_path(folder / "sheet.png") as partial:
-        below(list(strips.values())).save(partial)
+        below(strips).save(partial)
     body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{escape(SEEDS)}</p>"
     body += f"<h2>The paper's table, and ours</h2>{as_html(beside(table, seconds))}<p><small>{escape(CLOCK)}</small></p>"
     body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(explained)}</small></p><h2>Pictures</h2>{html_strips(strips)}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from imprompt.config import Evaluate
 from imprompt.evaluate.contenders import REAL
@@ -65,7 +65,7 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     body = as_html(cells(rows)) + f"<p><small>{html.escape(legend(rows))}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
     with atomic_path(out / "sheet.png") as partial:
-        below(list(strips.values())).save(partial)
+        below(strips).save(partial)
     body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
     if points:
         curve = curves(points)
@@ -163,12 +163,15 @@ def strip(out: Path, name: str, prompts: Sequence[int] = range(SHOWN)) -> Image.
     return sheet([], [picture or blank for picture in Shelf(out, name).pictures(prompts[:SHOWN])], columns=SHOWN, cell=96)
 
 
-def below(strips: Sequence[Image.Image]) -> Image.Image:
-    """Strips one below the other."""
-    whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for picture in strips:
-        whole.paste(picture, (0, top))
+def below(strips: Mapping[str, Image.Image]) -> Image.Image:
+    """Strips one below the other, each after its name."""
+    font = ImageFont.load_default(15)
+    margin = 24 + max(round(font.getlength(name)) for name in strips)
+    whole = Image.new("RGB", (margin + max(s.width for s in strips.values()), sum(s.height for s in strips.values())), "white")
+    pen, top = ImageDraw.Draw(whole), 0
+    for name, picture in strips.items():
+        pen.text((12, top + picture.height // 2), name, "#222", font, anchor="lm")
+        whole.paste(picture, (margin, top))
         top += picture.height
     return whole
 
