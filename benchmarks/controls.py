@@ -46,8 +46,8 @@ class Controls(SecondPaper):
     def row(self, name: str) -> tuple[Row, str]:
         if name not in (OURS, LONGER):
             return super().row(name)
-        b = self.budget
-        return Row(name, f"{name}={self.weights(name)}", "caption", b.samples, b.subjects * b.targets, references=NINE), "mini"
+        plain, base = super().row(FIRST)
+        return replace(plain, name=name, source=f"{name}={self.weights(name)}"), base
 
 
 def main(words: Sequence[str] = ()) -> None:

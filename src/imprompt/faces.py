@@ -130,10 +130,10 @@ class FaceEncoder:
 
     def found(self, images: Sequence[Image.Image]) -> list[bool]:
         """In which pictures there is somebody. Raises UserError without InsightFace."""
-        return [face is not None for face in self._faces(images)]
+        return [face is not None for face in self._faces(images, upright=False)]
 
-    def _faces(self, images: Sequence[Image.Image]) -> list[Face | None]:
-        return insightface(str(self.model.place.device)).faces(images, self.picture is not None)
+    def _faces(self, images: Sequence[Image.Image], upright: bool) -> list[Face | None]:
+        return insightface(str(self.model.place.device)).faces(images, upright)
 
     def beside(self, who: Tensor, images: Sequence[Image.Image]) -> Tensor:
         """Features of identities, (pictures, face), and of pictures of their faces. Raises UserError where one is missing."""
@@ -150,7 +150,7 @@ class FaceEncoder:
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
         """The features themselves: faces are found in whole pictures. Raises ImageError for a picture without one."""
         faces: list[Face] = []
-        for number, face in enumerate(self._faces(images), 1):
+        for number, face in enumerate(self._faces(images, upright=self.picture is not None), 1):
             if face is None:
                 raise ImageError(f"no face was found in picture {number}; expected one in each")
             faces.append(face)

@@ -16,7 +16,7 @@ from imprompt.methods.blip import BlipDiffusion
 from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.image_variations import ImageVariations
 from imprompt.methods.inversion import Inversion
-from imprompt.methods.ip_adapter import IPAdapter, projector
+from imprompt.methods.ip_adapter import KINDS, IPAdapter, projector
 from imprompt.methods.kandinsky import Kandinsky
 from imprompt.methods.reference_only import ReferenceOnly
 from imprompt.methods.seecoder import SeeCoder
@@ -83,9 +83,7 @@ def _cross(pipe: Any) -> int:
 
 # What `--method` may say, and how each is made; config.READS says what they read.
 MAKERS: dict[str, Maker] = {
-    "ip-adapter": _ip_adapter("global"),
-    "ip-adapter-plus": _ip_adapter("resampler"),
-    "ip-adapter-full-face": _ip_adapter("full-face"),
+    **{name: _ip_adapter(kind) for kind, name in KINDS.items()},
     "simple": _simple("global"),
     "simple-plus": _simple("resampler"),
     "uni-controlnet": lambda name, pipe, e: Rewriter(name, pipe.unet, e, UniControlNetGlobal(e.width(False), _cross(pipe))),

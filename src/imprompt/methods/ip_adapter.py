@@ -65,7 +65,7 @@ class IPAdapter:
         return attach(pipe, ImagePrompt(self.adapter, image, null, scale))
 
 
-KINDS = ("global", "resampler", "full-face")
+KINDS = {"global": "ip-adapter", "resampler": "ip-adapter-plus", "full-face": "ip-adapter-full-face"}  # kind → method
 
 
 def projector(encoder: Encoder, cross: int, kind: str) -> Projector:

@@ -22,6 +22,7 @@ from imprompt.data.records import Record, Records, Sharded
 from imprompt.errors import UserError, brief
 from imprompt.files import writable_folder
 from imprompt.methods import reader
+from imprompt.methods.ip_adapter import KINDS
 from imprompt.methods.loading import to_train
 from imprompt.pipelines import check_size, claim_device, load_base, own_size, pick_precision
 from imprompt.prompter import find_encoder
@@ -120,7 +121,7 @@ def cached(choice: Train, rank: int, ranks: int) -> Iterator[Progress]:
         return
     wanted, given = Encode.of(choice), to_train(choice.adapter) if choice.adapter else None
     if given is not None:
-        wanted = replace(wanted, method="ip-adapter-plus" if given[1].grid else "ip-adapter")
+        wanted = replace(wanted, method=KINDS[given[1].kind])
     yield from encode(wanted, rank, ranks, given[1] if given else None)
 
 

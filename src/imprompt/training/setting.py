@@ -29,7 +29,7 @@ from imprompt.files import writable_folder, write_file
 from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.inversion import Inversion
-from imprompt.methods.ip_adapter import IPAdapter
+from imprompt.methods.ip_adapter import KINDS, IPAdapter
 from imprompt.methods.loading import to_train
 from imprompt.pipelines import guidance_of, load_base, pick_precision, schedule_of
 from imprompt.prompter import Prompter, find_encoder
@@ -185,15 +185,12 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, data, device, precision)
 
 
-GOES_ON = {"global": "ip-adapter", "resampler": "ip-adapter-plus", "full-face": "ip-adapter-full-face"}  # kind → method
-
-
 def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:
     """A method that goes on from an adapter's file. Raises UserError where it does not fit base or encoder."""
     if not choice.method.startswith("ip-adapter"):
         raise UserError(f"method: expected one of the ip-adapter family to go on from a file, received {choice.method!r}")
-    if choice.method not in ("ip-adapter", GOES_ON[spec.kind]):  # the first is what stands there where nothing was said
-        raise UserError(f"method: {choice.adapter} is a {spec.kind} adapter; expected {GOES_ON[spec.kind]}, received {choice.method}")
+    if choice.method not in ("ip-adapter", KINDS[spec.kind]):  # the first is what stands there where nothing was said
+        raise UserError(f"method: {choice.adapter} is a {spec.kind} adapter; expected {KINDS[spec.kind]}, received {choice.method}")
     Prompter(adapter, spec, encoder)
     check_fit(adapter, unet)
     return IPAdapter(unet, encoder, adapter)
