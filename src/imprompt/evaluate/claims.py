@@ -1,20 +1,14 @@
 """The first paper's claims, each judged on our rows: holds, or does not hold. And its table, beside ours."""
 
-import json
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from imprompt.config import COPIES, GENERAL, Reproduce
+from imprompt.evaluate.document import Document
 from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
-from imprompt.evaluate.report import Cells, as_csv, as_html, as_markdown, below, cell, cells, curves, html_strips, legend, markdown
-from imprompt.evaluate.study import SAMPLER, finished, finished_path, study_of
-from imprompt.evaluate.verdicts import Claim, Rows, better, difference, items, judged, listed, plain, protocols, value_of
-from imprompt.files import atomic_path, writable_folder, write_file
-from imprompt.pages import inline, write_page
-from imprompt.pages import table as facts
+from imprompt.evaluate.report import Cells, cell, cells, curves, legend
+from imprompt.evaluate.study import SAMPLER, finished, strips_of, study_of
+from imprompt.evaluate.verdicts import Claim, Rows, better, difference, judged, plain, protocols, value_of
 
 # Our row → the paper's name, its trainable parameters, CLIP-T and CLIP-I (COCO 2017, CLIP ViT-L/14).
 PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
@@ -112,55 +106,31 @@ def reuse(rows: Rows) -> tuple[bool, str]:
 def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     """Write README.md, index.html, results.json, table.csv and pictures into OUT/report."""
     out = Path(choice.out)
-    folder = writable_folder(out / "report")
     everything = Reproduce(paper=choice.paper, budget=choice.budget)
     rows = {name: row for name in study_of(everything).names() if (row := finished(out, name))}
     table = [name for name in ("copy", "real", "text", *PAPER, *CUSTOM_NAMES) if name in rows]
     verdicts, scores = claims(rows), [rows[name].score for name in table]
-    protocol = protocols({name: row for name, row in rows.items() if name in PAPER})
     points = [rows[name].score for name in curve_names() if name in rows and not name.endswith("base")]
-    words = [
-        f"# IP-Adapter's comparison on mini, budget {choice.budget}",
-        "",
-        f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}",
-        "",
-        "## The paper's claims",
-        "",
-        *listed(verdicts),
-        "",
-        ONE_SEED,
-        "",
-        "## The paper's table, and ours",
-        "",
-        as_markdown(beside(rows, table)),
-        "## All figures",
-        "",
-        markdown(scores),
-        legend(scores),
-        "",
-        "![one row of pictures for each row of the table](sheet.png)",
-        "",
-    ]
+    told = Document(out / "report", f"IP-Adapter's comparison on mini, budget {choice.budget}")
+    told.command(f"imprompt reproduce {choice.paper} --budget {choice.budget}")
+    told.text(_budget(choice))
+    told.section("The paper's claims")
+    told.claims(verdicts)
+    told.text(ONE_SEED)
+    told.section("The paper's table, and ours")
+    told.table(beside(rows, table))
+    told.section("All figures")
+    told.table(cells(scores))
+    told.text(legend(scores))
+    told.section("Pictures")
+    told.strips(strips_of(out, {name: name for name in table}))
     if points:
-        write_file(folder / "curve.png", curves(points))
-        words += ["![λ against CLIP-I and CLIP-T](curve.png)", "", "Text: another prompt's caption; CLIP-T: with that text.", ""]
-    words += ["## Protocol", "", *(f"- {field}: {value}" for field, value in protocol.items()), ""]
-    page = "\n".join(words)
-    write_file(folder / "README.md", page)
-    write_file(folder / "table.csv", as_csv(scores + points))
-    write_file(folder / "results.json", json.dumps(plain(verdicts, rows), indent=1, ensure_ascii=False))
-    strips = strips_of(out, table)
-    with atomic_path(folder / "sheet.png") as partial:
-        below(strips).save(partial)
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{ONE_SEED}</p>"
-    body += f"<h2>The paper's table, and ours</h2>{as_html(beside(rows, table))}"
-    body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(legend(scores))}</small></p>"
-    body += f"<h2>Pictures</h2>{html_strips(strips)}"
-    if points:
-        body += f"<h2>λ</h2>{inline((folder / 'curve.png').read_bytes())}"
-    body += f"<h2>Protocol</h2>{facts(protocol)}"
-    write_page(folder / "index.html", "IP-Adapter on mini", body)
-    return folder / "index.html", verdicts
+        told.section("The weight of the image, λ")
+        told.picture("curve.png", curves(points), "λ against CLIP-I and CLIP-T")
+        told.text("Text: another prompt's caption; CLIP-T: with that text.")
+    told.section("Protocol")
+    told.facts(protocols({name: row for name, row in rows.items() if name in PAPER}))
+    return told.write(scores + points, plain(verdicts, rows)), verdicts
 
 
 def _budget(choice: Reproduce) -> str:
@@ -187,8 +157,3 @@ def beside(rows: Rows, names: Sequence[str]) -> Cells:
         minutes = [f"{row.minutes[part]:.0f}" for part in ("training", "drawing")]
         lines.append([title, size, *theirs, f"{(row.score.trainable or 0) / 1e6:.2f} M", *ours, *minutes])
     return lines
-
-
-def strips_of(out: Path, names: Sequence[str]) -> dict[str, Image.Image]:
-    """The pictures of every row."""
-    return {name: Image.open(finished_path(out, name).with_suffix(".png")).convert("RGB") for name in names}

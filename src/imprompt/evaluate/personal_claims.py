@@ -1,38 +1,20 @@
 """The second paper's claims, each judged on our rows, and ours beside them; its table next to ours."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from math import hypot
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from imprompt.config import PERSONAL, Reproduce
 from imprompt.evaluate.contenders import SHOWN as UNTAUGHT
+from imprompt.evaluate.document import Document
 from imprompt.evaluate.metrics import Interval, mean_interval
-from imprompt.evaluate.report import (
-    Cells,
-    Line,
-    as_csv,
-    as_dict,
-    as_html,
-    as_markdown,
-    below,
-    cells,
-    html_strips,
-    legend,
-    markdown,
-    plotted,
-)
+from imprompt.evaluate.report import Cells, Line, as_dict, cells, legend, plotted
 from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, timed
-from imprompt.evaluate.study import SAMPLER, Finished, finished, finished_path
-from imprompt.evaluate.verdicts import Claim, Rows, difference, items, judged, listed, plain, protocols, value_of
-from imprompt.files import atomic_path, writable_folder, write_file
-from imprompt.pages import inline, write_page
-from imprompt.pages import table as facts
+from imprompt.evaluate.study import SAMPLER, Finished, finished, strips_of
+from imprompt.evaluate.verdicts import Claim, Rows, difference, judged, plain, protocols, value_of
 
 # Our row → the paper's name, its IS and FID (LFW, people with at least ten photographs).
 PAPER: dict[str, tuple[str, float | None, float | None]] = {
@@ -188,47 +170,38 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     """Write README.md, index.html, results.json, table.csv and pictures into OUT/report."""
     study = SecondPaper(replace(choice, method=()))
     out, budget = Path(choice.out), BUDGETS[choice.budget]
-    folder = writable_folder(out / "report")
     rows = {name: row for name in study.names() if (row := finished(out, name))}
     table = gathered(rows, budget.seeds)
-    verdicts = claims(rows | table)
+    verdicts, seconds = claims(rows | table), timed(out)
     shown = [name for name in SHOWN if name in table]
     scores = [replace(table[name].score, name=name) for name in shown]
-    lines = course(rows, study)
     by_seed = [rows[name].score for kind in TRAINED for name in study.seeds(kind) if name in rows]
-    seconds = timed(out)
-    protocol = protocols(rows)
-    explained = legend(scores, "subjects", "photograph to be drawn")
-    words = [
-        f"# The same subject again: the second paper's comparison on mini, budget {choice.budget}", "",
-        f"`imprompt reproduce {choice.paper} --budget {choice.budget}` · {_budget(choice)}", "",
-        "## Claims", "", *listed(verdicts), "", SEEDS, "",
-        "## The paper's table, and ours", "", as_markdown(beside(table, seconds)), CLOCK, "",
-        "## All figures", "", markdown(scores), explained, "",
-        *(["## Seed by seed", "", markdown(by_seed), ""] if by_seed else []),
-        "![one row of pictures for each row of the table](sheet.png)", "",
-    ]  # fmt: skip
-    if lines:
-        write_file(folder / "references.png", plotted(lines, "references", budget.counts))
-        words += ["## The number of references", "", "![figures against the number of references](references.png)", "", _curves(budget), ""]
-    words += ["## Protocol", "", *(f"- {field}: {value}" for field, value in protocol.items()), ""]
-    write_file(folder / "README.md", "\n".join(words))
-    everything = [replace(row.score, name=name) for name, row in rows.items()]
-    write_file(folder / "table.csv", as_csv([*scores, *(s for s in everything if s.name not in shown)]))
+    told = Document(out / "report", f"The same subject again: the second paper's comparison on mini, budget {choice.budget}")
+    told.command(f"imprompt reproduce {choice.paper} --budget {choice.budget}")
+    told.text(_budget(choice))
+    told.section("The paper's claims")
+    told.claims(verdicts)
+    told.text(SEEDS)
+    told.section("The paper's table, and ours")
+    told.table(beside(table, seconds))
+    told.text(CLOCK)
+    told.section("All figures")
+    told.table(cells(scores))
+    told.text(legend(scores, "subjects", "photograph to be drawn"))
+    if by_seed:
+        told.section("Seed by seed")
+        told.table(cells(by_seed))
+    told.section("Pictures")
+    told.strips(strips_of(out, {name: f"{name} seed 0" if name in TRAINED else name for name in shown}))
+    if lines := course(rows, study):
+        told.section("The number of references")
+        told.picture("references.png", plotted(lines, "references", budget.counts), "figures against the number of references")
+        told.text(_curves(budget))
+    told.section("Protocol")
+    told.facts(protocols(rows))
+    others = [replace(row.score, name=name) for name, row in rows.items() if name not in shown]
     own = {name: as_dict(row.score) | {"seconds for a new subject": seconds_of(name, row, seconds)} for name, row in table.items()}
-    whole = plain(verdicts, rows) | {"table": own}
-    write_file(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False))
-    strips = {name: Image.open(finished_path(out, _shown(name)).with_suffix(".png")).convert("RGB") for name in shown}
-    with atomic_path(folder / "sheet.png") as partial:
-        below(strips).save(partial)
-    body = f"<p>{escape(_budget(choice))}</p><h2>Claims</h2>{items(verdicts)}<p>{escape(SEEDS)}</p>"
-    body += f"<h2>The paper's table, and ours</h2>{as_html(beside(table, seconds))}<p><small>{escape(CLOCK)}</small></p>"
-    body += f"<h2>All figures</h2>{as_html(cells(scores))}<p><small>{escape(explained)}</small></p><h2>Pictures</h2>{html_strips(strips)}"
-    if lines:
-        body += f"<h2>The number of references</h2>{inline((folder / 'references.png').read_bytes())}<p>{escape(_curves(budget))}</p>"
-    body += f"<h2>Protocol</h2>{facts(protocol)}"
-    write_page(folder / "index.html", "The same subject again, on mini", body)
-    return folder / "index.html", verdicts
+    return told.write(scores + others, plain(verdicts, rows) | {"table": own}), verdicts
 
 
 def course(rows: Rows, study: SecondPaper) -> dict[str, dict[str, Line]]:
@@ -286,7 +259,3 @@ def _curves(b: Budget) -> str:
         f"{b.curve} subjects × {b.targets} photographs × 1 picture; of the trained ways the first seed. FID compares so few pictures with "
         "the photographs of all subjects, so it is higher than in the table, and only to be read along the curve."
     )
-
-
-def _shown(name: str) -> str:
-    return f"{name} seed 0" if name in TRAINED else name

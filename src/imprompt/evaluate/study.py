@@ -9,7 +9,7 @@ OUT/report/              the table, the claims, the pictures
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict
@@ -216,6 +216,11 @@ def finished(out: Path, name: str) -> Finished | None:
     read = json.loads(path.read_text("utf-8"))
     figures = {key: Interval(*value) for key, value in read["score"].pop("figures").items()}
     return Finished(Score(**{**read["score"], "name": name}, figures=figures), read["minutes"], read["each"], read.get("protocol", {}))
+
+
+def strips_of(out: Path, rows: Mapping[str, str]) -> dict[str, Image.Image]:
+    """Pictures of finished rows, under the names by which a report tells of them: name → row."""
+    return {name: Image.open(finished_path(out, row).with_suffix(".png")).convert("RGB") for name, row in rows.items()}
 
 
 def study_of(choice: Reproduce, tell: Callable[[Progress], None] = lambda at: None) -> Study:

@@ -5,7 +5,6 @@ the whole 95 % interval of that mean is on the right side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
 import torch
@@ -53,16 +52,6 @@ def judged(rows: Rows, texts: Mapping[str, tuple[str, Callable[[Rows], tuple[boo
         except KeyError as missing:
             found.append(Claim(letter, text, None, f"row {missing.args[0]} is not there yet"))
     return found
-
-
-def listed(claims: Sequence[Claim]) -> list[str]:
-    """As lines of Markdown."""
-    return [f"- ({c.letter}) {c.text}: **{c.verdict}**. {c.figures}" for c in claims]
-
-
-def items(claims: Sequence[Claim]) -> str:
-    """As a list of HTML."""
-    return "<ul>" + "".join(f"<li>({c.letter}) {escape(c.text)}: <b>{c.verdict}</b>. {escape(c.figures)}" for c in claims) + "</ul>"
 
 
 def plain(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
