@@ -30,13 +30,13 @@ def write_page(path: Path, title: str, body: str, heading: str | None = None) ->
         )
 
 
-def inline(picture: bytes | Image.Image) -> str:
-    """A picture, or the content of a PNG file, inside the page."""
+def inline(picture: bytes | Image.Image, what: str = "") -> str:
+    """A picture, or the content of a PNG file, inside the page; `what` it is, for those who do not see it."""
     if isinstance(picture, Image.Image):
         buffer = BytesIO()
         picture.save(buffer, format="png")
         picture = buffer.getvalue()
-    return f"<img src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
+    return f"<img alt='{html.escape(what)}' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
 
 
 def table(facts: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What looks at the pictures: mini's judge, CLIP, and any image model by folder."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,3 +58,26 @@ def test_minis_judge_gives_a_posterior_over_kinds_and_colours():
 def test_clip_looks_for_fid_too_where_nothing_else_does():
     seen = Eyes("mini", "clip").see([picture()])
     assert torch.equal(seen["features"], seen["clip"]) and "classes" not in seen
+
+
+def test_lpips_of_pairs_is_what_torchmetrics_says_of_each(monkeypatch):
+    """With a stand-in for the network, whose weights cannot be had here: torchmetrics itself checks range and shapes."""
+    from torchmetrics.image import lpip
+
+    class Net(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, a, b, normalize):
+            assert not normalize and -1 <= a.min() < -0.9 and 0.9 < b.max() <= 1
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(lpip, "_TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(lpip, "_NoTrainLpips", Net)
+    lpips = Eyes("mini", "mini", lpips=True).lpips
+    drawn, wanted = [picture(0), picture(1), picture(2)], [picture(3), picture(1), picture(4)]
+    expected = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() / 127.5 for a, b in zip(drawn, wanted, strict=True)]
+    assert lpips(drawn, wanted).tolist() == pytest.approx(expected, rel=1e-4) and expected[1] == 0
+    assert lpips(drawn[:1], wanted[:1]).tolist() == pytest.approx(expected[:1], rel=1e-4)
+    assert lpips(drawn, [p.resize((64, 64)) for p in wanted]).shape == (3,)

@@ -1,5 +1,7 @@
 """Other people's pipelines: each of the real classes, tiny and random, draws under our protocol; a bad source gets one sentence."""
 
+import csv
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -8,12 +10,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, KandinskyPriorPipeline, pipelines
+from diffusers import ControlNetModel, DiffusionPipeline, KandinskyPriorPipeline, pipelines
 from PIL import Image
 
+from imprompt.cli import main
+from imprompt.config import Evaluate
 from imprompt.errors import UserError
 from imprompt.evaluate import outside
 from imprompt.evaluate.contender import Case, How
+from imprompt.evaluate.contenders import load_contender
 
 
 def cases(*references):
@@ -168,6 +173,23 @@ def test_diffusers_is_left_as_it_was(source_of):
     assert before == {room: hasattr(pipelines, room) for room in before}
 
 
+def test_it_is_a_row_of_an_evaluation_on_coco(source_of, tmp_path, capsys):
+    coco, out = tmp_path / "coco", tmp_path / "out"
+    (coco / "annotations").mkdir(parents=True)
+    (coco / "val2017").mkdir()
+    listed = [{"id": i, "file_name": f"{i:012}.jpg", "width": 40, "height": 36} for i in range(1, 6)]
+    for image in listed:
+        noise(image["id"]).save(coco / "val2017" / image["file_name"])
+    said = [{"id": i, "image_id": i, "caption": f"picture {i}"} for i in range(1, 6)]
+    (coco / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": listed, "annotations": said}))
+    words = ["evaluate", "--adapter", "mini", "--data", str(coco), "--against", source_of("image variation"), "--samples", "1"]
+    assert main([*words, "--steps", "2", "--limit", "4", "--out", str(out)]) == 0
+    rows = {row["row"]: row for row in csv.DictReader((out / "table.csv").read_text().splitlines())}
+    assert list(rows) == ["copy", "text", "mini", "image_variation"] and {row["pictures"] for row in rows.values()} == {"4"}
+    assert all(float(rows["image_variation"][column]) < float(rows["copy"][column]) for column in ("CLIP-I", "likeness"))
+    assert "image_variation" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------------- what is a source
 
 
@@ -185,9 +207,21 @@ def test_the_hub_is_not_asked_about_files(name, monkeypatch):
     assert not outside.is_outside(name) and not asked
 
 
-def test_a_hub_id_is_told_by_its_index(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda place: {"_class_name": "StableUnCLIPImg2ImgPipeline"})
-    assert outside.is_outside("somebody/something")
+def test_a_hub_id_can_be_nothing_else(monkeypatch):
+    assert outside.is_outside("somebody/something") and outside.is_outside("somebody/prior+somebody/decoder")
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda place: {"_class_name": "KandinskyPipeline"})
+    with pytest.raises(UserError, match=r"somebody/decoder is a KandinskyPipeline; expected one of .*KandinskyPriorPipeline"):
+        load_contender("somebody/decoder", Evaluate().settled())
+
+
+def test_a_hub_that_cannot_be_asked_is_said(monkeypatch):
+    def nobody(place):
+        raise OSError("offline mode is enabled")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", nobody)
+    monkeypatch.setattr(ControlNetModel, "load_config", nobody)
+    with pytest.raises(UserError, match=r"no pipeline at somebody/something: expected a folder .* or a hub id; .*offline mode is enabled"):
+        load_contender("somebody/something", Evaluate().settled())
 
 
 # -------------------------------------------------------------------------------------------------------------- bad sources

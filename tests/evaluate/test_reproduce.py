@@ -43,11 +43,20 @@ def test_a_second_run_has_nothing_to_do_and_a_lost_row_is_made_again(smoke):
     before = finished(folder, "simple").score
     finished_path(folder, "simple").unlink()
     shelf = folder / "evaluation" / "rows" / "simple"
-    for lost in (shelf / "score.json", *shelf.glob("chunk-*")):
+    for lost in shelf.glob("chunk-*"):
         lost.unlink()
+    (shelf / "score.json").write_text((folder / "evaluation" / "rows" / "text" / "score.json").read_text())  # and figures of something else
     list(run(choice))
     after = finished(folder, "simple").score
     assert after.figures == before.figures and shelf.joinpath("score.json").is_file()
+
+
+def test_two_processes_make_the_same_rows(smoke, tmp_path):
+    choice = replace(smoke[0], out=str(tmp_path), processes=2, method=("simple", "uni-controlnet"))
+    list(run(choice))
+    for name in ("text", "simple", "uni-controlnet"):
+        mine, theirs = finished(tmp_path, name), finished(smoke[1], name)
+        assert mine.score.figures == theirs.score.figures and mine.each == theirs.each
 
 
 def test_another_budget_in_the_same_folder_is_refused(smoke):

@@ -61,6 +61,11 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke, capsys):
     assert "18.72" in text and "Seed by seed" in text and "attention-tokens seed 1" in text
     page = (folder / "report" / "index.html").read_text("utf-8")
     assert "://" not in page and page.count("data:image/png") == len(claims.SHOWN) + 1
+    for place in (text, page):
+        assert (
+            "interval over subjects. CLIP-I: ↑ cosine with the photograph to be drawn; " in place and "(row reference shows one)" in place
+        )
+    assert "<img alt='average' " in page
     assert {"README.md", "index.html", "results.json", "table.csv", "sheet.png", "references.png"} == {
         p.name for p in (folder / "report").iterdir()
     }

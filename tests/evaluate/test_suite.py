@@ -15,7 +15,7 @@ import imprompt
 from imprompt.config import Evaluate, Train
 from imprompt.data.records import Record
 from imprompt.errors import ImageError, UserError
-from imprompt.evaluate import report, suite
+from imprompt.evaluate import metrics, report, suite
 from imprompt.evaluate.cases import DataCases, open_cases
 from imprompt.evaluate.contenders import load_contender, named
 from imprompt.evaluate.eyes import Eyes
@@ -58,7 +58,7 @@ def test_every_row_is_there_and_the_copy_is_a_copy(whole):
 
 
 def test_figures_are_those_of_the_pictures_that_were_kept(whole):
-    """CLIP-T, diversity and FID once more, from the files, by other means."""
+    """Once more, from the files: CLIP-I, CLIP-T, diversity and FID by other means, CMMD and IS by what test_metrics.py proves."""
     folder, found, _ = whole
     judge, cases = Judge(), open_cases(Evaluate(limit=6))
 
@@ -73,10 +73,17 @@ def test_figures_are_those_of_the_pictures_that_were_kept(whole):
         assert found[name].figures["diversity"].value == pytest.approx(float(apart.mean()), abs=1e-5)
     assert found["text"].figures["CLIP-T"].value > found["reference-only"].figures["CLIP-T"].value
     look = Eyes("mini", "mini")
-    real, drawn = (look.see(pictures(name))["features"].double().numpy() for name in ("copy", "mini"))
-    root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(drawn.T)).real
-    fid = ((real.mean(0) - drawn.mean(0)) ** 2).sum() + np.trace(np.cov(real.T) + np.cov(drawn.T) - 2 * root)
-    assert found["mini"].figures["FID"].value == pytest.approx(fid, rel=1e-3)
+    wanted, seen = (look.see(pictures(name)) for name in ("copy", "mini"))
+    figures = {name: interval.value for name, interval in found["mini"].figures.items()}
+    alike = (seen["clip"].double() * wanted["clip"].double().repeat_interleave(2, 0)).sum(1)
+    assert figures["CLIP-I"] == pytest.approx(float(alike.mean()), rel=1e-4)
+    assert figures["CMMD"] == pytest.approx(metrics.cmmd(wanted["clip"], seen["clip"]), rel=1e-4, abs=1e-6)
+    assert figures["IS"] == pytest.approx(metrics.inception_score(seen["classes"].log(), splits=1), rel=1e-4)
+    real, drawn = (those["features"].double().numpy() for those in (wanted, seen))
+    half = scipy.linalg.sqrtm(np.cov(real.T) + 1e-12 * np.eye(real.shape[1])).real
+    roots = np.linalg.eigvalsh(half @ np.cov(drawn.T) @ half).clip(0) ** 0.5
+    fid = ((real.mean(0) - drawn.mean(0)) ** 2).sum() + np.trace(np.cov(real.T) + np.cov(drawn.T)) - 2 * roots.sum()
+    assert figures["FID"] == pytest.approx(fid, rel=1e-4)
 
 
 def test_the_curve_goes_from_the_base_to_the_picture(whole):
@@ -129,6 +136,7 @@ def test_the_report_opens_without_a_network(whole):
     table = json.loads((folder / "table.json").read_text())
     assert table["rows"][3]["name"] == "mini" and table["rows"][3]["figures"]["CLIP-I"]["low"] < 1
     assert (folder / "table.md").read_text().startswith("| |")
+    assert "interval over prompts. CLIP-I: ↑ cosine with the reference; " in page
 
 
 def test_a_mistake_is_said_before_any_work_and_does_not_stick(tmp_path):

@@ -162,6 +162,94 @@ def test_some_stand_in_the_texts_place(made):
     assert same == (method.name in ("image-variations", "versatile", "seecoder"))
 
 
+def handed(method, monkeypatch, pipe, image):
+    """What the method's own UNet is called with: the states that cross-attention reads, and the rest."""
+    x, time, text = inputs(pipe, len(image))
+    calls = []
+    monkeypatch.setattr(method.module, "own", lambda _, __, states, **extra: calls.append((states, extra)) or x)
+    method.module.call(pipe.unet, x, time, text, method.module.given(image))
+    return text, *calls[0]
+
+
+@torch.no_grad()
+def test_image_variations_reads_the_embedding_as_its_only_token(monkeypatch):
+    pipe, encoder = base()
+    method = create("image-variations", pipe, encoder)
+    image = features(method, 0, 1)
+    _, states, _ = handed(method, monkeypatch, pipe, image)
+    expected = encoder.model(encoder.prepare([picture(0), picture(1)])).image_embeds
+    torch.testing.assert_close(states, expected[:, None])
+
+
+@torch.no_grad()
+def test_versatile_reads_patches_as_its_pipeline_encodes_pictures(monkeypatch):
+    """After `encode_image_embeddings` of diffusers' VersatileDiffusionImageVariationPipeline, on the whole vision model."""
+    pipe, encoder = base()
+    method = create("versatile", pipe, encoder)
+    model = encoder.model
+
+    def by_the_pipeline(pictures):
+        patches = model.visual_projection(model.vision_model.post_layernorm(model(encoder.prepare(pictures)).last_hidden_state))
+        return patches / patches[:, :1].norm(dim=-1, keepdim=True)
+
+    _, states, _ = handed(method, monkeypatch, pipe, features(method, 0, 1))
+    torch.testing.assert_close(states, by_the_pipeline([picture(0), picture(1)]))
+    _, nothing, _ = handed(method, monkeypatch, pipe, method.null()[None])
+    torch.testing.assert_close(nothing, by_the_pipeline([Image.new("RGB", (32, 32), (128, 128, 128))]))
+
+
+@torch.no_grad()
+def test_kandinsky_hears_pixels_of_zero_as_no_picture(monkeypatch):
+    pipe, encoder = base()
+    method = create("kandinsky", pipe, encoder)
+    text, states, extra = handed(method, monkeypatch, pipe, method.null()[None].expand(2, -1, -1, -1))
+    black = encoder.model(torch.zeros(2, 3, 32, 32)).image_embeds
+    torch.testing.assert_close(extra["added_cond_kwargs"]["image_embeds"], black)
+    assert torch.equal(extra["added_cond_kwargs"]["text_embeds"], text[:, -1]) and torch.equal(states, text)
+    projection = method.module.unet.encoder_hid_proj
+    assert type(projection).__name__ == "TextImageProjection" and projection(text, black).shape[1] == 10 + text.shape[1]
+
+
+@torch.no_grad()
+def test_open_unclip_has_four_tokens_before_the_text_and_a_learned_null(monkeypatch):
+    pipe, encoder = base()
+    method = shaken(create("open-unclip", pipe, encoder))
+    image = torch.cat([features(method, 0), method.null()[None]])
+    text, states, extra = handed(method, monkeypatch, pipe, image)
+    z = torch.stack([encoder.model(encoder.prepare([picture(0)])).image_embeds[0], method.module.nothing])
+    torch.testing.assert_close(extra["class_labels"], torch.cat([z, text[:, -1]], dim=1))
+    torch.testing.assert_close(states[:, :4].flatten(1), method.module.tokens(z))
+    assert states.shape[1] == 4 + text.shape[1]
+
+
+@torch.no_grad()
+def test_blips_queries_stand_after_the_start_of_the_text(monkeypatch):
+    pipe, encoder = base()
+    method = shaken(create("blip-diffusion", pipe, encoder))
+    read = []
+    handle = method.module.text.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    text, states, _ = handed(method, monkeypatch, pipe, features(method, 0, 1))
+    handle.remove()
+    assert states.shape[1] == read[0].shape[1] == 16 + text.shape[1]
+    assert torch.equal(read[0][:, :1], text[:, :1]) and torch.equal(read[0][:, 17:], text[:, 1:])
+    torch.testing.assert_close(states[:, 0], method.module.text(text[:, :1])[:, 0])  # causal: the start hears itself alone
+
+
+@torch.no_grad()
+def test_seecoders_tokens_depend_on_every_level_and_on_both_kinds_of_queries():
+    pipe, encoder = base()
+    method = shaken(create("seecoder", pipe, encoder))
+    module, image = method.module, features(method, 0, 1)
+    before = module.given(image)["tokens"]
+    assert before.shape[1] == 16 + 4
+    for part in (module.local, module.whole, *module.places, *(lateral.weight for lateral in module.laterals)):
+        kept = part.clone()
+        part.add_(torch.randn_like(part))
+        assert (module.given(image)["tokens"][:, :16] - before[:, :16]).abs().max() > 1e-4
+        part.copy_(kept)
+    assert torch.equal(module.given(image)["tokens"], before)
+
+
 @torch.no_grad()
 def test_shuffle_adds_one_number_for_each_channel():
     pipe, encoder = base()

@@ -42,7 +42,7 @@ class Document:
     def picture(self, name: str, png: bytes, what: str) -> None:
         """A file of this name, told in words for those who do not see it."""
         write_file(self.folder / name, png)
-        self._told(f"![{what}]({name})", inline(png))
+        self._told(f"![{what}]({name})", inline(png, what))
 
     def strips(self, strips: Mapping[str, Image.Image]) -> None:
         """Pictures of every row: one sheet in the folder."""

@@ -104,7 +104,9 @@ def _lpips(device: str) -> Callable[[Sequence[Image.Image], Sequence[Image.Image
     def distance(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
         size = a[0].size
         left, right = (torch.cat([pixels([i], size) for i in images]).to(device) for images in (a, [i.resize(size) for i in b]))
-        return measure(left, right).float().cpu().reshape(-1)
+        found = measure(left, right).float().cpu().reshape(-1)
+        measure.reset()  # it would keep every value
+        return found
 
     return distance
 

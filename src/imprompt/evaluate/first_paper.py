@@ -100,7 +100,7 @@ class FirstPaper(Study):
         found = super().each(seen, row, studio)
         clip = seen.column("clip")
         if row.curve and (row.curve == "base" or row.scale == 0) and clip is not None:
-            found["seen"] = rounded(clip.flatten(), 5)  # λ = 0 is the base to the bit
+            found["seen"] = rounded(clip.flatten(), 5)  # of λ = 0 and of the base, to be compared
         return found
 
 

@@ -219,11 +219,8 @@ class Outside:
 
 
 def is_outside(source: str) -> bool:
-    """Whether a source is a pipeline that KINDS knows. Reads indices only; asks the hub only about what may be a hub id."""
-    try:
-        return _classes(source) in KINDS
-    except UserError:
-        return False
+    """Whether a source can be nothing but pipelines: folders with an index, or hub ids. Asks nobody; `load_outside` says what is wrong."""
+    return all(_indexed(place) or _is_hub_id(place) for place in _places(source))
 
 
 def load_outside(source: str, device: str, dtype: torch.dtype) -> Outside:
@@ -253,9 +250,18 @@ def _classes(source: str) -> str:
     return "+".join(_class_at(place) for place in _places(source))
 
 
+def _indexed(place: str) -> bool:
+    return any(os.path.isfile(os.path.join(place, name)) for name in ("model_index.json", "config.json"))
+
+
+def _is_hub_id(place: str) -> bool:
+    return not os.path.isdir(place) and place.count("/") == 1 and not place.startswith((".", "/", "~")) and not place.endswith(FILES)
+
+
 def _class_at(place: str) -> str:
-    if not os.path.isdir(place) and (place.count("/") != 1 or place.startswith((".", "/", "~")) or place.endswith(FILES)):
-        raise UserError(f"no pipeline at {place}: expected a folder in diffusers' form, or a hub id")
+    expected = f"no pipeline at {place}: expected a folder in diffusers' form, or a hub id; of an adapter, its file"
+    if not os.path.isdir(place) and not _is_hub_id(place):
+        raise UserError(expected)
     reasons = []
     for kind in (DiffusionPipeline, ControlNetModel):  # model_index.json, config.json
         try:
@@ -263,7 +269,7 @@ def _class_at(place: str) -> str:
                 return str(kind.load_config(place)["_class_name"])
         except Exception as error:
             reasons.append(brief(error))
-    raise UserError(f"no pipeline at {place}: expected a folder in diffusers' form, or a hub id ({reasons[0]})")
+    raise UserError(f"{expected} ({reasons[0]})")
 
 
 def _loaded(name: str, place: str, dtype: torch.dtype, **parts: Any) -> Any:

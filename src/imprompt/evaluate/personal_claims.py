@@ -179,7 +179,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     told = Document(out / "report", f"The same subject again: the second paper's comparison on mini, budget {choice.budget}")
     told.command(f"imprompt reproduce {choice.paper} --budget {choice.budget}")
     told.text(_budget(choice))
-    told.section("The paper's claims")
+    told.section("Claims")
     told.claims(verdicts)
     told.text(SEEDS)
     told.section("The paper's table, and ours")
@@ -187,7 +187,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
     told.text(CLOCK)
     told.section("All figures")
     told.table(cells(scores))
-    told.text(legend(scores, "subjects", "photograph to be drawn"))
+    told.text(legend(scores, by_subject=True))
     if by_seed:
         told.section("Seed by seed")
         told.table(cells(by_seed))

@@ -35,7 +35,7 @@ def scores(choice: Evaluate) -> Iterable[Score]:
 
 def score_row(studio: Studio, row: Row, out: Path) -> Score:
     """The figures of one row. They are kept beside its chunks, and read back where nothing can have changed."""
-    kept = Shelf(out, row.name).folder / "score.json"
+    kept = Shelf(out, row.name).score
     choice = studio.choice
     if kept.is_file():
         found = json.loads(kept.read_text("utf-8"))
@@ -62,7 +62,7 @@ def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) ->
     write_file(out / "table.csv", as_csv(found))
     write_file(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
     points = [score for score in found if score.curve]
-    body = as_html(cells(rows)) + f"<p><small>{html.escape(legend(rows))}</small></p>"
+    body = as_html(cells(rows)) + f"<p><small>{html.escape(legend(rows, bool(choice.subjects)))}</small></p>"
     strips = {score.name: strip(out, score.name) for score in rows}
     with atomic_path(out / "sheet.png") as partial:
         below(strips).save(partial)
@@ -148,12 +148,13 @@ def as_csv(rows: Sequence[Score]) -> str:
 
 def html_strips(strips: Mapping[str, Image.Image]) -> str:
     """Every row's pictures beside its name."""
-    return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip)}" for n, strip in strips.items()) + "</table>"
+    return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip, n)}" for n, strip in strips.items()) + "</table>"
 
 
-def legend(rows: Sequence[Score], over: str = "prompts", target: str = "reference") -> str:
+def legend(rows: Sequence[Score], by_subject: bool = False) -> str:
     """What the columns of these rows mean, as plain text: what intervals are over, and what pictures are compared with."""
-    meanings = "; ".join(f"{name}: {COLUMNS[name].replace('reference', target)}" for name in columns_of(rows))
+    over, target = ("subjects", "photograph to be drawn") if by_subject else ("prompts", "reference")
+    meanings = "; ".join(f"{name}: {COLUMNS[name].format(target=target)}" for name in columns_of(rows))
     return f"± half of the 95 % interval over {over}. {meanings}."
 
 

@@ -12,16 +12,16 @@ from imprompt.evaluate.gallery import Gallery
 from imprompt.evaluate.metrics import Interval
 from imprompt.evaluate.shelf import Shelf
 
-# Column → how its figures are read. Arrows: which way is better.
+# Column → how its figures are read. Arrows: which way is better. {target}: what a picture is compared with.
 COLUMNS = {
-    "CLIP-I": "↑ cosine with the reference",
+    "CLIP-I": "↑ cosine with the {target}",
     "CLIP-T": "↑ cosine with the caption (of the curve: with the text given)",
-    "likeness": "↑ cosine with the reference, in the features that FID looks at",
-    "structure": "↓ distance of self-similarities to the reference's (Splice)",
-    "LPIPS": "↓ to the reference",
-    "FID": "↓ to every reference; biased below some 10 000 pictures",
-    "KID × 1000": "↓ to every reference",
-    "CMMD": "↓ to every reference",
+    "likeness": "↑ cosine with the {target}, in the features that FID looks at",
+    "structure": "↓ distance of self-similarities to those of the {target} (Splice)",
+    "LPIPS": "↓ to the {target}",
+    "FID": "↓ to the whole set of that; the fewer pictures, the higher, below some 10 000",
+    "KID × 1000": "↓ to the same set",
+    "CMMD": "↓ to the same set",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
     "identity": "↑ cosine with the subject's photographs that are not to be drawn (row reference shows one), by an encoder of identity",

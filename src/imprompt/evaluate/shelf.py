@@ -3,6 +3,7 @@
 OUT/protocol.json                      what every row has in common
 OUT/rows/NAME/row.json                 what this row is
 OUT/rows/NAME/chunk-00012.safetensors  what was seen in the pictures of its prompts
+OUT/rows/NAME/score.json               the figures that were made of all chunks
 OUT/rows/NAME/pictures/00192-2-770.png prompt 192, sample 2, seed 770
 """
 
@@ -32,8 +33,13 @@ class Shelf:
     def has(self, number: int) -> bool:
         return self.chunk(number).is_file()
 
+    @property
+    def score(self) -> Path:
+        return self.folder / "score.json"
+
     def write(self, number: int, seen: Mapping[str, Tensor], lost: Mapping[str, str]) -> None:
-        """Keep what was seen; a chunk with its final name is complete."""
+        """Keep what was seen; a chunk with its final name is complete. Figures of what was there before are let go."""
+        self.score.unlink(missing_ok=True)
         with atomic_path(self.chunk(number)) as partial:
             safetensors.torch.save_file({k: v.contiguous() for k, v in seen.items()}, partial, {"lost": json.dumps(dict(lost))})
 

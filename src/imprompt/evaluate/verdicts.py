@@ -1,7 +1,8 @@
 """Claims about rows, and whether they hold.
 
 A claim that one row is better than another is judged by the mean of the differences, prompt by prompt; it holds where
-the whole 95 % interval of that mean is on the right side.
+the whole 95 % interval of that mean is on the right side. A claim that names a share ("within 3 %") or a course
+("rises") is judged by the figures as the table prints them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

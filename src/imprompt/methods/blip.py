@@ -2,7 +2,8 @@
 
 Q-Former, the text's encoder and the UNet are trained. Two departures, both because a method is handed the frozen text
 encoder's output and not the words: the Q-Former reads the whole text instead of the subject's name, and the trained part
-of the text encoder is one further layer, which reads the text with the queries in it.
+of the text encoder is one further layer, which reads the text with the queries in it. A third, for simplicity: the text's
+rows attend to the patches as the queries do, where the released Q-Former lets the queries alone.
 """
 
 from collections.abc import Callable
