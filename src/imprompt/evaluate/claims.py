@@ -5,7 +5,7 @@ from pathlib import Path
 
 from imprompt.config import COPIES, GENERAL, Reproduce
 from imprompt.evaluate.document import Document
-from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, curve_names, training
+from imprompt.evaluate.first_paper import BUDGETS, CUSTOM, CUSTOM_NAMES, STYLE, curve_names, training
 from imprompt.evaluate.report import Cells, cell, cells, curves, legend
 from imprompt.evaluate.study import SAMPLER, finished, strips_of, study_of
 from imprompt.evaluate.verdicts import Claim, Rows, better, difference, judged, plain, protocols, value_of
@@ -31,7 +31,10 @@ PAPER: dict[str, tuple[str, str, float | None, float | None]] = {
 FULL = tuple(name for name in COPIES if name != "shuffle")
 ADAPTERS = tuple(name for name in GENERAL if name not in FULL and not name.startswith("ip-adapter"))
 
-ONE_SEED = "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them."
+ONE_SEED = (
+    "Intervals are over prompts. Every row was trained once, so the chance of another seed is not in them. Minutes are those of one "
+    "process of one thread beside another, on what machine there was: they tell what the run cost, not which method is faster."
+)
 
 
 def claims(rows: Rows) -> list[Claim]:
@@ -130,7 +133,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         told.picture("curve.png", curves(points), "λ against CLIP-I and CLIP-T")
         told.text("Text: another prompt's caption; CLIP-T: with that text.")
     told.section("Protocol")
-    told.facts(protocols({name: row for name, row in rows.items() if name in PAPER}))
+    told.facts(protocols({name: row for name, row in rows.items() if name in (*PAPER, *CUSTOM_NAMES)}))
     return told.write(scores + points, plain(verdicts, rows)), verdicts
 
 
@@ -139,8 +142,10 @@ def _budget(choice: Reproduce) -> str:
     return (
         f"every trained row: {b.steps:,} steps × {b.batch} pictures of the same {b.pictures:,}, the same seed and settings "
         f"({usual.optimizer}, learning rate {usual.lr:g}, {usual.schedule}); "
-        f"every row: {b.prompts:,} held-out prompts × {b.samples}, {SAMPLER} {b.drawing} steps, guidance 3, "
-        "empty text (row text: the caption)"
+        f"every drawn row: {b.prompts:,} held-out prompts × {b.samples}, {SAMPLER} {b.drawing} steps, guidance 3, "
+        "empty text (row text: the caption); copy and real: one picture for each prompt; "
+        f"the curve: {min(b.curve, b.prompts):,} prompts × 1, another prompt's caption; "
+        f"the custom model: mini's UNet trained on in another style ({STYLE}, {b.style:g} of that style's usual steps)"
     )
 
 
