@@ -20,7 +20,7 @@ COLUMNS = {
     "structure": "↓ distance of self-similarities to those of the {target} (Splice)",
     "LPIPS": "↓ to the {target}",
     "FID": "↓ to the whole set of that; the fewer pictures, the higher, below some 10 000",
-    "KID × 1000": "↓ to the same set",
+    "KID × 1000": "↓ to the same set; ± holds the chance of its subsets too",
     "CMMD": "↓ to the same set",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
