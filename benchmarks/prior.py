@@ -1,7 +1,8 @@
 """What DreamBooth's prior preservation keeps: the subject's likeness, and how varied the class still is, with it and without.
 
-Every subject is learned from nine photographs, twice by each method. Then the learned model draws the subject where its
-test photographs show it, and, told only the class, pictures of that class.
+Every subject is learned from nine photographs, three times by each method: with pictures of the class in every second place of
+a batch, without them, and without them in half as many steps, which is as many pictures of the subject as with them. Then the
+learned model draws the subject where its test photographs show it, and, told only the class, pictures of that class.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from imprompt.config import Evaluate
+from imprompt.config import Evaluate, Train
 from imprompt.data.personal import class_text
 from imprompt.evaluate.cases import SubjectCases, open_cases
 from imprompt.evaluate.contender import Case, Contender, How
@@ -50,8 +51,13 @@ def main(words: Sequence[str] = ()) -> None:
     centroids = looked_at(identity, cases).centroids
     rows: list[tuple[str, Contender]] = []
     for method in METHODS:
-        for prior in (0, 2 if chosen.small else -1):
-            rows.append((f"{method}, {'with' if prior else 'without'} prior", load_contender(method, _kept(choice, prior))))
+        half = (learning or Train(method=method).settled().steps) // 2
+        for name, steps, prior in (
+            ("without prior", learning, 0),
+            ("in half the steps", half, 0),
+            ("with prior", learning, 2 if chosen.small else -1),
+        ):
+            rows.append((f"{method}, {name}", load_contender(method, replace(choice, learning=steps, prior=prior))))
     rows.append(("base", load_contender("text", choice)))
     how = How(choice.steps, choice.guidance or 0.0, (64, 64))
     figures: dict[str, dict[str, list[float]]] = {name: {} for name, _ in rows}
@@ -85,11 +91,6 @@ def main(words: Sequence[str] = ()) -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     sheet([], shown, columns=8, cell=128).save(chosen.out / "sheet.png")
     console.print(f"rows of {chosen.out / 'sheet.png'}: {', '.join(figures)}; a photograph, the subject, six of the class")
-
-
-def _kept(choice: Evaluate, prior: int) -> Evaluate:
-    """The same, with so many pictures of the class beside the subject's; −1 for the method's own number."""
-    return replace(choice, prior=prior)
 
 
 def _drawn(row: Contender, cases: Sequence[Case], how: How) -> tuple[list[Image.Image], list[Image.Image]]:
