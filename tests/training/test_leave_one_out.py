@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +58,33 @@ def test_test_subjects_are_never_trained_on(faces, tmp_path):
     drawn = {setting.loader.records[i].subject for i in range(len(setting.loader.records))}
     assert drawn == set(split["train"]) and not drawn & set(split["test"])
     assert len(setting.examined.texts) == 2  # one picture of each test subject
+
+
+@pytest.mark.parametrize("change", ["seed", "person"])
+def test_a_run_is_not_continued_on_another_split(faces, tmp_path, change):
+    choice = Train(data=str(shutil.copytree(faces, tmp_path / "faces")), subjects=3, out=str(tmp_path / "run"), **SMALL)
+    list(train(choice))
+    before = (tmp_path / "run" / "subjects.json").read_text("utf-8")
+    assert list(train(choice)) == []  # the same is there
+    if change == "person":
+        shutil.copytree(tmp_path / "faces" / "Ærø 1", tmp_path / "faces" / "Ærø 9")
+    with pytest.raises(UserError, match="begun with other subjects; use the data, --subjects, --held-out and --seed"):
+        list(train(replace(choice, seed=1) if change == "seed" else choice))
+    assert (tmp_path / "run" / "subjects.json").read_text("utf-8") == before
+
+
+def test_bad_rows_of_a_list_are_left_out_and_named(faces, tmp_path):
+    rows = ["target,text,subject,references"]
+    for path in sorted(faces.glob("Ærø */*.png")):
+        rows.append(f"{path},a cat,{path.parent.name},")
+    rows[2:2] = [",a cat,Ærø 0,", "x.png,a cat,Ærø 0,[a.png", "y.png,a cat,,"]
+    (tmp_path / "list.csv").write_text("\n".join(rows), "utf-8")
+    found = Identities(open_data(str(tmp_path / "list.csv")), 3)
+    assert list(found.subjects) == [f"Ærø {n}" for n in range(6)] and len(found.lost) == 2
+    choice = Train(data=str(tmp_path / "list.csv"), subjects=3, out=str(tmp_path / "run"), **SMALL)
+    assert [step.index for step in train(choice)] == [1, 2]
+    named = (tmp_path / "run" / "unreadable-0.tsv").read_text("utf-8")
+    assert "list.csv:2: target is empty" in named and "list.csv:3: references are not JSON" in named
 
 
 def test_captions_are_given_to_pictures_without_one(faces):
@@ -179,3 +208,13 @@ def test_trained_aggregators_survive_a_pickle(tmp_path):
         x = torch.randn(1, 5, 1, 128, generator=torch.Generator().manual_seed(random.Random(name).randrange(99)))
         torch.testing.assert_close(back.tokens(x), adapter.tokens(x), rtol=1e-5, atol=1e-6)
         assert spec.base == "mini"
+
+
+def test_a_subject_that_was_learned_is_not_another_ones(faces, tmp_path):
+    one, other = (str(faces / f"Ærø {n}") for n in (1, 2))
+    choice = Train(data=one, method="dreambooth-lora", noun="cat", prior=0, steps=1, batch=1, device="cpu", out=str(tmp_path))
+    assert len(list(train(choice))) == 1 and list(train(choice)) == []
+    for change in ({"data": other}, {"noun": "dog"}):
+        with pytest.raises(UserError, match="use the photographs, --noun and --token that it was begun with"):
+            list(train(replace(choice, **change)))
+    assert len(list(train(replace(choice, data=other, resume="never")))) == 1

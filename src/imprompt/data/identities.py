@@ -5,24 +5,30 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from imprompt.data.loader import UNREADABLE
 from imprompt.data.records import Counted, Record
-from imprompt.errors import UserError
+from imprompt.errors import UserError, brief
 
 
 class Identities:
     """Every picture of the subjects that have at least `least`; its references are that subject's other pictures.
 
-    `subjects` keeps these alone. Pictures without a subject are left out. Nothing is opened where the records can name a
-    subject without it. Raises UserError where no subject has enough.
+    `subjects` keeps these alone. Pictures without a subject are left out, and so are records that cannot be read: `lost`
+    says why. Nothing is opened where the records can name a subject without it. Raises UserError where no subject has enough.
     """
 
     def __init__(self, records: Counted, least: int = 2, subjects: Collection[str] | None = None):
         if least < 2:
             raise UserError(f"expected at least 2 pictures of a subject, one to draw and one to draw after; received {least}")
         found: dict[str, list[int]] = defaultdict(list)
+        self.lost: dict[str, str] = {}
         subject_of = getattr(records, "subject_of", None) or (lambda i: records[i].subject)
         for i in range(len(records)):
-            name = subject_of(i)
+            try:
+                name = subject_of(i)
+            except UNREADABLE as error:
+                self.lost[f"record {i + 1}"] = brief(error)
+                continue
             if name is not None and (subjects is None or name in subjects):
                 found[name].append(i)
         self.records, self.least = records, least

@@ -1,7 +1,11 @@
 """Photographs of one subject beside pictures of its class: what DreamBooth and Textual Inversion learn from. And the texts for them."""
 
 import re
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
 
 from imprompt.data.records import Record
 from imprompt.errors import UserError
@@ -22,6 +26,10 @@ class Personal:
             raise UserError("expected at least one photograph of the subject, received none")
         self.photos, self.text, self.prior, self.prior_text, self.weight = photos, text, prior, prior_text, weight
 
+    def contents(self) -> list[str]:
+        """Of each photograph a sum that changes when it does."""
+        return [f"{zlib.crc32(_bytes(photo)):08x}" for photo in self.photos]
+
     def __len__(self) -> int:
         return 2 * len(self.photos) * len(self.prior) if self.prior else len(self.photos)
 
@@ -34,6 +42,12 @@ class Personal:
         if of_class:
             return Record(f"class:{at}", pictures[at], self.prior_text, weight=self.weight)
         return Record(f"subject:{at}", pictures[at], self.text)
+
+
+def _bytes(photo: Picture) -> bytes:
+    if isinstance(photo, Image.Image):
+        return photo.tobytes()
+    return photo if isinstance(photo, bytes) else Path(photo).read_bytes() if Path(photo).is_file() else b""
 
 
 def class_text(noun: str) -> str:

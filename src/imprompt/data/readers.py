@@ -206,7 +206,7 @@ def _record(row: Mapping[str, Any], key: str, folder: Path) -> Record:
         raise UserError(f"{key}: target is empty")
     references = row.get("references") or ()
     if isinstance(references, str):
-        references = json.loads(references) if references.startswith("[") else references.split("|")
+        references = _listed(references, key) if references.startswith("[") else references.split("|")
     elif isinstance(references, (bytes, dict)):
         references = (references,)
     text = row.get("text") or ""
@@ -218,8 +218,16 @@ def _record(row: Mapping[str, Any], key: str, folder: Path) -> Record:
         str(text),
         tuple(_place(r, folder, key) for r in references),
         _place(row["mask"], folder, key) if row.get("mask") else None,
-        str(row["subject"]) if row.get("subject") is not None else None,
+        str(row["subject"]) if row.get("subject") not in (None, "") else None,
     )
+
+
+def _listed(text: str, key: str) -> list[Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{key}: references are not JSON ({brief(error)})") from error
+    return list(found)
 
 
 def _place(value: Any, folder: Path, key: str) -> Picture:

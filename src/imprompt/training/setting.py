@@ -170,10 +170,18 @@ def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) ->
     shown = fresh or source  # of a cache of mini too: the world has held-out subjects of its own
     held, rest = held_out(shown.records, choice)
     if choice.subjects and rank == 0:
-        write_split(out / "subjects.json", cast(Identities, source.records), rest if shown is source else source.records, choice)
+        split_of = split_facts(cast(Identities, source.records), rest if shown is source else source.records, choice)
+        same_run(out / "subjects.json", split_of, choice, "the data, --subjects, --held-out and --seed")
+    if personal and rank == 0:
+        learned = {"noun": choice.noun, "token": choice.token, "photographs": cast(Personal, opened).contents()}
+        same_run(out / "subject.json", learned, choice, "the photographs, --noun and --token")
     examined = shown.examined(held, choice.batch)
     skipped = Skipped(choice.max_unreadable, out / f"unreadable-{rank}.tsv")
     records = rest if shown is source else source.records
+    if isinstance(opened, Identities) and opened.lost:
+        skipped.total += len(opened.records) - len(opened.lost)  # they told whose they are
+        for where, why in opened.lost.items():
+            skipped.lost(where, why)
     if isinstance(records, Shards):
         records.lost = skipped.lost
     loader: Loader[Any] = Loader(
@@ -220,11 +228,22 @@ def by_subject(records: Records, least: int) -> Identities:
     return Identities(records, least)
 
 
-def write_split(path: Path, everyone: Identities, rest: Records, choice: Train) -> None:
+def split_facts(everyone: Identities, rest: Records, choice: Train) -> dict[str, Any]:
     """Which subjects are trained on, and which are left for testing."""
     trained = sorted(cast(Identities, rest).subjects)
     facts = {"least": choice.subjects, "held_out": choice.held_out, "seed": choice.seed}
-    write_file(path, json.dumps(facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}, indent=1))
+    return facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}
+
+
+def same_run(path: Path, facts: dict[str, Any], choice: Train, of: str) -> None:
+    """Write down whom a run is about. Raises UserError where the one that would be continued is about somebody else."""
+    going_on = choice.resume == "auto" and any((path.parent / "state").glob("step-*"))
+    text = json.dumps(facts, indent=1)
+    if going_on and path.is_file() and path.read_text("utf-8") != text:
+        raise UserError(
+            f"the run in {choice.out} was begun with other subjects; use {of} that it was begun with, another --out, or --resume never"
+        )
+    write_file(path, text)
 
 
 def held_out(records: Records, choice: Train) -> tuple[list[Record], Records]:
