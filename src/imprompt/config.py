@@ -234,10 +234,12 @@ class Personalise:
             raise UserError("noun: * stands for the subject; say what it is, such as cat or person")
         for name, given, of_learning in (
             ("adapter", self.adapter is not None, False), ("encoder", self.encoder is not None, False),
-            ("learning", self.learning > 0, True), ("prior", self.prior >= 0, True),
+            ("fit", self.fit != "crop", False), ("learning", self.learning > 0, True), ("prior", self.prior >= 0, True),
         ):  # fmt: skip
             if given and of_learning != learns:
                 raise UserError(f"{name}: does nothing with {self.method}, which {'learns the subject' if learns else 'needs no learning'}")
+        if self.method == "inversion" and self.scale != 1:
+            raise UserError("scale: inversion learns words, which are said or not; leave --scale out")
         self.drawn("")
 
     def prompts(self) -> tuple[str, ...]:

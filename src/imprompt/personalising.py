@@ -19,6 +19,8 @@ from imprompt.errors import UserError, brief
 from imprompt.files import atomic_path, writable_folder, write_file
 from imprompt.generating import Drawn, draw
 from imprompt.images import Picture, open_image
+from imprompt.pipelines import load_base, pick_device, pick_dtype
+from imprompt.scene import set_up
 
 EMBEDDED = {  # of mini; the other ways bring the references of its plain adapter together
     "attention": "mini-subject", "average-tokens": "mini-plus", "max-tokens": "mini-plus", "joint": "mini-plus",
@@ -31,7 +33,7 @@ Progress = Callable[[int, int], None]
 def photographs(choice: Personalise, say: Callable[[str], None]) -> tuple[list[Picture], list[Image.Image]]:
     """Those of the folder that can be opened: where they are, and opened. What cannot is said. Raises UserError where none can.
 
-    What was drawn into a folder inside it before is not taken for photographs.
+    What was drawn into a folder inside it before is not taken for photographs. Where they are of several subjects, it is said.
     """
     records = open_data(choice.folder)
     if not isinstance(records, Counted):
@@ -39,19 +41,30 @@ def photographs(choice: Personalise, say: Callable[[str], None]) -> tuple[list[P
     own = Path(choice.out).resolve()
     if own in (Path(choice.folder).resolve(), *Path(choice.folder).resolve().parents):
         raise UserError(f"out: expected another folder than that of the photographs, received {choice.out}")
-    places, opened = list[Picture](), list[Image.Image]()
+    places, opened, subjects = list[Picture](), list[Image.Image](), set[str]()
     for i in range(len(records)):
         try:
-            place = records[i].target
-            if isinstance(place, (str, Path)) and own in Path(place).resolve().parents:
+            record = records[i]
+            place = record.target
+            if isinstance(place, (str, Path)) and _drawn_by_us(Path(place).resolve(), own, Path(choice.folder).resolve()):
                 continue
             opened.append(open_image(place))
             places.append(place)
+            subjects.add(record.subject or "")
         except UNREADABLE as error:
             say(f"left out: {brief(error)}")
     if not opened:
         raise UserError(f"none of the {len(records)} pictures in {choice.folder} can be opened")
+    if len(subjects) > 1:
+        names = ", ".join(sorted(subjects)[:3]) + (" …" if len(subjects) > 3 else "")
+        say(f"photographs of {len(subjects)} subjects are taken for one ({names}); name one folder if they are not")
     return places, opened
+
+
+def _drawn_by_us(place: Path, own: Path, folder: Path) -> bool:
+    """Whether a picture lies where this run draws, or where an earlier one has drawn or learned, inside the folder."""
+    inside = [parent for parent in place.parents if folder in parent.parents]
+    return own in place.parents or any((parent / mark).is_file() for parent in inside for mark in ("sheet.png", "learning.json"))
 
 
 def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
@@ -66,6 +79,9 @@ def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
     training = choice.training().settled()
     for text in choice.prompts():  # before anything is learned
         named(text, choice.noun, training.token, alone=choice.method == "inversion")
+    device = pick_device(choice.device)
+    dtype = pick_dtype(choice.dtype, device, choice.base == "mini")
+    set_up(choice.drawn(""), load_base(choice.base, device, dtype), device, dtype)  # whatever cannot be drawn is said now
     folder = writable_folder(training.out)
     facts = json.loads(json.dumps(asdict(training) | {"photographs": [_content(image) for image in opened]}))
     begun, done = folder / "learning.json", folder / "learned.json"

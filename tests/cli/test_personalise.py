@@ -83,6 +83,9 @@ def test_what_was_learned_is_kept_and_used_again(photographs, tmp_path, capsys, 
         (["{photos}", "--method", "inversion", "--noun", "cat", "--prompt", "on a beach"], "expected the word 'cat', or *"),
         (["{photos}", "--method", "average", "--prompt", "a * at night"], "noun: * stands for the subject"),
         (["{photos}", "--method", "average", "--out", "{photos}"], "out: expected another folder"),
+        (["{photos}", "--method", "inversion", "--noun", "cat", "--scale", "0.5"], "scale: inversion learns words"),
+        (["{photos}", "--method", "dreambooth", "--noun", "cat", "--fit", "pad"], "fit: does nothing with dreambooth"),
+        (["{photos}", "--method", "dreambooth", "--noun", "cat", "--size", "66"], "size: the model draws multiples of"),
     ],
 )
 def test_mistakes_are_said(photographs, tmp_path, capsys, words, said):
@@ -91,12 +94,22 @@ def test_mistakes_are_said(photographs, tmp_path, capsys, words, said):
     filled = [w.format(photos=photographs, broken=tmp_path / "broken") for w in words]
     code, err = told(capsys, "personalise", "--out", tmp_path / "out", *filled)
     assert code == 2 and said in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("adapter*"))  # nothing was learned before it was said
 
 
 def test_what_was_drawn_is_not_taken_for_photographs(photographs, capsys):
-    words = ["personalise", photographs, "--method", "average", "--out", photographs / "drawn", *QUICK]
-    widths = {Image.open(told(capsys, *words)[1]["sheet"]).width for _ in range(2)}
+    words = ["personalise", photographs, "--method", "average", *QUICK]
+    widths = {Image.open(told(capsys, *words, "--out", photographs / name)[1]["sheet"]).width for name in ("drawn", "drawn", "anew")}
     assert len(widths) == 1
+
+
+def test_photographs_of_several_are_told(photographs, tmp_path, capsys):
+    for name in ("Ana", "Zoë"):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        Image.open(photographs / "Foto 1.jpg").save(tmp_path / "people" / name / "a.png")
+    words = ["personalise", tmp_path / "people", "--method", "average", "--out", tmp_path / "out", "--steps", "2", "--count", "1"]
+    assert cli.main(list(map(str, words))) == 0
+    assert "photographs of 2 subjects are taken for one (Ana, Zoë)" in "".join(capsys.readouterr())
 
 
 def test_an_interrupted_learning_of_another_subject_spoils_nothing(photographs, tmp_path, monkeypatch, capsys):
