@@ -138,6 +138,16 @@ def test_a_claim_falls_where_the_figures_say_so(changes, left):
     assert verdicts(**changes) == left
 
 
+def test_differences_of_trained_ways_are_told_seed_by_seed():
+    seeds = {f"self-attention seed {n}": row(0.8 + 0.1 * n) for n in range(2)}
+    seeds |= {f"self-attention seed {n} given one": row(0.5) for n in range(2)}
+    found = {c.letter: c.figures for c in claims.claims(made_up(**seeds))}
+    assert (
+        found["e"].count("seed by seed +0.300 +0.400") == 1 and "to one +0.200 (+0.200 … +0.200), seed by seed +0.200 +0.300;" in found["c"]
+    )
+    assert "seed by seed" not in found["f"]
+
+
 def test_a_missing_row_leaves_a_claim_unjudged():
     rows = made_up()
     del rows["max"]
