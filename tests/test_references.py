@@ -1,5 +1,7 @@
 """Several references through the public doors: weights, ways to combine, and what is wrong with them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,8 @@ import imprompt
 from imprompt.cli import main
 from imprompt.config import COMBINE
 from imprompt.core.aggregators import AGGREGATORS
+from imprompt.core.attention import attend
+from imprompt.data.readers import Mini
 from imprompt.pipelines import load_base
 
 A, B = "examples/cat.png", "examples/fish.png"
@@ -42,6 +46,28 @@ def test_the_order_does_not_matter_and_ways_differ(pipe, combine):
     assert not torch.allclose(one, drawn(pipe, ip(A)), atol=1e-2)
     if combine not in (None, "concat"):
         assert not torch.allclose(one, drawn(pipe, ip([A, B])), atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def many():
+    records = Mini(64, held_out=True, photos=64)
+    return [records[i].target for i in range(64)]
+
+
+WAYS = [("mini", way) for way in COMBINE if way != "joint"] + [("mini-plus", way) for way in COMBINE] + [("mini-subject", None)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 9, 64])
+@pytest.mark.parametrize(("adapter", "combine"), WAYS)
+def test_a_layer_hears_the_same_in_any_order_to_1e_5(many, adapter, combine, count):
+    prompt = imprompt.load(adapter)(many[:count], combine=combine)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    other = replace(prompt, features=prompt.features[:, order])
+    for (n, pair), mixed in zip(prompt.key_values()[1].items(), other.key_values()[1].values(), strict=True):
+        query = torch.randn(1, 16, pair.key.shape[2], generator=torch.Generator().manual_seed(n))
+        heard, again = (attend(query, *those, heads=4) for those in (pair, mixed))
+        assert (heard - again).abs().max() <= 1e-5, f"layer {n}"
 
 
 @pytest.mark.parametrize("own", ["attention", "self-attention"])
