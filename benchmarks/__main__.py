@@ -4,7 +4,8 @@ Speed: mini, four pictures on the embedded model; unet, what an image prompt cos
 picture; training, a step beside the original recipe; evaluate, batches beside a loop, and flat memory; references, 64 of
 them beside one. Others: memory, 100 000 records in flat memory; ablation, decoupled beside simple; custom, an adapter on a
 fine-tuned model; prior, what DreamBooth's prior preservation keeps; controls, why the second paper's self-attention stays
-behind; gallery, identity against photographs that no row has heard. Each has --help; all have --small.
+behind; gallery, identity against photographs that no row has heard; equal, nine references beside one that hears the text as
+well. Each has --help; all have --small.
 """
 
 import sys
@@ -14,7 +15,7 @@ from importlib import import_module
 from imprompt.cli.console import quiet_libraries
 
 SPEED = ("mini", "unet", "full_size", "training", "evaluate", "references")
-OTHERS = ("memory", "ablation", "custom", "prior", "controls", "gallery")
+OTHERS = ("memory", "ablation", "custom", "prior", "controls", "gallery", "equal")
 
 
 def main(words: list[str]) -> None:
