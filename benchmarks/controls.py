@@ -6,7 +6,6 @@ number of steps alone. `attention over embeddings` is another module, ours, whic
 folder of the study: its caches, its test subjects, its rows. Run again, what is finished stays.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +13,16 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress as Bars
 from rich.table import Table
 
+from benchmarks.study import asked, shown
 from imprompt.checkpoints import save
-from imprompt.config import READS, Reproduce, Train
+from imprompt.config import READS, Train
 from imprompt.core.aggregators import AGGREGATORS, SelfAttention
 from imprompt.data.cache import complete
 from imprompt.evaluate.personal_claims import better
 from imprompt.evaluate.second_paper import NINE, PHOTOS, SecondPaper
-from imprompt.evaluate.study import Finished, Progress, finished
+from imprompt.evaluate.study import Finished, finished
 from imprompt.evaluate.suite import Row
 from imprompt.evaluate.verdicts import Rows, difference
 from imprompt.files import writable_folder
@@ -76,24 +75,14 @@ class Controls(SecondPaper):
 
 
 def main(words: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks controls", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="the study's smoke budget: says whether it runs")
-    parser.add_argument("--out", type=Path, default=None, help="work folder of the study (default: runs/personalisation)")
-    chosen = parser.parse_args(words)
-    out = chosen.out or Path("runs/controls-small" if chosen.small else "runs/personalisation")
-    choice = Reproduce(paper="personalisation", budget="smoke" if chosen.small else "full", out=str(out), processes=1)
-    with Bars(transient=True) as bars:
-        bar = bars.add_task("controls")
-
-        def tell(at: Progress) -> None:
-            bars.update(bar, description=f"{at.row}: {at.stage}", completed=at.done, total=at.total)
-
+    choice = asked("controls", __doc__, words)
+    with shown("controls") as tell:
         study = Controls(choice, tell)
         if not complete(study.cache(READS["ip-adapter"])):
             study.fill(f"mini:{study.budget.pictures}x{PHOTOS}", "ip-adapter")
         for name in (*BESIDE, *MORE):
             study.finish(name)
-    rows: Rows = {name: row for name in (*BESIDE, *MORE) if (row := finished(out, name))}
+    rows: Rows = {name: row for name in (*BESIDE, *MORE) if (row := finished(study.out, name))}
     Console(highlight=False, soft_wrap=True, width=140).print(table(rows, study.budget.subjects))
 
 

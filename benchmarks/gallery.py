@@ -5,9 +5,7 @@ row that hears nine of them has heard more of its judge than a row that hears on
 many photographs of other scenes. Rows whose pictures are not in the work folder any more are left out.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich import box
@@ -15,27 +13,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from imprompt.config import Reproduce
+from benchmarks.study import asked, identity
 from imprompt.evaluate.identity import load_identity
-from imprompt.evaluate.metrics import centroid, cosines, mean_interval
-from imprompt.evaluate.score import Seen
-from imprompt.evaluate.second_paper import GALLERY, NINE, PLAIN, SecondPaper, by_subject
+from imprompt.evaluate.metrics import centroid, mean_interval
+from imprompt.evaluate.personal_claims import BEST
+from imprompt.evaluate.second_paper import GALLERY, NINE, PLAIN, SecondPaper
 from imprompt.evaluate.shelf import Shelf
 from imprompt.evaluate.verdicts import difference
 from imprompt.mini import world
 
 OTHERS = 50_000_000  # scenes that no photograph of the study has
-BEST = "average-tokens"
 ROWS = (*PLAIN, *(f"attention-tokens seed {n}" for n in range(3)), "dreambooth-lora", "inversion")
 
 
 def main(words: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gallery", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="the study's smoke budget, in runs/controls-small")
-    parser.add_argument("--out", type=Path, default=None, help="work folder of the study (default: runs/personalisation)")
-    chosen = parser.parse_args(words)
-    out = chosen.out or Path("runs/controls-small" if chosen.small else "runs/personalisation")
-    study = SecondPaper(Reproduce(paper="personalisation", budget="smoke" if chosen.small else "full", out=str(out), processes=1))
+    study = SecondPaper(asked("gallery", __doc__, words))
     studio = study.studio("mini")
     assert studio.gallery is not None
     seeds = [int(name) for name in studio.cases.subjects][: study.budget.subjects]
@@ -43,14 +35,8 @@ def main(words: Sequence[str] = ()) -> None:
     own, anew = dict[str, Tensor](), dict[str, Tensor]()
     for name in ROWS:
         row, _ = study.row(name)
-        chunks = range(studio.chunks(row))
-        if not all(Shelf(studio.out, row.name).has(number) for number in chunks):
-            continue
-        seen = Seen(studio.out, row.name, len(chunks))
-        drawn, group = seen.column("identity"), seen.column("group")
-        assert drawn is not None and group is not None
-        for kept, centroids in ((own, studio.gallery.centroids), (anew, fresh)):
-            kept[name] = by_subject(cosines(drawn, centroids[group]).tolist(), group.tolist())
+        if all(Shelf(studio.out, row.name).has(number) for number in range(studio.chunks(row))):
+            own[name], anew[name] = (identity(studio, row, centroids) for centroids in (studio.gallery.centroids, fresh))
     made = Table(title=f"identity, {len(seeds)} subjects, {NINE} references", box=box.SIMPLE)
     for column in ("", "study's gallery", "other photographs", f"{BEST} − it, study's", f"{BEST} − it, others"):
         made.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -63,9 +49,9 @@ def main(words: Sequence[str] = ()) -> None:
 @torch.no_grad()
 def others(seeds: Sequence[int]) -> Tensor:
     """Each subject as GALLERY photographs of other scenes show it: (subjects, width)."""
-    identity, found = load_identity("mini"), []
+    judge, found = load_identity("mini"), []
     for number, seed in enumerate(seeds):
         subject = world.subject(seed)
         scenes = [world.scene(OTHERS + number * GALLERY + k) for k in range(GALLERY)]
-        found.append(centroid(*identity.embed([world.draw(subject, scene) for scene in scenes])))
+        found.append(centroid(*judge.embed([world.draw(subject, scene) for scene in scenes])))
     return torch.stack(found).float()

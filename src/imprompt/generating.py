@@ -22,7 +22,7 @@ from imprompt.methods.inversion import Inversion
 from imprompt.methods.loading import load_method, method_of
 from imprompt.pipelines import guidance_of, load_base, pick_device, pick_dtype, scheduled
 from imprompt.prompter import ImagePrompt, Prompter, as_mask, load
-from imprompt.scene import set_up, with_lora
+from imprompt.scene import Scene, set_up, with_lora
 
 _BATCH_PIXELS = 4 * 512 * 512  # drawn at once
 
@@ -48,12 +48,9 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
     if learned and choice.encoder:
         raise UserError(f"encoder: {choice.adapter} looks at no picture; leave --encoder out")
     prompts = [one for one in (choice, *choice.further()) if one.image or one.face]
-    device = pick_device(choice.device)
     if not all(one.adapter or choice.base == "mini" for one in prompts):
         raise UserError(f"which adapter fits {choice.base} is not known; name one with --adapter")
-    dtype = pick_dtype(choice.dtype, device, choice.base == "mini")
-    base = load_base(choice.base, device, dtype, choice.base_config)
-    scene = set_up(choice, base, device, dtype)
+    base, scene, device = staged(choice)
     seeds = list(range(choice.seed, choice.seed + choice.count))
     at_once = max(1, min(choice.count, _BATCH_PIXELS // (scene.size[0] * scene.size[1])))
     batches = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
@@ -92,6 +89,14 @@ def draw(choice: Generate, progress: Progress = lambda done, total: None) -> lis
                 **scene.given(len(batch)),
             ).images
     return [Drawn(scene.finish(image), seed) for image, seed in zip(images, seeds, strict=True)]
+
+
+def staged(choice: Generate) -> tuple[Any, Scene, str]:
+    """The base, the scene in it, and the device. Raises UserError for whatever cannot be drawn."""
+    device = pick_device(choice.device)
+    dtype = pick_dtype(choice.dtype, device, choice.base == "mini")
+    base = load_base(choice.base, device, dtype, choice.base_config)
+    return base, set_up(choice, base, device, dtype), device
 
 
 def _learned(choice: Generate) -> str:

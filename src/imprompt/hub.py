@@ -31,15 +31,24 @@ def find_adapter(source: str, weight: str | None = None) -> tuple[Path, EncoderP
         if weight is None:
             raise UserError(f"{source} is a folder; name the adapter's file in it")
         return Path(source) / weight, None
-    if weight is None and source.count("/") >= 2 and not source.startswith((".", "/", "~")):
+    if weight is None and source.count("/") >= 2 and not _is_path(source):
         owner, name, weight = source.split("/", 2)
         source = f"{owner}/{name}"
-    if weight is None or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if weight is None or not may_be_id(source):
         raise UserError(
             f"no adapter at {source}; give a file, one of {', '.join(EMBEDDED)}, "
             "or a hub file such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
         )
     return _download(source, weight), None
+
+
+def may_be_id(source: str) -> bool:
+    """Whether a name has the form of a hub id: owner/name."""
+    return source.count("/") == 1 and not _is_path(source)
+
+
+def _is_path(source: str) -> bool:
+    return source.startswith((".", "/", "~"))
 
 
 def default_encoder(spec: Spec) -> EncoderPlace:

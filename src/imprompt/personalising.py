@@ -17,10 +17,8 @@ from imprompt.data.readers import open_data
 from imprompt.data.records import Counted
 from imprompt.errors import UserError, brief
 from imprompt.files import atomic_path, writable_folder, write_file
-from imprompt.generating import Drawn, draw
+from imprompt.generating import Drawn, draw, staged
 from imprompt.images import Picture, open_image
-from imprompt.pipelines import load_base, pick_device, pick_dtype
-from imprompt.scene import set_up
 
 EMBEDDED = {  # of mini; the other ways bring the references of its plain adapter together
     "attention": "mini-subject", "average-tokens": "mini-plus", "max-tokens": "mini-plus", "joint": "mini-plus",
@@ -79,9 +77,7 @@ def learn(choice: Personalise, opened: Sequence[Image.Image]) -> Iterator[Any]:
     training = choice.training().settled()
     for text in choice.prompts():  # before anything is learned
         named(text, choice.noun, training.token, alone=choice.method == "inversion")
-    device = pick_device(choice.device)
-    dtype = pick_dtype(choice.dtype, device, choice.base == "mini")
-    set_up(choice.drawn(""), load_base(choice.base, device, dtype), device, dtype)  # whatever cannot be drawn is said now
+    staged(choice.drawn(""))  # whatever cannot be drawn is said now
     folder = writable_folder(training.out)
     facts = json.loads(json.dumps(asdict(training) | {"photographs": [_content(image) for image in opened]}))
     begun, done = folder / "learning.json", folder / "learned.json"

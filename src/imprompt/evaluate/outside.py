@@ -18,6 +18,7 @@ from diffusers.pipelines import deprecated
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from imprompt import hub
 from imprompt.errors import UserError, brief
 from imprompt.evaluate.contender import Case, How
 from imprompt.images import to_rgb
@@ -255,7 +256,7 @@ def _indexed(place: str) -> bool:
 
 
 def _is_hub_id(place: str) -> bool:
-    return not os.path.isdir(place) and place.count("/") == 1 and not place.startswith((".", "/", "~")) and not place.endswith(FILES)
+    return not os.path.isdir(place) and hub.may_be_id(place) and not place.endswith(FILES)
 
 
 def _class_at(place: str) -> str:

@@ -12,7 +12,7 @@ from imprompt.evaluate.contenders import SHOWN as UNTAUGHT
 from imprompt.evaluate.document import Document
 from imprompt.evaluate.metrics import Interval, mean_interval
 from imprompt.evaluate.report import Cells, Line, as_dict, cells, legend, plotted
-from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, timed
+from imprompt.evaluate.second_paper import ALONE, BUDGETS, NINE, PHOTOS, PLAIN, TRAINED, Budget, SecondPaper, by_subject, row_of, timed
 from imprompt.evaluate.study import SAMPLER, Finished, finished, strips_of
 from imprompt.evaluate.verdicts import Claim, Rows, difference, judged, plain, protocols, value_of
 
@@ -202,7 +202,7 @@ def report(choice: Reproduce) -> tuple[Path, list[Claim]]:
         told.section("Seed by seed")
         told.table(cells(by_seed))
     told.section("Pictures")
-    told.strips(strips_of(out, {name: f"{name} seed 0" if name in TRAINED else name for name in shown}))
+    told.strips(strips_of(out, {name: row_of(name) for name in shown}))
     if lines := course(rows, study):
         told.section("The number of references")
         told.picture("references.png", plotted(lines, "references", budget.counts), "figures against the number of references")

@@ -168,7 +168,7 @@ class SecondPaper(Study):
         """Seconds before a new subject can be drawn, by every way that learns nothing of it, one after the other."""
         studio, seconds, ways = self.studio("mini"), timed(self.out), self.to_time([])
         for number, way in enumerate(ways, 1):
-            row, _ = self.row(_row_of(way))
+            row, _ = self.row(row_of(way))
             seconds[way] = heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])
             self.tell(Progress(way, "timing", number, len(ways)))
         write_file(self.out / SECONDS, json.dumps(seconds, indent=1))
@@ -177,8 +177,8 @@ class SecondPaper(Study):
     def to_time(self, missing: Sequence[str]) -> list[str]:
         """The ways that are not timed yet and can be: what they draw with is there, or will be since their row is missing."""
         known, names = timed(self.out), set(self.names())
-        ways = [way for way in (*PLAIN, *TRAINED) if way not in known and _row_of(way) in names]
-        return [way for way in ways if way in PLAIN or _row_of(way) in missing or self.weights(_row_of(way)).is_file()]
+        ways = [way for way in (*PLAIN, *TRAINED) if way not in known and row_of(way) in names]
+        return [way for way in ways if way in PLAIN or row_of(way) in missing or self.weights(row_of(way)).is_file()]
 
     def strip(self, studio: Studio, row: Row) -> Image.Image:
         """One picture of each of the first subjects."""
@@ -207,7 +207,7 @@ def timed(out: Path) -> dict[str, float]:
     return dict(json.loads((out / SECONDS).read_text("utf-8"))) if (out / SECONDS).is_file() else {}
 
 
-def _row_of(way: str) -> str:
+def row_of(way: str) -> str:
     """The row that is drawn in a way; of a trained one that of the first seed."""
     return f"{way} seed 0" if way in TRAINED else way
 

@@ -120,8 +120,8 @@ class Study:
         row, base = self.row(name)
         studio = self.studio(base)
         if row.source != "copy":
-            self._draw(studio, Row("copy", "copy", "none", 1, studio.choice.limit))
-        minutes["drawing"] = self._draw(studio, row)
+            self.draw(studio, Row("copy", "copy", "none", 1, studio.choice.limit))
+        minutes["drawing"] = self.draw(studio, row)
         score = score_row(studio, row, studio.out)
         seen = Seen(studio.out, row.name, studio.chunks(row))
         learning = seen.column("learning")
@@ -189,7 +189,8 @@ class Study:
         write_file(kept, json.dumps({"minutes": minutes, "settings": asked}))
         return minutes
 
-    def _draw(self, studio: Studio, row: Row) -> float:
+    def draw(self, studio: Studio, row: Row) -> float:
+        """Draw a row and look at it, chunk by chunk, what is there already left out. The minutes it took in all."""
         agree(studio.out / "protocol.json", protocol(studio.choice, studio), f"the evaluation in {studio.out}")
         agree(Shelf(studio.out, row.name).folder / "row.json", facts(row), f"row {row.name} in {studio.out}")
         chunks = studio.chunks(row)

@@ -12,8 +12,7 @@ from imprompt.training.encoding import encode as encode
 from imprompt.training.journal import recorded as recorded
 from imprompt.training.loop import Step, accelerate, loop
 from imprompt.training.preflight import Report, preflight
-from imprompt.training.setting import Setting, build
-from imprompt.training.state import states
+from imprompt.training.setting import Setting, build, states
 
 SMALLER = "take a smaller --batch with more --accumulate, or --checkpointing, or train from a --cache"
 

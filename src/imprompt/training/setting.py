@@ -235,9 +235,14 @@ def split_facts(everyone: Identities, rest: Records, choice: Train) -> dict[str,
     return facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}
 
 
+def states(folder: Path) -> list[Path]:
+    """The states of a run, the newest last."""
+    return sorted((folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+
 def same_run(path: Path, facts: dict[str, Any], choice: Train, of: str) -> None:
     """Write down whom a run is about. Raises UserError where the one that would be continued is about somebody else."""
-    going_on = choice.resume == "auto" and any((path.parent / "state").glob("step-*"))
+    going_on = choice.resume == "auto" and states(path.parent)
     text = json.dumps(facts, indent=1)
     if going_on and path.is_file() and path.read_text("utf-8") != text:
         raise UserError(

@@ -14,7 +14,7 @@ from imprompt.config import Train
 from imprompt.errors import UserError, brief
 from imprompt.files import write_failed
 from imprompt.training.examine import Findings
-from imprompt.training.setting import Setting
+from imprompt.training.setting import Setting, states
 
 
 @dataclass
@@ -31,11 +31,6 @@ class Memory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def states(folder: Path) -> list[Path]:
-    """The states of a run, the newest last."""
-    return sorted((folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 class Keeper:
