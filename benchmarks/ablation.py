@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from imprompt import hub
-from imprompt.checkpoints import load_module
 from imprompt.config import Train
-from imprompt.encoders import ImageEncoder
 from imprompt.methods import create
-from imprompt.mini.judging import Judge, agreement, cases
-from imprompt.pipelines import MINI_GUIDANCE, drawing, load_base, pick_dtype
+from imprompt.mini.judge import Judge, agreement, cases
+from imprompt.models import hub
+from imprompt.models.base_pipelines import MINI_GUIDANCE, drawing, load_base, pick_dtype
+from imprompt.models.checkpoints import load_module
+from imprompt.models.image_encoders import ImageEncoder
 from imprompt.training import recorded, train
 
 PAIR = ("ip-adapter", "simple")

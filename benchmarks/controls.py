@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.study import asked, shown
-from imprompt.checkpoints import save
 from imprompt.config import READS, Train
-from imprompt.core.aggregators import AGGREGATORS, SelfAttention
-from imprompt.data.cache import complete
-from imprompt.evaluate.personal_claims import better
-from imprompt.evaluate.second_paper import NINE, PHOTOS, SecondPaper
-from imprompt.evaluate.study import Finished, finished
-from imprompt.evaluate.suite import Row
-from imprompt.evaluate.verdicts import Rows, difference
-from imprompt.files import writable_folder
+from imprompt.core.aggregation import AGGREGATORS, SelfAttention
+from imprompt.data.feature_cache import complete
+from imprompt.evaluation.runner import Row
 from imprompt.methods.loading import to_train
+from imprompt.models.checkpoints import save
+from imprompt.studies.base import Finished, finished
+from imprompt.studies.claims import Rows, difference
+from imprompt.studies.personalization import NINE, PHOTOS, SecondPaper
+from imprompt.studies.personalization_claims import better
+from imprompt.utils.files import writable_folder
 
 OURS, LONGER = "attention over embeddings seed 0", "self-attention longer seed 0"
 BEGUN, FIRST = "self-attention from the average seed 0", "self-attention seed 0"

@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from imprompt.images import sheet
-from imprompt.mini.judging import Judge, agreement, cases, draw_cases
-from imprompt.mini.style import STYLES, make_style
-from imprompt.pipelines import MINI_GUIDANCE, load_base, pick_dtype
-from imprompt.prompter import load
+from imprompt.mini.judge import Judge, agreement, cases, draw_cases
+from imprompt.models.base_pipelines import MINI_GUIDANCE, load_base, pick_dtype
+from imprompt.models.image_prompt import load
+from imprompt.recipes.style import STYLES, make_style
+from imprompt.utils.images import sheet
 
 SHOWN = 8
 

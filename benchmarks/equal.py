@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.study import asked, identity, shown
-from imprompt.evaluate.metrics import mean_interval
-from imprompt.evaluate.personal_claims import BEST
-from imprompt.evaluate.score import Seen
-from imprompt.evaluate.second_paper import SecondPaper, by_subject
-from imprompt.evaluate.suite import Row, Studio
-from imprompt.evaluate.verdicts import difference
+from imprompt.evaluation.metrics import mean_interval
+from imprompt.evaluation.runner import Row, Studio
+from imprompt.evaluation.scoring import Seen
+from imprompt.studies.claims import difference
+from imprompt.studies.personalization import SecondPaper, by_subject
+from imprompt.studies.personalization_claims import BEST
 
 ONE = "one-plus"
 SCALES = (0.8, 0.65, 0.5)

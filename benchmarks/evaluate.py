@@ -13,11 +13,11 @@ from rich.console import Console
 
 from benchmarks.timing import interleave
 from imprompt.config import Evaluate
-from imprompt.evaluate.cases import open_cases
-from imprompt.evaluate.contender import How
-from imprompt.evaluate.contenders import load_contender
-from imprompt.evaluate.report import score_row
-from imprompt.evaluate.suite import Row, Studio, Task
+from imprompt.evaluation.report import score_row
+from imprompt.evaluation.runner import Row, Studio, Task
+from imprompt.evaluation.samples import open_cases
+from imprompt.evaluation.system import How
+from imprompt.evaluation.systems import load_contender
 
 GOAL, FLAT = 1.5, 0.02
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.models import SD15, random_adapter, random_model
-from imprompt import checkpoints
 from imprompt.mini.tokenizer import make_tokenizer
+from imprompt.models import checkpoints
 
 # The real ones: CLIP ViT-L/14's text side, SD's VAE, CLIP ViT-H/14's image side.
 TEXT: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -14,13 +14,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.study import asked, identity
-from imprompt.evaluate.identity import load_identity
-from imprompt.evaluate.metrics import centroid, mean_interval
-from imprompt.evaluate.personal_claims import BEST
-from imprompt.evaluate.second_paper import GALLERY, NINE, PLAIN, SecondPaper
-from imprompt.evaluate.shelf import Shelf
-from imprompt.evaluate.verdicts import difference
+from imprompt.evaluation.identity import load_identity
+from imprompt.evaluation.metrics import centroid, mean_interval
+from imprompt.evaluation.store import Shelf
 from imprompt.mini import world
+from imprompt.studies.claims import difference
+from imprompt.studies.personalization import GALLERY, NINE, PLAIN, SecondPaper
+from imprompt.studies.personalization_claims import BEST
 
 OTHERS = 50_000_000  # scenes that no photograph of the study has
 ROWS = (*PLAIN, *(f"attention-tokens seed {n}" for n in range(3)), "dreambooth-lora", "inversion")

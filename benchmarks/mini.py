@@ -10,8 +10,10 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.timing import Times, interleave
-from imprompt import generating, hub, pipelines
 from imprompt.config import Generate
+from imprompt.generation import generate as generating
+from imprompt.models import base_pipelines as pipelines
+from imprompt.models import hub
 
 GOAL = 0.6
 PROMPT = "a red fish"

@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import HEAD_CHANNELS, LinearProjector, Resampler
-from imprompt.hosts.unet import adapter_shape
+from imprompt.core.image_projection import HEAD_CHANNELS, LinearProjector, Resampler
+from imprompt.unet.injection import adapter_shape
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -20,15 +20,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from imprompt.config import Evaluate, Train
-from imprompt.data.personal import class_text
-from imprompt.evaluate.cases import SubjectCases, open_cases
-from imprompt.evaluate.contender import Case, Contender, How
-from imprompt.evaluate.contenders import Learner, Text, load_contender
-from imprompt.evaluate.gallery import looked_at
-from imprompt.evaluate.identity import load_identity
-from imprompt.evaluate.metrics import cosines, diversity, mean_interval
-from imprompt.images import sheet
-from imprompt.mini.judging import Judge
+from imprompt.data.dreambooth import class_text
+from imprompt.evaluation.gallery import looked_at
+from imprompt.evaluation.identity import load_identity
+from imprompt.evaluation.metrics import cosines, diversity, mean_interval
+from imprompt.evaluation.samples import SubjectCases, open_cases
+from imprompt.evaluation.system import Case, Contender, How
+from imprompt.evaluation.systems import Learner, Text, load_contender
+from imprompt.mini.judge import Judge
+from imprompt.utils.images import sheet
 
 METHODS = ("dreambooth", "dreambooth-lora")
 PHOTOGRAPHS, TARGETS, SAMPLES = 9, 2, 8

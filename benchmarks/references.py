@@ -9,12 +9,12 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.timing import interleave
-from imprompt import hub
-from imprompt.core.aggregators import AGGREGATORS, Aggregator
+from imprompt.core.aggregation import AGGREGATORS, Aggregator
 from imprompt.data.readers import Mini
-from imprompt.hosts.unet import attach
-from imprompt.pipelines import drawing, load_base, pick_dtype
-from imprompt.prompter import ImagePrompt, Prompter, load
+from imprompt.models import hub
+from imprompt.models.base_pipelines import drawing, load_base, pick_dtype
+from imprompt.models.image_prompt import ImagePrompt, Prompter, load
+from imprompt.unet.injection import attach
 
 GOAL, MANY = 1.1, 64
 

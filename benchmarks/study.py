@@ -8,11 +8,11 @@ from rich.progress import Progress as Bars
 from torch import Tensor
 
 from imprompt.config import Reproduce
-from imprompt.evaluate.metrics import cosines
-from imprompt.evaluate.score import Seen
-from imprompt.evaluate.second_paper import by_subject
-from imprompt.evaluate.study import Progress
-from imprompt.evaluate.suite import Row, Studio
+from imprompt.evaluation.metrics import cosines
+from imprompt.evaluation.runner import Row, Studio
+from imprompt.evaluation.scoring import Seen
+from imprompt.studies.base import Progress
+from imprompt.studies.personalization import by_subject
 
 
 def asked(bench: str, about: str | None, words: Sequence[str]) -> Reproduce:

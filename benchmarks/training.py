@@ -29,14 +29,14 @@ from benchmarks import full_size
 from benchmarks.timing import Times, interleave
 from benchmarks.unet import public
 from imprompt.config import Train
-from imprompt.data.frame import stack
+from imprompt.data.transforms import stack
 from imprompt.mini import world
-from imprompt.pipelines import pick_precision
-from imprompt.training.encoding import cached
-from imprompt.training.frozen import Encoded
+from imprompt.models.base_pipelines import pick_precision
+from imprompt.training.frozen_encoders import Encoded
 from imprompt.training.loop import objective_of, optimisers_of
 from imprompt.training.objective import losses
-from imprompt.training.setting import Setting, build
+from imprompt.training.precompute import cached
+from imprompt.training.setup import Setting, build
 
 PICTURES = 64
 NAMES = {"a": "a original recipe", "b": "b ours, no cache", "c": "c ours, cache", "d": "d floor"}

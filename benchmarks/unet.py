@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.models import SD15, SDXL, random_adapter, random_model, twin
 from benchmarks.timing import Ratio, Times, interleave, ratio
 from imprompt.core.adapter import Adapter
-from imprompt.hosts.unet import attach
-from imprompt.prompter import ImagePrompt
+from imprompt.models.image_prompt import ImagePrompt
+from imprompt.unet.injection import attach
 
 STEPS = 10
 TIMES = [torch.tensor(1000 * i // STEPS + 1) for i in reversed(range(STEPS))]

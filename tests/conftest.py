@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import LinearProjector, MLPProjector, Resampler
-from imprompt.hosts.unet import adapter_shape
+from imprompt.core.image_projection import LinearProjector, MLPProjector, Resampler
 from imprompt.mini.tokenizer import make_tokenizer
+from imprompt.unet.injection import adapter_shape
 
 torch.set_num_threads(1)
 

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 
 from conftest import random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
-from imprompt import checkpoints
-from imprompt.checkpoints import CheckpointError, load_adapter, read, recognise, save, write
 from imprompt.errors import UserError
-from imprompt.hub import default_encoder
+from imprompt.models import checkpoints
+from imprompt.models.checkpoints import CheckpointError, load_adapter, read, recognise, save, write
+from imprompt.models.hub import default_encoder
 
 # ---------------------------------------------------------------------------------------- the public files, as shapes
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from imprompt.config import FITS
 from imprompt.errors import ImageError
-from imprompt.images import cut_share, fit, is_animated, open_image, sheet, squares, to_rgb
+from imprompt.utils.images import cut_share, fit, is_animated, open_image, sheet, squares, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

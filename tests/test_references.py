@@ -9,10 +9,10 @@ from PIL import Image
 import imprompt
 from imprompt.cli import main
 from imprompt.config import COMBINE
-from imprompt.core.aggregators import AGGREGATORS
+from imprompt.core.aggregation import AGGREGATORS
 from imprompt.core.attention import attend
 from imprompt.data.readers import Mini
-from imprompt.pipelines import load_base
+from imprompt.models.base_pipelines import load_base
 
 A, B = "examples/cat.png", "examples/fish.png"
 

@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from imprompt.api import generate as generate
-    from imprompt.checkpoints import save as save
-    from imprompt.core.scales import LAYOUT as LAYOUT
-    from imprompt.core.scales import STYLE as STYLE
+    from imprompt.core.conditioning import LAYOUT as LAYOUT
+    from imprompt.core.conditioning import STYLE as STYLE
     from imprompt.errors import UserError as UserError
-    from imprompt.hosts.unet import attach as attach
-    from imprompt.hub import MINI as MINI
-    from imprompt.prompter import ImagePrompt as ImagePrompt
-    from imprompt.prompter import load as load
+    from imprompt.generation.api import generate as generate
+    from imprompt.models.checkpoints import save as save
+    from imprompt.models.hub import MINI as MINI
+    from imprompt.models.image_prompt import ImagePrompt as ImagePrompt
+    from imprompt.models.image_prompt import load as load
     from imprompt.training import train as train
+    from imprompt.unet.injection import attach as attach
 
 _PUBLIC = {
-    "LAYOUT": "core.scales",
-    "MINI": "hub",
-    "STYLE": "core.scales",
-    "ImagePrompt": "prompter",
+    "LAYOUT": "core.conditioning",
+    "MINI": "models.hub",
+    "STYLE": "core.conditioning",
+    "ImagePrompt": "models.image_prompt",
     "UserError": "errors",
-    "attach": "hosts.unet",
-    "generate": "api",
-    "load": "prompter",
-    "save": "checkpoints",
+    "attach": "unet.injection",
+    "generate": "generation.api",
+    "load": "models.image_prompt",
+    "save": "models.checkpoints",
     "train": "training",
 }
 __all__ = sorted(_PUBLIC)

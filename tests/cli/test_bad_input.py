@@ -18,12 +18,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from conftest import CROSS, VISION, random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
-from imprompt import checkpoints
 from imprompt.cli import main
 from imprompt.config import SCHEDULERS
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import LinearProjector
-from imprompt.hosts.unet import adapter_shape
+from imprompt.core.image_projection import LinearProjector
+from imprompt.models import checkpoints
+from imprompt.unet.injection import adapter_shape
 
 
 class Bomb:

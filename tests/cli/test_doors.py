@@ -10,8 +10,8 @@ from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from imprompt.cli import main
-from imprompt.hub import MINI
-from imprompt.pipelines import load_base
+from imprompt.models.base_pipelines import load_base
+from imprompt.models.hub import MINI
 
 CAT, FISH, LEFT = (str(Path(__file__).parents[2] / "examples" / f"{name}.png") for name in ("cat", "fish", "left"))
 QUICK = ["--steps", "3", "--count", "1", "--json", "--dtype", "float32"]

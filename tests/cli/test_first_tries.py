@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from imprompt.cli import main
-from imprompt.hub import MINI
 from imprompt.mini import world
+from imprompt.models.hub import MINI
 
 QUICK = ["--steps", "2", "--batch", "2", "--validation", "0", "--no-preflight", "--precision", "float32", "--workers", "1"]
 
@@ -77,9 +77,9 @@ def test_a_wrong_encoder_is_named(photos, tmp_path, capsys, encoder):
 
 
 def test_an_adapter_that_does_not_fit_is_named(photos, tmp_path, capsys):
-    from imprompt import checkpoints
     from imprompt.core.adapter import Adapter
-    from imprompt.core.projectors import LinearProjector
+    from imprompt.core.image_projection import LinearProjector
+    from imprompt.models import checkpoints
 
     checkpoints.save(Adapter(LinearProjector(1024, 768), {1: 320, 3: 320}, 768), tmp_path / "other.safetensors", {}, torch.float32)
     error = said(capsys, "train", "--data", photos, "--adapter", tmp_path / "other.safetensors", "--out", tmp_path / "run", *QUICK)

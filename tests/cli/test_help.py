@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from conftest import random_adapter, sd15_unet, sdxl_unet
-from imprompt import checkpoints
 from imprompt.cli import main
+from imprompt.models import checkpoints
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "rich")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import CROSS, random_adapter, sd15_unet
-from imprompt.core.aggregators import Aggregator, Average, Joint, Maximum, SelfAttention, SetAttention, TokenAttention
+from imprompt.core.aggregation import Aggregator, Average, Joint, Maximum, SelfAttention, SetAttention, TokenAttention
 from imprompt.core.attention import attend
 
 WIDTH, PATCHES, TOKENS = 24, 1, 4

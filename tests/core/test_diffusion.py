@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from imprompt.core.diffusion import TARGETS, Schedule, add_noise, min_snr_weight, rectified_flow, target_of, variance_preserving
+from imprompt.core.noise_schedule import TARGETS, Schedule, add_noise, min_snr_weight, rectified_flow, target_of, variance_preserving
 
 BASE = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imprompt.core.muon import Muon, orthogonal
+from imprompt.core.optim import Muon, orthogonal
 
 SHAPES = ((24, 24), (24, 24), (48, 16), (16, 48), (8, 8))
 

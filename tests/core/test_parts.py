@@ -3,10 +3,8 @@
 import pytest
 import torch
 
+from imprompt.core.conditioning import LAYOUT, STYLE, mask_weights, progress, scale_of, unmatched, window
 from imprompt.core.guidance import guidance_groups, spread
-from imprompt.core.masks import mask_weights
-from imprompt.core.scales import LAYOUT, STYLE, scale_of, unmatched
-from imprompt.core.schedule import progress, window
 
 
 class Pipe:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from imprompt.cli import main
-from imprompt.data.census import SAMPLES, Census, census, look
 from imprompt.data.readers import Folder
+from imprompt.data.report import SAMPLES, Census, census, look
 from imprompt.mini import world
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from imprompt.data.coco import Coco, is_coco
 from imprompt.data.records import Counted
 from imprompt.errors import UserError
-from imprompt.images import open_image
+from imprompt.utils.images import open_image
 
 NAMES = ["000000000139.jpg", "000000000285.jpg", "000000000632.jpg"]
 

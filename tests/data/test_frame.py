@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imprompt.data.frame import Framing, bucket, example, stack
 from imprompt.data.records import Record
+from imprompt.data.transforms import Framing, bucket, example, stack
 from imprompt.errors import ImageError
 
 

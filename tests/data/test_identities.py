@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from imprompt.data.identities import Identities, split
 from imprompt.data.readers import open_data
+from imprompt.data.subjects import Identities, split
 from imprompt.errors import UserError
 
 

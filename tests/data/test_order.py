@@ -4,8 +4,8 @@ from itertools import islice
 
 import pytest
 
-from imprompt.data.order import Place, ordered
 from imprompt.data.records import Record
+from imprompt.data.sampler import Place, ordered
 from imprompt.errors import UserError
 
 

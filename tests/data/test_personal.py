@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from imprompt.data.personal import Personal, class_text, named, subject_text
+from imprompt.data.dreambooth import Personal, class_text, named, subject_text
 from imprompt.data.records import Counted
 from imprompt.errors import UserError
 
@@ -13,8 +13,8 @@ def test_with_a_prior_photographs_and_class_pictures_take_turns_and_all_come_up_
     records = Personal(["a", "b", "c"], "a sks cat", ["k", "l", "m", "n"], "a cat", weight=0.5)
     assert isinstance(records, Counted) and len(records) == 24
     found = [records[i] for i in range(len(records))]
-    assert {(r.text, r.weight) for r in found[::2]} == {("a sks cat", 1.0)}
-    assert {(r.text, r.weight) for r in found[1::2]} == {("a cat", 0.5)}
+    assert {(r.text, r.loss_weight) for r in found[::2]} == {("a sks cat", 1.0)}
+    assert {(r.text, r.loss_weight) for r in found[1::2]} == {("a cat", 0.5)}
     assert Counter(r.target for r in found[::2]) == {name: 4 for name in "abc"}
     assert Counter(r.target for r in found[1::2]) == {name: 3 for name in "klmn"}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from imprompt.data.readers import Folder, Lines, Mini, Shards, open_data
 from imprompt.data.records import Counted, Sharded
 from imprompt.errors import UserError
-from imprompt.images import open_image
+from imprompt.utils.images import open_image
 
 WORDS = ["a red square", 'ein grünes Quadrat, "quer"', "two\nlines"]
 

@@ -16,7 +16,7 @@ from transformers import (
     ViTModel,
 )
 
-from imprompt.evaluate.eyes import Eyes
+from imprompt.evaluation.features import Eyes
 
 MODELS = {
     "dino": lambda: Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)),

@@ -6,21 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from imprompt import checkpoints, faces
 from imprompt.config import Evaluate, Train
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import FacePlusProjector, FaceProjector
+from imprompt.core.image_projection import FacePlusProjector, FaceProjector
 from imprompt.errors import UserError
-from imprompt.evaluate import identity, metrics, report, suite
-from imprompt.evaluate.cases import open_cases
-from imprompt.evaluate.contender import How
-from imprompt.evaluate.contenders import load_contender
-from imprompt.evaluate.score import Seen
-from imprompt.hosts.unet import adapter_shape, attach
-from imprompt.hub import MINI
-from imprompt.pipelines import drawing, load_base, scheduled
-from imprompt.prompter import load
+from imprompt.evaluation import identity, metrics, report
+from imprompt.evaluation import runner as suite
+from imprompt.evaluation.samples import open_cases
+from imprompt.evaluation.scoring import Seen
+from imprompt.evaluation.system import How
+from imprompt.evaluation.systems import load_contender
+from imprompt.models import checkpoints
+from imprompt.models import face_encoders as faces
+from imprompt.models.base_pipelines import drawing, load_base, scheduled
+from imprompt.models.hub import MINI
+from imprompt.models.image_prompt import load
 from imprompt.training import train
+from imprompt.unet.injection import adapter_shape, attach
 
 FACE = 12
 SMALL = Evaluate(data="mini", limit=4, samples=1, steps=2, batch=2, resamples=20)

@@ -13,8 +13,8 @@ import scipy.stats
 import torch
 from torch import nn
 
-from imprompt.evaluate import metrics
-from imprompt.evaluate.metrics import (
+from imprompt.evaluation import metrics
+from imprompt.evaluation.metrics import (
     bootstrap,
     cmmd,
     cosines,
@@ -82,7 +82,7 @@ def test_clip_t_against_torchmetrics_clip_score():
     from transformers import CLIPProcessor
 
     from imprompt.mini import world
-    from imprompt.similarity import Similarity
+    from imprompt.models.clip_score import Similarity
 
     clip_score = pytest.importorskip("torchmetrics.functional.multimodal").clip_score
     subjects = [world.subject(i) for i in range(8)]
@@ -220,7 +220,7 @@ def test_cmmd_keeps_memory_flat():
     """8 000 rows against as many: one matrix of kernels would take 512 MB. In a process of its own, whose peak is its own."""
     code = """
 import resource, torch
-from imprompt.evaluate.metrics import cmmd
+from imprompt.evaluation.metrics import cmmd
 torch.set_num_threads(1)
 x, y = torch.randn(8_000, 4), torch.randn(8_000, 4)
 cmmd(x[:50], y[:50])

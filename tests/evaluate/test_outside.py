@@ -16,9 +16,9 @@ from PIL import Image
 from imprompt.cli import main
 from imprompt.config import Evaluate
 from imprompt.errors import UserError
-from imprompt.evaluate import outside
-from imprompt.evaluate.contender import Case, How
-from imprompt.evaluate.contenders import load_contender
+from imprompt.evaluation import external as outside
+from imprompt.evaluation.system import Case, How
+from imprompt.evaluation.systems import load_contender
 
 
 def cases(*references):

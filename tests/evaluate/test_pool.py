@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from imprompt.errors import UserError
-from imprompt.evaluate.pool import pool
+from imprompt.evaluation.workers import pool
 
 
 def test_after_a_mistake_nobody_is_waited_for():
@@ -27,7 +27,7 @@ def test_a_process_that_was_killed_is_said():
 
 KILLED = """
 import os, signal, time
-from imprompt.evaluate.pool import pool
+from imprompt.evaluation.workers import pool
 
 if __name__ == "__main__":
     with pool(1, time.sleep, 0) as processes:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from imprompt.errors import UserError
-from imprompt.evaluate import identity
-from imprompt.evaluate.identity import load_identity
-from imprompt.evaluate.metrics import centroid, likeness, recognised, threshold
+from imprompt.evaluation import identity
+from imprompt.evaluation.identity import load_identity
+from imprompt.evaluation.metrics import centroid, likeness, recognised, threshold
 from imprompt.mini import world
 
 # Figures

@@ -9,11 +9,11 @@ import torch
 from imprompt import cli
 from imprompt.config import GENERAL, Reproduce
 from imprompt.errors import UserError
-from imprompt.evaluate import claims
-from imprompt.evaluate.first_paper import CUSTOM, curve_names
-from imprompt.evaluate.metrics import Interval
-from imprompt.evaluate.score import Score
-from imprompt.evaluate.study import Finished, finished, finished_path, run, study_of
+from imprompt.evaluation.metrics import Interval
+from imprompt.evaluation.scoring import Score
+from imprompt.studies import ip_adapter_claims as claims
+from imprompt.studies.base import Finished, finished, finished_path, run, study_of
+from imprompt.studies.ip_adapter import CUSTOM, curve_names
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import torch
 from imprompt import cli
 from imprompt.config import PERSONAL, Reproduce
 from imprompt.errors import UserError
-from imprompt.evaluate import personal_claims as claims
-from imprompt.evaluate.metrics import Interval
-from imprompt.evaluate.score import Score
-from imprompt.evaluate.second_paper import PLAIN, SEVERAL, TRAINED, by_subject, timed
-from imprompt.evaluate.study import Finished, finished, run, study_of
+from imprompt.evaluation.metrics import Interval
+from imprompt.evaluation.scoring import Score
+from imprompt.studies import personalization_claims as claims
+from imprompt.studies.base import Finished, finished, run, study_of
+from imprompt.studies.personalization import PLAIN, SEVERAL, TRAINED, by_subject, timed
 
 
 @pytest.fixture(scope="module")

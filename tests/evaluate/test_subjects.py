@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 from imprompt.config import Evaluate
-from imprompt.data.identities import Identities
 from imprompt.data.readers import Mini, open_data
+from imprompt.data.subjects import Identities
 from imprompt.errors import ImageError, UserError
-from imprompt.evaluate import report, suite
-from imprompt.evaluate.cases import SubjectCases, open_cases
-from imprompt.evaluate.contender import How
-from imprompt.evaluate.contenders import load_contender, named
-from imprompt.evaluate.gallery import Gallery, kept_gallery, looked_at
+from imprompt.evaluation import report
+from imprompt.evaluation import runner as suite
+from imprompt.evaluation.gallery import Gallery, kept_gallery, looked_at
+from imprompt.evaluation.samples import SubjectCases, open_cases
+from imprompt.evaluation.system import How
+from imprompt.evaluation.systems import load_contender, named
 from imprompt.mini import world
 
 SMALL = Evaluate(

@@ -14,13 +14,14 @@ import imprompt
 from imprompt.config import Evaluate, Train
 from imprompt.data.records import Record
 from imprompt.errors import ImageError, UserError
-from imprompt.evaluate import metrics, report, suite
-from imprompt.evaluate.cases import DataCases, open_cases
-from imprompt.evaluate.contenders import load_contender, named
-from imprompt.evaluate.eyes import Eyes
-from imprompt.evaluate.score import Seen
-from imprompt.evaluate.shelf import Shelf
-from imprompt.mini.judging import Judge
+from imprompt.evaluation import metrics, report
+from imprompt.evaluation import runner as suite
+from imprompt.evaluation.features import Eyes
+from imprompt.evaluation.samples import DataCases, open_cases
+from imprompt.evaluation.scoring import Seen
+from imprompt.evaluation.store import Shelf
+from imprompt.evaluation.systems import load_contender, named
+from imprompt.mini.judge import Judge
 from imprompt.training import train
 
 SMALL = Evaluate(limit=6, samples=2, steps=2, batch=4, resamples=20, curve=2, adapter=("mini",), against=("reference-only",))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from imprompt.hosts.packing import _laid_out, pack
+from imprompt.unet.mkldnn import _laid_out, pack
 
 needs_bfloat16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bfloat16")
 

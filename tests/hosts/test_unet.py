@@ -5,9 +5,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from conftest import CROSS, POOLED, VISION, random_adapter, sd15_unet, sdxl_unet
-from imprompt.core.scales import STYLE
-from imprompt.hosts.unet import Link, adapter_shape, attach, cross_attention_layers
-from imprompt.prompter import ImagePrompt
+from imprompt.core.conditioning import STYLE
+from imprompt.models.image_prompt import ImagePrompt
+from imprompt.unet.injection import Link, adapter_shape, attach, cross_attention_layers
 
 
 def prompt(unet, kind="global", references=1, prompts=1, seed=5, **more):
@@ -214,7 +214,7 @@ def test_misfits_are_refused_with_what_was_expected(sd15):
 
 
 def test_initialises_from_the_layers_own_weights():
-    from imprompt.hosts.unet import initialise
+    from imprompt.unet.injection import initialise
 
     unet = sd15_unet()
     adapter = random_adapter(unet, "global")

@@ -7,11 +7,11 @@ from PIL import Image
 import imprompt
 from conftest import image_processor, sd15_pipeline, sdxl_pipeline
 from imprompt import config
-from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
 from imprompt.methods import MAKERS, create
 from imprompt.methods.base import absent
 from imprompt.methods.shuffle import warped
+from imprompt.models.image_encoders import ImageEncoder
 
 FITTING = 32  # the width of text and pooled embedding, for methods that put one in the other's place
 
@@ -346,9 +346,9 @@ def test_adapters_work_on_sdxl(name):
 def test_what_trains_a_unet_starts_much_as_the_base(name):
     if name == "shuffle":
         pytest.skip("its outlets are zero")
-    from imprompt.mini.judging import cases
-    from imprompt.pipelines import load_base
-    from imprompt.training.frozen import Frozen
+    from imprompt.mini.judge import cases
+    from imprompt.models.base_pipelines import load_base
+    from imprompt.training.frozen_encoders import Frozen
 
     pipe = load_base("mini")
     encoder = ImageEncoder.load(imprompt.MINI / "image_encoder")

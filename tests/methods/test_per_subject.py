@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 from conftest import sd15_pipeline, sdxl_pipeline
-from imprompt.checkpoints import load_module, write
-from imprompt.core.diffusion import Schedule
+from imprompt.core.noise_schedule import Schedule
 from imprompt.errors import CheckpointError, UserError
 from imprompt.methods import create
 from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.inversion import Inversion
-from imprompt.pipelines import schedule_of
-from imprompt.training.frozen import Encoded, Nulls, Text
+from imprompt.models.base_pipelines import schedule_of
+from imprompt.models.checkpoints import load_module, write
+from imprompt.training.class_images import class_pictures
+from imprompt.training.frozen_encoders import Encoded, Nulls, Text
 from imprompt.training.objective import Objective, losses
-from imprompt.training.prior import class_pictures
 
 NOTHING = torch.zeros(1, 1, 1, 1)
 NAMES = ("dreambooth", "dreambooth-lora", "inversion")
@@ -274,7 +274,7 @@ def test_a_copy_computes_activations_twice_where_the_base_does():
 
 @pytest.mark.parametrize("name", ["dreambooth", "dreambooth-lora"])
 def test_packed_layers_of_mini_are_no_obstacle(name):
-    from imprompt.hosts.packing import pack
+    from imprompt.unet.mkldnn import pack
 
     pipe = sd15_pipeline()
     pipe.unet.requires_grad_(False)

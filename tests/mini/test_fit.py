@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from imprompt.mini.fit import Plan, _Optimisers, fit, generator
+from imprompt.recipes.trainer import Plan, _Optimisers, fit, generator
 
 PLAN = Plan("line", steps=30, batch=8, lr=0.1, warmup=5, ema=0.9)
 WITH_MUON = Plan("net", steps=60, batch=8, lr=0.02, warmup=5, ema=0.9, muon=0.05)

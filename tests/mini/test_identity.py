@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from imprompt.mini import world
-from imprompt.mini.fit import Plan, fit
-from imprompt.mini.identity import GROUP, SEEDS, Telling, encoder, look_alikes, supervised_contrast, worn
-from imprompt.mini.judging import ELSEWHERE
-from imprompt.mini.recipe import IDENTITY_POOL, JUDGE_POOL, PHOTOS_PER_SUBJECT, PLANS, POOL, Build, Pool
+from imprompt.mini.judge import ELSEWHERE
+from imprompt.recipes.identity import GROUP, SEEDS, Telling, encoder, look_alikes, supervised_contrast, worn
+from imprompt.recipes.mini_models import IDENTITY_POOL, JUDGE_POOL, PHOTOS_PER_SUBJECT, PLANS, POOL, Build, Pool
+from imprompt.recipes.trainer import Plan, fit
 
 FRESH = 40_000_000  # scenes in which it is tested
 
@@ -84,8 +84,8 @@ def test_a_batch_holds_look_alikes_with_all_their_photographs():
 def test_the_pictures_of_a_batch_are_those_of_its_subjects(monkeypatch):
     telling = Telling(encoder(), Flat(), PHOTOS_PER_SUBJECT, 128)
     looked = []
-    monkeypatch.setattr("imprompt.mini.identity.worn", lambda x, g: looked.append(x[:, 0, 0, 0].long()) or x)
-    monkeypatch.setattr("imprompt.mini.identity.supervised_contrast", lambda embeddings, whose: looked.append(whose))
+    monkeypatch.setattr("imprompt.recipes.identity.worn", lambda x, g: looked.append(x[:, 0, 0, 0].long()) or x)
+    monkeypatch.setattr("imprompt.recipes.identity.supervised_contrast", lambda embeddings, whose: looked.append(whose))
     telling.loss(3)
     rows, whose = looked
     assert torch.equal(rows // PHOTOS_PER_SUBJECT, whose) and len(rows.unique()) == 128

@@ -8,8 +8,8 @@ from PIL import Image
 
 from imprompt.cli import main
 from imprompt.mini import world
-from imprompt.mini.doors import shares
-from imprompt.mini.judging import Judge, cases
+from imprompt.mini.judge import Judge, cases
+from imprompt.recipes.benchmark import shares
 
 QUICK = ["--prompts", "3", "--steps", "5", "--scheduler", "dpm++", "--json"]
 

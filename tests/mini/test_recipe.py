@@ -7,15 +7,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from imprompt import checkpoints, hub, pipelines, prompter
 from imprompt.config import Generate, Train, build, read_toml
 from imprompt.errors import UserError
-from imprompt.generating import draw
+from imprompt.generation.generate import draw
 from imprompt.mini import world
-from imprompt.mini.judging import Judge
-from imprompt.mini.make import CONFIGS, make
-from imprompt.mini.recipe import ADAPTERS, ATTRIBUTES, Build, autoencoder, normalise_latents
-from imprompt.mini.style import STYLES, make_style
+from imprompt.mini.judge import Judge
+from imprompt.models import base_pipelines as pipelines
+from imprompt.models import checkpoints, hub
+from imprompt.models import image_prompt as prompter
+from imprompt.recipes.build import CONFIGS, make
+from imprompt.recipes.mini_models import ADAPTERS, ATTRIBUTES, Build, autoencoder, normalise_latents
+from imprompt.recipes.style import STYLES, make_style
 
 PARTS = {
     "clip",

@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 
 from conftest import CROSS, VISION, image_processor, sd15_pipeline, vision_encoder
-from imprompt import checkpoints
 from imprompt.core.adapter import Adapter
-from imprompt.core.projectors import FacePlusProjector, FaceProjector
-from imprompt.encoders import ImageEncoder
+from imprompt.core.image_projection import FacePlusProjector, FaceProjector
 from imprompt.errors import UserError
-from imprompt.faces import FaceEncoder
-from imprompt.hosts.unet import adapter_shape, attach
-from imprompt.prompter import Prompter
+from imprompt.models import checkpoints
+from imprompt.models.face_encoders import FaceEncoder
+from imprompt.models.image_encoders import ImageEncoder
+from imprompt.models.image_prompt import Prompter
+from imprompt.unet.injection import adapter_shape, attach
 
 STEPS, FACE, RANK = 4, 12, 3
 

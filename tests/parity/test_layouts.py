@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from conftest import random_adapter, sd15_unet
-from imprompt import checkpoints, hub
 from imprompt.core.adapter import Adapter
-from imprompt.core.aggregators import TokenAttention
-from imprompt.core.projectors import MLPProjector
-from imprompt.hosts.unet import cross_attention_layers
+from imprompt.core.aggregation import TokenAttention
+from imprompt.core.image_projection import MLPProjector
 from imprompt.methods import create
+from imprompt.models import checkpoints, hub
+from imprompt.unet.injection import cross_attention_layers
 from test_checkpoints import ROWS
 
 H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from conftest import POOLED, random_adapter, sd15_pipeline, sd21_pipeline, sdxl_pipeline
-from imprompt.controls import Control, adapted
-from imprompt.hosts.unet import attach
-from imprompt.pipelines import for_task
-from imprompt.prompter import ImagePrompt
+from imprompt.generation.controls import Control, adapted
+from imprompt.models.base_pipelines import for_task
+from imprompt.models.image_prompt import ImagePrompt
+from imprompt.unet.injection import attach
 
 BASES = {"SD 1.5": sd15_pipeline, "SD 2.1": sd21_pipeline, "SDXL": sdxl_pipeline}
 SIDE = 32

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from conftest import sd15_pipeline
 from imprompt.config import Generate
 from imprompt.errors import UserError
-from imprompt.generating import draw
-from imprompt.pipelines import load_base
+from imprompt.generation.generate import draw
+from imprompt.models.base_pipelines import load_base
 
 _RESNET = {
     "norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.", "norm2.": "out_layers.0.",

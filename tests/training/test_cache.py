@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imprompt import hub
 from imprompt.config import Encode, Train
-from imprompt.data import cache as format
-from imprompt.data.cache import Cache, Row, contents, packed
+from imprompt.data import feature_cache as format
+from imprompt.data.feature_cache import Cache, Row, contents, packed
 from imprompt.data.readers import open_data
 from imprompt.errors import UserError
 from imprompt.mini import world
+from imprompt.models import hub
 from imprompt.training import encode, train
-from imprompt.training import encoding as module
+from imprompt.training import precompute as module
 
 TRAIN = Train(
     steps=4, batch=4, warmup=0, ema=0.0, validation=3, validation_steps=2, validate_every=4, preflight=False, precision="float32", lr=1e-3
@@ -81,7 +81,7 @@ def test_training_from_the_cache_is_training_from_the_data(photos, tmp_path):
 
 
 def test_rows_are_what_the_encoders_say(photos, tmp_path):
-    from imprompt.training.setting import Source, build
+    from imprompt.training.setup import Source, build
 
     encoded(photos / "list.jsonl", tmp_path / "cache")
     choice = replace(TRAIN, data=str(photos / "list.jsonl"), out=str(tmp_path / "run"), validation=0).settled()

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from imprompt import checkpoints
 from imprompt.config import Encode, Train
-from imprompt.core.aggregators import SelfAttention, SetAttention
-from imprompt.data.cache import Cache, Siblings
-from imprompt.data.frame import Framing, example
-from imprompt.data.identities import Identities
+from imprompt.core.aggregation import SelfAttention, SetAttention
+from imprompt.data.feature_cache import Cache, Siblings
 from imprompt.data.readers import Mini, open_data
 from imprompt.data.records import Record
+from imprompt.data.subjects import Identities
+from imprompt.data.transforms import Framing, example
 from imprompt.errors import ImageError, UserError
-from imprompt.prompter import load
+from imprompt.models import checkpoints
+from imprompt.models.image_prompt import load
 from imprompt.training import build, encode, train
 
 SMALL = {"batch": 2, "steps": 2, "validation": 2, "validation_steps": 2, "preflight": False, "warmup": 0, "device": "cpu"}

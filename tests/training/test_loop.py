@@ -91,7 +91,7 @@ def test_a_wrong_reference_is_another_picture_even_in_batches_of_one(tmp_path):
 
 
 def test_after_an_error_in_the_preflight_the_base_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["imprompt.training.preflight"], "without_gradient", lambda module: ["image_proj"])
+    monkeypatch.setattr(sys.modules["imprompt.training.sanity_check"], "without_gradient", lambda module: ["image_proj"])
     with pytest.raises(UserError, match="receive no gradient"):
         run(tmp_path / "a", preflight=True)
     assert len(run(tmp_path / "b", steps=1)) == 1

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from imprompt.core.diffusion import variance_preserving
-from imprompt.training.frozen import Encoded, Nulls, Text
+from imprompt.core.noise_schedule import variance_preserving
+from imprompt.training.frozen_encoders import Encoded, Nulls, Text
 from imprompt.training.objective import Chance, Objective, kept, losses
 
 

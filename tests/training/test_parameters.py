@@ -12,7 +12,7 @@ from imprompt.config import METHODS, Train
 from imprompt.methods import create
 from imprompt.training.loop import accelerate, objective_of, optimisers_of
 from imprompt.training.objective import losses
-from imprompt.training.setting import build
+from imprompt.training.setup import build
 
 VIT_H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
 

@@ -7,8 +7,8 @@ import torch
 
 from imprompt.config import Train
 from imprompt.errors import UserError
-from imprompt.training.preflight import preflight
-from imprompt.training.setting import build
+from imprompt.training.sanity_check import preflight
+from imprompt.training.setup import build
 
 CHOICE = Train(batch=6, validation=0, precision="float32").settled()
 

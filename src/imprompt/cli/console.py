@@ -51,6 +51,6 @@ def quiet_libraries(loading: bool = True) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it speaks on standard output
     if loading:
-        from imprompt.pipelines import hide_progress
+        from imprompt.models.base_pipelines import hide_progress
 
         hide_progress()

@@ -12,12 +12,12 @@ from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar
 from imprompt.config import Validate
 from imprompt.errors import UserError
-from imprompt.files import writable_folder
+from imprompt.utils.files import writable_folder
 
 
 def validate(arguments: argparse.Namespace) -> None:
     """Count, look at and compare every record once; write the report. An error where no record can be used."""
-    from imprompt.data.census import census
+    from imprompt.data.report import census
 
     choice = chosen_fields(arguments, Validate)
     folder = writable_folder(choice.out)

@@ -13,8 +13,9 @@ def run(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Evaluate).settled()
     quiet_libraries()
     with progress_bar("evaluating", show=not arguments.json) as bar:
-        from imprompt.evaluate import report, suite
-        from imprompt.memory import enough_memory
+        from imprompt.evaluation import report
+        from imprompt.evaluation import runner as suite
+        from imprompt.utils.memory import enough_memory
 
         with enough_memory("take a smaller --batch"):
             for at in suite.draw(choice):
@@ -44,8 +45,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
     choice = chosen_fields(arguments, Reproduce)
     quiet_libraries()
     with progress_bar("reproducing", show=not arguments.json) as bar:
-        from imprompt.evaluate.study import report_of
-        from imprompt.evaluate.study import run as work
+        from imprompt.studies.base import report_of
+        from imprompt.studies.base import run as work
 
         done, total = 0, 1
         for at in work(choice):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Tell kind, tokens, layers, base family, encoder and parameters of an adapter file."""
-    from imprompt.checkpoints import read, recognise
+    from imprompt.models.checkpoints import read, recognise
 
     spec = recognise(*read(arguments.file))
     facts = {
@@ -35,7 +35,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Rewrite an adapter file."""
-    from imprompt import checkpoints
+    from imprompt.models import checkpoints
 
     spec = checkpoints.convert(arguments.source, arguments.target, arguments.plain)
     print(f"{arguments.target}: {spec.kind} adapter for {spec.base}, {spec.parameters:,} parameters")

@@ -13,15 +13,15 @@ from imprompt import __version__
 from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
 from imprompt.config import Generate, Personalise
-from imprompt.files import atomic_path, writable_folder
+from imprompt.utils.files import atomic_path, writable_folder
 
 if TYPE_CHECKING:
-    from imprompt.generating import Drawn
+    from imprompt.generation.generate import Drawn
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw, write each picture with its settings in the metadata and a contact sheet, and say where they are."""
-    from imprompt.images import cut_share, is_animated, open_image, sheet
+    from imprompt.utils.images import cut_share, is_animated, open_image, sheet
 
     choice = chosen_fields(arguments, Generate)
     folder = writable_folder(choice.out)
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
                 progress.say(f"{Path(path).name}: the centre square is used, {cut_share(image):.0%} is cut; --fit pad or tile keeps all")
             if is_animated(path):
                 progress.say(f"{Path(path).name}: only the first frame is used")
-        from imprompt.generating import draw
+        from imprompt.generation.generate import draw
 
         start = time.monotonic()
         drawn = draw(choice, progress.advance)

@@ -14,16 +14,16 @@ from rich.table import Table
 
 from imprompt.cli.console import Shown, progress_bar, quiet_libraries
 from imprompt.errors import UserError
-from imprompt.files import atomic_path, writable_folder, write_file
+from imprompt.utils.files import atomic_path, writable_folder, write_file
 
 
 def make(arguments: argparse.Namespace) -> None:
     """Train every missing part; continue the one that was interrupted."""
     quiet_libraries()
-    from imprompt.hub import MINI
-    from imprompt.mini.make import install
-    from imprompt.mini.make import make as make_parts
-    from imprompt.mini.recipe import Build
+    from imprompt.models.hub import MINI
+    from imprompt.recipes.build import install
+    from imprompt.recipes.build import make as make_parts
+    from imprompt.recipes.mini_models import Build
 
     _check_budget(arguments.budget)
     with progress_bar("mini") as bar:
@@ -38,7 +38,7 @@ def make(arguments: argparse.Namespace) -> None:
 def style(arguments: argparse.Namespace) -> None:
     """Make a custom model to try an adapter on."""
     quiet_libraries()
-    from imprompt.mini.style import STYLES, make_style
+    from imprompt.recipes.style import STYLES, make_style
 
     if arguments.style not in STYLES:
         raise UserError(f"style: expected one of {', '.join(STYLES)}, received {arguments.style!r}")
@@ -64,10 +64,10 @@ def show(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
     from imprompt import generate
-    from imprompt.hub import MINI
-    from imprompt.images import sheet
     from imprompt.mini import world
-    from imprompt.mini.judging import cases
+    from imprompt.mini.judge import cases
+    from imprompt.models.hub import MINI
+    from imprompt.utils.images import sheet
 
     rng = random.Random(arguments.seed)
     shown = cases(8 + arguments.seed)[arguments.seed :]
@@ -94,9 +94,9 @@ def judge(arguments: argparse.Namespace) -> None:
     """Measure mini against the bars, on held-out prompts."""
     quiet_libraries()
     from imprompt.config import Generate
-    from imprompt.mini.doors import Doors, shares
-    from imprompt.mini.judging import BARS, SCALES, Bench, cases
-    from imprompt.pipelines import MINI_GUIDANCE, load_base, pick_dtype, scheduled
+    from imprompt.mini.judge import BARS, SCALES, Bench, cases
+    from imprompt.models.base_pipelines import MINI_GUIDANCE, load_base, pick_dtype, scheduled
+    from imprompt.recipes.benchmark import Doors, shares
 
     tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
     results: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ from imprompt.cli import chosen_fields
 from imprompt.cli.console import progress_bar, quiet_libraries
 from imprompt.cli.generate import keep
 from imprompt.config import PERSONAL, Personalise
-from imprompt.files import atomic_path, writable_folder
+from imprompt.utils.files import atomic_path, writable_folder
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -18,8 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = writable_folder(choice.out)
     quiet_libraries(loading=choice.base == "mini" or Path(choice.base).is_dir())
     with progress_bar("looking", show=not arguments.json) as progress:
-        from imprompt.images import sheet
-        from imprompt.personalising import learn, photographs, pictures
+        from imprompt.personalize import learn, photographs, pictures
+        from imprompt.utils.images import sheet
 
         places, opened = photographs(choice, progress.say)
         progress.rename("learning")

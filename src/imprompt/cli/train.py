@@ -74,7 +74,7 @@ def encode(arguments: argparse.Namespace) -> None:
         _encode(choice, rank, ranks, show=not arguments.json)
         if ranks > 1:
             return
-    from imprompt.data.cache import contents
+    from imprompt.data.feature_cache import contents
 
     found = contents(Path(choice.out))
     if arguments.json:
@@ -91,7 +91,7 @@ def _encode(choice: Encode, rank: int, ranks: int, show: bool) -> None:
     quiet_libraries()
     with progress_bar("encoding", show=show and rank == 0) as progress:
         from imprompt import training
-        from imprompt.memory import enough_memory
+        from imprompt.utils.memory import enough_memory
 
         began = time.monotonic()
         with enough_memory("take a smaller --batch"):

@@ -5,9 +5,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from imprompt.core.aggregators import Aggregator
+from imprompt.core.aggregation import Aggregator
 from imprompt.core.attention import KeyValues
-from imprompt.core.projectors import Projector
+from imprompt.core.image_projection import Projector
 
 
 class LayerProjection(nn.Module):

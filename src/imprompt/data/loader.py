@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from imprompt.data.order import Drawn, Place, ordered
 from imprompt.data.records import Record, Records
+from imprompt.data.sampler import Drawn, Place, ordered
 from imprompt.errors import UserError, brief
 
 Item = TypeVar("Item")

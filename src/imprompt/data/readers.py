@@ -17,8 +17,8 @@ import numpy as np
 from imprompt.data.coco import Coco, is_coco
 from imprompt.data.records import Record, Records
 from imprompt.errors import UserError, brief
-from imprompt.images import Picture
 from imprompt.mini import world
+from imprompt.utils.images import Picture
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LISTS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")

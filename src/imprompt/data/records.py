@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from imprompt.images import Picture
+from imprompt.utils.images import Picture
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Record:
     references: tuple[Picture, ...] = ()
     mask: Picture | None = None
     subject: str | None = None
-    weight: float = 1.0  # how much its loss counts
+    loss_weight: float = 1.0  # how much its loss counts
 
 
 @runtime_checkable

@@ -7,9 +7,7 @@ import torch
 from PIL import Image
 
 from imprompt import config
-from imprompt.encoders import Encoder, ImageEncoder, LatentEncoder, NothingEncoder, PixelEncoder
 from imprompt.errors import UserError
-from imprompt.hosts.unet import adapter_shape
 from imprompt.methods.base import Method as Method
 from imprompt.methods.base import Rewriter
 from imprompt.methods.blip import BlipDiffusion
@@ -21,10 +19,12 @@ from imprompt.methods.kandinsky import Kandinsky
 from imprompt.methods.reference_only import ReferenceOnly
 from imprompt.methods.seecoder import SeeCoder
 from imprompt.methods.shuffle import Shuffle
-from imprompt.methods.tokens import SimpleAdapter, T2IStyle, UniControlNetGlobal
+from imprompt.methods.token_adapters import SimpleAdapter, T2IStyle, UniControlNetGlobal
 from imprompt.methods.unclip import OpenUnCLIP, SDUnCLIP
 from imprompt.methods.versatile import Versatile
-from imprompt.pipelines import own_size, schedule_of
+from imprompt.models.base_pipelines import own_size, schedule_of
+from imprompt.models.image_encoders import Encoder, ImageEncoder, LatentEncoder, NothingEncoder, PixelEncoder
+from imprompt.unet.injection import adapter_shape
 
 Maker = Callable[[str, Any, Any], Method]  # name, pipeline, and what turns pictures into features
 

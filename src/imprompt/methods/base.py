@@ -14,8 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from imprompt.core import guidance
-from imprompt.encoders import Encoder
 from imprompt.errors import UserError
+from imprompt.models.image_encoders import Encoder
 
 Given = dict[str, Tensor]  # what a call needs of the pictures; each tensor has a row for each prompt
 

@@ -9,10 +9,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from imprompt.data.personal import named
-from imprompt.encoders import Encoder, NothingEncoder
+from imprompt.data.dreambooth import named
 from imprompt.errors import UserError
 from imprompt.methods.base import speaking_for
+from imprompt.models.image_encoders import Encoder, NothingEncoder
 
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention layer

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imprompt.data.personal import named
-from imprompt.encoders import Encoder, NothingEncoder
+from imprompt.data.dreambooth import named
 from imprompt.errors import UserError
 from imprompt.methods.base import speaking_for
+from imprompt.models.image_encoders import Encoder, NothingEncoder
 
 TOKEN = "<subject>"
 VECTORS = 4

@@ -6,13 +6,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from imprompt.core.adapter import Adapter
-from imprompt.core.aggregators import AGGREGATORS
+from imprompt.core.aggregation import AGGREGATORS
 from imprompt.core.attention import KeyValues
-from imprompt.core.projectors import LinearProjector, MLPProjector, Projector, Resampler
-from imprompt.encoders import Encoder
+from imprompt.core.image_projection import LinearProjector, MLPProjector, Projector, Resampler
 from imprompt.errors import UserError
-from imprompt.hosts.unet import Processors, adapter_shape, attach, initialise, layer_inputs
-from imprompt.prompter import ImagePrompt
+from imprompt.models.image_encoders import Encoder
+from imprompt.models.image_prompt import ImagePrompt
+from imprompt.unet.injection import Processors, adapter_shape, attach, initialise, layer_inputs
 
 
 class IPAdapter:

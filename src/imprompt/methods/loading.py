@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 
-from imprompt import checkpoints, hub
-from imprompt.checkpoints import Spec
 from imprompt.config import PERSONAL, READS
 from imprompt.core.adapter import Adapter
-from imprompt.encoders import ImageEncoder
 from imprompt.errors import CheckpointError, UserError
-from imprompt.hosts.packing import pack
-from imprompt.hosts.unet import check_fit
 from imprompt.methods import Method, create
 from imprompt.methods.dreambooth import RANK, DreamBooth
 from imprompt.methods.inversion import TOKEN, VECTORS, Inversion
 from imprompt.methods.ip_adapter import IPAdapter
-from imprompt.prompter import find_encoder, load
+from imprompt.models import checkpoints, hub
+from imprompt.models.checkpoints import Spec
+from imprompt.models.image_encoders import ImageEncoder
+from imprompt.models.image_prompt import find_encoder, load
+from imprompt.unet.injection import check_fit
+from imprompt.unet.mkldnn import pack
 
 LARGE = 5_000_000  # parameters of a module that is worth laying out for the processor
 

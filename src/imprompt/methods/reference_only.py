@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from imprompt.core.diffusion import Schedule, add_noise
+from imprompt.core.noise_schedule import Schedule, add_noise
 from imprompt.methods.base import Given, Rewriting, absent
 
 FIDELITY = 0.5

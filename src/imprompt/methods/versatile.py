@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imprompt.encoders import ImageEncoder
 from imprompt.errors import UserError
 from imprompt.methods.base import FineTuned, Given
+from imprompt.models.image_encoders import ImageEncoder
 
 
 class Versatile(FineTuned):

@@ -6,13 +6,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from imprompt.config import Train
-from imprompt.memory import enough_memory
-from imprompt.training.encoding import Progress, cached
-from imprompt.training.encoding import encode as encode
-from imprompt.training.journal import recorded as recorded
 from imprompt.training.loop import Step, accelerate, loop
-from imprompt.training.preflight import Report, preflight
-from imprompt.training.setting import Setting, build, states
+from imprompt.training.precompute import Progress, cached
+from imprompt.training.precompute import encode as encode
+from imprompt.training.run_log import recorded as recorded
+from imprompt.training.sanity_check import Report, preflight
+from imprompt.training.setup import Setting, build, states
+from imprompt.utils.memory import enough_memory
 
 SMALLER = "take a smaller --batch with more --accumulate, or --checkpointing, or train from a --cache"
 

@@ -20,13 +20,13 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from imprompt.config import Train
-from imprompt.core.muon import Muon
+from imprompt.core.optim import Muon
 from imprompt.errors import UserError
-from imprompt.pipelines import claim_device, pick_precision
-from imprompt.training.examine import Examiner, Findings
+from imprompt.models.base_pipelines import claim_device, pick_precision
+from imprompt.training.checkpointing import Keeper, Memory
 from imprompt.training.objective import Objective, losses
-from imprompt.training.setting import Setting
-from imprompt.training.state import Keeper, Memory
+from imprompt.training.setup import Setting
+from imprompt.training.validation import Examiner, Findings
 
 PATIENCE = timedelta(hours=12)  # how long a process waits for another that still fills the cache
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imprompt.core.diffusion import Schedule, add_noise, min_snr_weight, target_of
-from imprompt.training.frozen import Encoded, Nulls, Text, extras
+from imprompt.core.noise_schedule import Schedule, add_noise, min_snr_weight, target_of
+from imprompt.training.frozen_encoders import Encoded, Nulls, Text, extras
 
 
 @dataclass(frozen=True)

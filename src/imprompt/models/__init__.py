@@ -1,0 +1,1 @@
+"""What an image prompt is made with: adapter files, image encoders, base pipelines."""

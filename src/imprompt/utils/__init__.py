@@ -1,0 +1,1 @@
+"""Helpers that know nothing of diffusion: files, images, HTML, memory, plots, statistics."""
