@@ -13,16 +13,16 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## a picture drawn after a reference picture
-	@$(BIN)/imprompt generate --image examples/cat.png --count 4 --out imprompt-out
+	@$(BIN)/imprompt generate --image examples/cat.png --num-images 4 --output-dir imprompt-out
 
 test: $(READY) ## all tests
 	@$(BIN)/python -m pytest -n 2
 
-check: $(READY) ## lint, types, the direction of imports
+check: $(READY) ## lint, types, layering
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/test_rooms.py
+	@$(BIN)/python -m pytest -q tests/test_layering.py
 
 OLDEST := .venv-oldest
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
@@ -31,7 +31,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@touch $@
 
 oldest: $(OLDEST)/.ready ## the tests around pipelines, with the oldest diffusers that is supported
-	@$(OLDEST)/bin/python -m pytest -q -n 2 -o filterwarnings=default tests/hosts tests/parity tests/pipelines
+	@$(OLDEST)/bin/python -m pytest -q -n 2 -o filterwarnings=default tests/unet tests/parity tests/pipelines
 
 bench: $(READY) ## ratios to plain diffusers
 	@$(BIN)/python -m benchmarks

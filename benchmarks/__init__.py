@@ -1,1 +1,1 @@
-"""What imprompt costs beside plain diffusers. Speed is always a ratio within one run; nothing here passes or fails."""
+"""Benchmarks: what imprompt costs in comparison with plain diffusers. Speed is a ratio within one run; nothing here passes or fails."""

@@ -18,15 +18,15 @@ from transformers import (
 )
 
 from imprompt.core.adapter import Adapter
-from imprompt.core.image_projection import LinearProjector, MLPProjector, Resampler
-from imprompt.mini.tokenizer import make_tokenizer
-from imprompt.unet.injection import adapter_shape
+from imprompt.core.image_projection import FullImageProjection, ImageProjection, Resampler
+from imprompt.mini.tokenizer import build_tokenizer
+from imprompt.unet.attn_processors import infer_adapter_shape
 
 torch.set_num_threads(1)
 
 CROSS = 32
-VISION = 40  # width of the encoder's grid
-POOLED = 24  # width of its pooled embedding
+VISION = 40  # dimension of the image encoder's patch features
+POOLED = 24  # dimension of its pooled embedding
 
 
 def sd15_unet(cross: int = CROSS, **more: Any) -> UNet2DConditionModel:
@@ -76,7 +76,7 @@ def vision_encoder() -> CLIPVisionModelWithProjection:
 
 
 def _text_config() -> CLIPTextConfig:
-    tokenizer = make_tokenizer()
+    tokenizer = build_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=CROSS, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=24, projection_dim=CROSS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -100,7 +100,7 @@ def sd15_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPi
     """A complete pipeline around a small random SD-1.5-shaped UNet."""
     torch.manual_seed(3)
     pipe = StableDiffusionPipeline(
-        unet=unet or sd15_unet(), vae=_vae(), text_encoder=CLIPTextModel(_text_config()).eval(), tokenizer=make_tokenizer(),
+        unet=unet or sd15_unet(), vae=_vae(), text_encoder=CLIPTextModel(_text_config()).eval(), tokenizer=build_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
         image_encoder=vision_encoder(), feature_extractor=image_processor(), safety_checker=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     text, text_2 = CLIPTextModel(_text_config()).eval(), CLIPTextModelWithProjection(_text_config()).eval()
     pipe = StableDiffusionXLPipeline(
         unet=sdxl_unet(2 * CROSS), vae=_vae(), text_encoder=text, text_encoder_2=text_2,
-        tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(),
+        tokenizer=build_tokenizer(), tokenizer_2=build_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
         image_encoder=vision_encoder(), feature_extractor=image_processor(), add_watermarker=False,
     )  # fmt: skip
@@ -128,16 +128,28 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     return pipe
 
 
-def random_adapter(unet: UNet2DConditionModel, kind: str, seed: int = 5) -> Adapter:
-    """An adapter of this kind for this UNet, with random weights that matter."""
+def random_adapter(unet: UNet2DConditionModel, adapter_type: str, seed: int = 5) -> Adapter:
+    """An adapter of this type for this UNet, with random weights that are large enough to have an effect."""
     torch.manual_seed(seed)
-    layers, cross = adapter_shape(unet)
+    hidden_dims, cross_attention_dim = infer_adapter_shape(unet)
     projector = {
-        "global": lambda: LinearProjector(POOLED, cross, 4),
-        "resampler": lambda: Resampler(VISION, cross, tokens=6, width=64, heads=1, depth=4),
-        "full-face": lambda: MLPProjector(VISION, cross),
-    }[kind]()
-    return Adapter(projector, layers, cross).eval().requires_grad_(False)
+        "base": lambda: ImageProjection(POOLED, cross_attention_dim, 4),
+        "plus": lambda: Resampler(VISION, cross_attention_dim, num_tokens=6, hidden_dim=64, num_heads=1, depth=4),
+        "full-face": lambda: FullImageProjection(VISION, cross_attention_dim),
+    }[adapter_type]()
+    return Adapter(projector, hidden_dims, cross_attention_dim).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def check_shapes_of_core(request):
+    """Tests of core check the shapes in its signatures."""
+    if request.path.parent.name != "core":
+        yield
+        return
+    from shape_checks import checked_shapes
+
+    with checked_shapes():
+        yield
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from imprompt.errors import UserError as UserError
     from imprompt.generation.api import generate as generate
     from imprompt.models.checkpoints import save as save
-    from imprompt.models.hub import MINI as MINI
+    from imprompt.models.hub import MINI_PATH as MINI_PATH
     from imprompt.models.image_prompt import ImagePrompt as ImagePrompt
     from imprompt.models.image_prompt import load as load
-    from imprompt.training import train as train
+    from imprompt.training.api import train as train
     from imprompt.unet.injection import attach as attach
 
 _PUBLIC = {
@@ -36,7 +36,7 @@ _PUBLIC = {
     "generate": "generation.api",
     "load": "models.image_prompt",
     "save": "models.checkpoints",
-    "train": "training",
+    "train": "training.api",
 }
 __all__ = sorted(_PUBLIC)
 

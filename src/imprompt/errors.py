@@ -1,19 +1,19 @@
-"""Errors that speak to the person who can fix them: expected, received, next move."""
+"""Errors for the person who can fix them: what was expected, what was received, and what to do next. Standard library only."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The command line prints its one sentence and exits with 2."""
+    """An input that cannot be used, or a missing resource. The command line prints its one sentence and exits with status 2."""
 
 
 class ImageError(UserError):
-    """A picture that cannot be read or is not fit for use."""
+    """An image that cannot be read or used."""
 
 
 class CheckpointError(UserError):
-    """A file that is no adapter, is damaged, or does not fit."""
+    """A file that is not an adapter, is damaged, or does not fit."""
 
 
-def brief(error: Exception) -> str:
-    """What a library says about an error, on one line, to stand in brackets behind our own words."""
+def summarize_error(error: Exception) -> str:
+    """The first line of another library's error message, to be quoted in parentheses in our own message."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__

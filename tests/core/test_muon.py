@@ -1,43 +1,43 @@
-"""Our Muon beside PyTorch's: the same steps up to bfloat16's rounding, the same state; the orthogonal matrix against an SVD."""
+"""Our Muon takes the steps of PyTorch's up to rounding in bfloat16, with the same state; Newton–Schulz is tested against an SVD."""
 
 import pytest
 import torch
 
-from imprompt.core.optim import Muon, orthogonal
+from imprompt.core.optim import Muon, newton_schulz
 
 SHAPES = ((24, 24), (24, 24), (48, 16), (16, 48), (8, 8))
 
 
-def matrices():
+def random_matrices():
     g = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in SHAPES]
 
 
-def gradients(parameters, seed):
+def set_random_gradients(parameters, seed):
     g = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=g)
 
 
 def test_it_steps_as_pytorchs_does():
-    ours, theirs = matrices(), matrices()
-    mine = Muon(ours, lr=0.02, weight_decay=0.1)
-    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours, theirs = random_matrices(), random_matrices()
+    our_muon = Muon(ours, lr=0.02, weight_decay=0.1)
+    torch_muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     before = [p.detach().clone() for p in ours]
     for seed in range(5):
-        gradients(ours, seed)
-        gradients(theirs, seed)
-        mine.step()
-        other.step()
+        set_random_gradients(ours, seed)
+        set_random_gradients(theirs, seed)
+        our_muon.step()
+        torch_muon.step()
     for a, b, start in zip(ours, theirs, before, strict=True):
         assert (a - b).norm() < 0.03 * (b - start).norm()
-        torch.testing.assert_close(mine.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"])
+        torch.testing.assert_close(our_muon.state[a]["momentum_buffer"], torch_muon.state[b]["momentum_buffer"])
 
 
 def test_a_state_goes_on_in_either():
-    ours, theirs = matrices(), matrices()
+    ours, theirs = random_matrices(), random_matrices()
     first = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    gradients(theirs, 0)
+    set_random_gradients(theirs, 0)
     first.step()
     second = Muon(ours, lr=0.5, weight_decay=0.0)
     second.load_state_dict(first.state_dict())
@@ -46,8 +46,8 @@ def test_a_state_goes_on_in_either():
 
 
 def test_parameters_without_a_gradient_stay():
-    ours = matrices()
-    gradients(ours[1:], 0)
+    ours = random_matrices()
+    set_random_gradients(ours[1:], 0)
     before = ours[0].detach().clone()
     Muon(ours, lr=0.02, weight_decay=0.1).step()
     assert torch.equal(ours[0], before)
@@ -56,9 +56,9 @@ def test_parameters_without_a_gradient_stay():
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (2, 6, 20)])
 def test_singular_values_come_near_one_and_vectors_stay(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = orthogonal(x, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
-    values = torch.linalg.svdvals(found)
-    assert found.shape == x.shape and float(values.min()) > 0.5 and float(values.max()) < 1.4
+    orthogonal = newton_schulz(x, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    values = torch.linalg.svdvals(orthogonal)
+    assert orthogonal.shape == x.shape and float(values.min()) > 0.5 and float(values.max()) < 1.4
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    turned = u.mT @ found @ vh.mT  # diagonal where the singular vectors stayed
-    assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+    rotated = u.mT @ orthogonal @ vh.mT  # diagonal where the singular vectors stayed
+    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))).abs().max() < 0.05

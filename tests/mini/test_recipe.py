@@ -7,17 +7,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from imprompt.config import Generate, Train, build, read_toml
+from imprompt.config import GenerateConfig, TrainConfig, build, read_toml
 from imprompt.errors import UserError
 from imprompt.generation.generate import draw
 from imprompt.mini import world
-from imprompt.mini.judge import Judge
+from imprompt.mini.attribute_classifier import AttributeClassifier
 from imprompt.models import base_pipelines as pipelines
 from imprompt.models import checkpoints, hub
 from imprompt.models import image_prompt as prompter
-from imprompt.recipes.build import CONFIGS, make
-from imprompt.recipes.mini_models import ADAPTERS, ATTRIBUTES, Build, autoencoder, normalise_latents
-from imprompt.recipes.style import STYLES, make_style
+from imprompt.recipes.build import CONFIGS, build_mini
+from imprompt.recipes.mini_models import ADAPTER_PARTS, ATTRIBUTES, MiniBuild, build_vae, normalize_latents
+from imprompt.recipes.style import STYLES, train_style
 
 PARTS = {
     "clip",
@@ -38,15 +38,15 @@ PARTS = {
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
-    make(Build(folder / "work", lambda *_: None, budget=0.0002))
-    Build(folder / "work", lambda *_: None, budget=0.0002).assemble(folder / "weights")
+    build_mini(MiniBuild(folder / "work", lambda *_: None, budget=0.0002))
+    MiniBuild(folder / "work", lambda *_: None, budget=0.0002).assemble_model(folder / "weights")
     return folder
 
 
 def test_every_part_is_kept_and_not_made_again(built):
     assert {path.name for path in (built / "work" / "parts").iterdir()} == PARTS
     said = []
-    make(Build(built / "work", lambda *words: said.append(words), budget=0.0002))
+    build_mini(MiniBuild(built / "work", lambda *words: said.append(words), budget=0.0002))
     assert said == []
 
 
@@ -58,62 +58,72 @@ def test_the_folder_is_a_stable_diffusion(built):
     assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
 
 
-@pytest.mark.parametrize("name, kind", [("adapter", "global"), ("adapter-plus", "resampler"), ("adapter-subject", "resampler")])
+@pytest.mark.parametrize("name, kind", [("adapter", "base"), ("adapter-plus", "plus"), ("adapter-subject", "plus")])
 def test_the_adapters_are_public_files(built, name, kind):
     adapter, spec = checkpoints.load_adapter(built / "weights" / f"{name}.safetensors")
-    assert (spec.kind, spec.base, spec.dtype) == (kind, "mini", "float16")
-    assert len(spec.layers) == 7 and adapter.trainable() == spec.parameters
+    assert (spec.adapter_type, spec.base_model, spec.dtype) == (kind, "mini", "float16")
+    assert len(spec.layers) == 7 and adapter.num_parameters() == spec.num_parameters
 
 
 def test_it_generates_after_a_reference(built, monkeypatch):
     for module in (hub, pipelines):
         monkeypatch.setattr(module, "MINI", built / "weights")
-    pipelines.load_base.cache_clear()
-    photo = world.draw(world.subject(0), world.scene(0))
-    for adapter in hub.EMBEDDED:
-        with_image = draw(Generate(image=(photo,), adapter=adapter, steps=2, count=2))
+    pipelines.load_pipeline.cache_clear()
+    photo = world.render(world.make_subject(0), world.make_scene(0))
+    for adapter in hub.BUNDLED_ADAPTERS:
+        with_image = draw(GenerateConfig.from_options(image=(photo,), adapter=adapter, num_inference_steps=2, num_images=2))
         assert [picture.seed for picture in with_image] == [0, 1]
-    assert prompter.load("mini").spec.grid is False
-    pipelines.load_base.cache_clear()
+    assert prompter.load("mini").spec.uses_patch_features is False
+    pipelines.load_pipeline.cache_clear()
 
 
 def test_the_judge_reads_every_attribute(built):
-    judge = Judge(built / "weights")
-    read = judge.read([world.draw(world.subject(i), world.scene(i)) for i in range(3)])
+    classifier = AttributeClassifier(built / "weights")
+    read = classifier.classify([world.render(world.make_subject(i), world.make_scene(i)) for i in range(3)])
     assert [set(row) for row in read] == [set(ATTRIBUTES)] * 3
     assert all(value in ATTRIBUTES[name] for row in read for name, value in row.items())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ADAPTER_PARTS)
 def test_the_shipped_adapters_settings_are_those_of_the_command(name):
-    choice = build(Train, read_toml(CONFIGS / f"{name}.toml")).settled()
+    choice = build(TrainConfig, read_toml(CONFIGS / f"{name}.toml")).with_defaults()
     subject = name == "adapter-subject"
-    assert (choice.base, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini-plus" if subject else None)
-    assert checkpoints.load_adapter(hub.MINI / f"{name}.safetensors")[0].aggregator.name == ("attention-tokens" if subject else "concat")
-    assert checkpoints.recognise(*checkpoints.read(hub.MINI / f"{name}.safetensors")).metadata["recipe"].endswith(f"configs/{name}.toml")
+    assert (choice.model, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini-plus" if subject else None)
+    assert checkpoints.load_adapter(hub.MINI_PATH / f"{name}.safetensors")[0].aggregator.name == (
+        "attention-tokens" if subject else "concat"
+    )
+    assert (
+        checkpoints.detect_spec(*checkpoints.read_adapter_file(hub.MINI_PATH / f"{name}.safetensors"))
+        .metadata["recipe"]
+        .endswith(f"configs/{name}.toml")
+    )
 
 
 def test_a_custom_model_in_another_style_takes_the_adapter(tmp_path):
-    model = make_style("mosaic", tmp_path, lambda *_: None, budget=0.004)
-    before = load_file(hub.MINI / "unet" / "diffusion_pytorch_model.safetensors")
+    model = train_style("mosaic", tmp_path, lambda *_: None, budget=0.004)
+    before = load_file(hub.MINI_PATH / "unet" / "diffusion_pytorch_model.safetensors")
     after = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert before.keys() == after.keys() and not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
-    photo = world.draw(world.subject(0), world.scene(0))
-    assert draw(Generate(image=(photo,), base=str(model), adapter="mini", guidance=3.0, steps=2, count=1))[0].image.size == (64, 64)
+    photo = world.render(world.make_subject(0), world.make_scene(0))
+    assert draw(
+        GenerateConfig.from_options(
+            image=(photo,), model=str(model), adapter="mini", guidance_scale=3.0, num_inference_steps=2, num_images=1
+        )
+    )[0].image.size == (64, 64)
 
 
 @pytest.mark.parametrize("style", list(STYLES))
 def test_a_style_changes_how_a_subject_is_drawn_and_not_which(style):
-    photos = [world.draw(subject, world.scene(i)) for i, subject in zip(range(40), world.subjects(), strict=False)]
-    seen = Judge().read([STYLES[style](photo) for photo in photos])
+    photos = [world.render(subject, world.make_scene(i)) for i, subject in zip(range(40), world.iterate_subjects(), strict=False)]
+    seen = AttributeClassifier().classify([STYLES[style](photo) for photo in photos])
     assert all(STYLES[style](photo) != photo for photo in photos)
-    right = sum(row["kind"] == subject.kind for row, subject in zip(seen, world.subjects(), strict=False))
+    right = sum(row["category"] == subject.category for row, subject in zip(seen, world.iterate_subjects(), strict=False))
     assert right >= 20  # a judge that never saw the style
 
 
 def test_unknown_parts_are_named(tmp_path):
     with pytest.raises(UserError, match="no part called 'unt'"):
-        make(Build(tmp_path, lambda *_: None, budget=0.0002), ["unt"])
+        build_mini(MiniBuild(tmp_path, lambda *_: None, budget=0.0002), ["unt"])
 
 
 def test_folding_the_latents_statistics_changes_nothing_but_their_scale():
@@ -124,12 +134,12 @@ def test_folding_the_latents_statistics_changes_nothing_but_their_scale():
             return torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     torch.manual_seed(0)
-    vae = autoencoder().eval().requires_grad_(False)
+    vae = build_vae().eval().requires_grad_(False)
     x = Pictures().images(range(8))
     before = vae.decode(vae.encode(x).latent_dist.mean).sample
     std = vae.encode(x).latent_dist.std
     mean = vae.encode(Pictures().images(range(64))).latent_dist.mean
-    normalise_latents(vae, Pictures())
+    normalize_latents(vae, Pictures())
     after = vae.encode(x).latent_dist
     assert torch.allclose(vae.decode(after.mean).sample, before, atol=1e-4)
     scale = mean.std((0, 2, 3))[None, :, None, None]

@@ -7,7 +7,7 @@ from PIL import Image
 from conftest import image_processor, random_adapter, sd15_pipeline, sdxl_pipeline, vision_encoder
 from imprompt.models import checkpoints
 from imprompt.models.image_encoders import ImageEncoder
-from imprompt.models.image_prompt import Prompter
+from imprompt.models.image_prompt import ImagePromptEncoder
 from imprompt.unet.injection import attach
 
 STEPS = 10
@@ -26,7 +26,7 @@ def relative(a, b):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["global", "resampler", "full-face"])
+@pytest.mark.parametrize("kind", ["base", "plus", "full-face"])
 @pytest.mark.parametrize("make", [sd15_pipeline, sdxl_pipeline])
 @pytest.mark.parametrize("references", [1, 3])
 def test_same_latents_as_diffusers(make, kind, references, tmp_path):
@@ -40,7 +40,7 @@ def test_same_latents_as_diffusers(make, kind, references, tmp_path):
     expected = drawn(theirs, ip_adapter_image=[images])
 
     ours = make()
-    prompter = Prompter(*checkpoints.load_adapter(path), ImageEncoder(vision_encoder(), image_processor()))
+    prompter = ImagePromptEncoder(*checkpoints.load_adapter(path), ImageEncoder(vision_encoder(), image_processor()))
     with attach(ours, prompter(images, scale=0.8)):
         received = drawn(ours)
     assert relative(received, expected) <= 1e-4

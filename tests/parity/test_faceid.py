@@ -7,31 +7,32 @@ from PIL import Image
 
 from conftest import CROSS, VISION, image_processor, sd15_pipeline, vision_encoder
 from imprompt.core.adapter import Adapter
-from imprompt.core.image_projection import FacePlusProjector, FaceProjector
+from imprompt.core.image_projection import FaceIDPlusProjection, FaceIDProjection
 from imprompt.errors import UserError
 from imprompt.models import checkpoints
 from imprompt.models.face_encoders import FaceEncoder
 from imprompt.models.image_encoders import ImageEncoder
-from imprompt.models.image_prompt import Prompter
-from imprompt.unet.injection import adapter_shape, attach
+from imprompt.models.image_prompt import ImagePromptEncoder
+from imprompt.unet.attn_processors import infer_adapter_shape
+from imprompt.unet.injection import attach
 
 STEPS, FACE, RANK = 4, 12, 3
 
 
-def random_face_adapter(unet, plus=False, tokens=4, shortcut=False, low_rank=True):
+def random_face_adapter(unet, plus=False, tokens=4, shortcut=False, lora_layers=True):
     """Random weights that matter, laid out as the public files are: low-rank parts in every layer, of self-attention too."""
     torch.manual_seed(5)
-    layers, cross = adapter_shape(unet)
+    layers, cross = infer_adapter_shape(unet)
     if plus:
-        projector = FacePlusProjector(FACE, VISION, cross, tokens, 24, heads=1, depth=4, shortcut=shortcut)
+        projector = FaceIDPlusProjection(FACE, VISION, cross, tokens, 24, num_heads=1, depth=4, shortcut=shortcut)
     else:
-        projector = FaceProjector(FACE, cross, tokens, 24)
+        projector = FaceIDProjection(FACE, cross, tokens, 24)
     adapter = Adapter(projector, layers, cross)
-    if low_rank:
+    if lora_layers:
         for n, name in enumerate(unet.attn_processors):
             hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
             inner = cross if n % 2 else hidden
-            adapter.add_low_rank(n, {part: (inner if part in "kv" else hidden, hidden, RANK) for part in ("q", "k", "v", "out")})
+            adapter.add_lora(n, {part: (inner if part in "kv" else hidden, hidden, RANK) for part in ("q", "k", "v", "out")})
     return adapter.eval().requires_grad_(False)
 
 
@@ -45,8 +46,8 @@ def picture(seed):
 
 def prompter(path):
     adapter, spec = checkpoints.load_adapter(path)
-    picture = ImageEncoder(vision_encoder(), image_processor()) if spec.grid else None
-    return Prompter(adapter, spec, FaceEncoder(FACE, picture, spec.metadata.get("normalised", True)))
+    picture = ImageEncoder(vision_encoder(), image_processor()) if spec.uses_patch_features else None
+    return ImagePromptEncoder(adapter, spec, FaceEncoder(FACE, picture, normalized=spec.metadata.get("normalized", True)))
 
 
 def drawn(pipe, **more):
@@ -66,7 +67,7 @@ def test_same_latents_as_diffusers(name, tmp_path):
     ours = sd15_pipeline()
     before = {key: value.clone() for key, value in ours.unet.state_dict().items()}
     path = tmp_path / name
-    adapter = random_face_adapter(ours.unet, plus, 16 if portrait else 4, "v2" in name, low_rank=not portrait)
+    adapter = random_face_adapter(ours.unet, plus, 16 if portrait else 4, "v2" in name, lora_layers=not portrait)
     checkpoints.save(adapter, path)
     who = faces(2 if portrait else 1)
     images = [picture(i) for i in range(len(who))]
@@ -77,20 +78,20 @@ def test_same_latents_as_diffusers(name, tmp_path):
     if plus:
         encoder = ImageEncoder(vision_encoder(), image_processor())
         layer = theirs.unet.encoder_hid_proj.image_projection_layers[0]
-        layer.clip_embeds = torch.cat([encoder.null(True), encoder.encode(images, True)])[:, None]
+        layer.clip_embeds = torch.cat([encoder.uncond_features(patches=True), encoder.encode_images(images, patches=True)])[:, None]
         layer.shortcut = "v2" in name
     stacked = who[None, :, None]
     expected = drawn(theirs, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(stacked), stacked])])
 
     ip = prompter(path)
-    with attach(ours, ip(images if plus else (), scale=0.8, faces=who)):
+    with attach(ours, ip(images if plus else (), scale=0.8, face_embeds=who)):
         received = drawn(ours)
         assert ours.unet.state_dict().keys() == before.keys()
     assert relative(received, expected) <= 1e-4
     plain = drawn(sd15_pipeline())
     assert relative(plain, expected) > 1e-2
     assert torch.equal(drawn(ours), plain)  # nothing is left behind
-    with attach(ours, ip(images if plus else (), scale=0.0, faces=who)):
+    with attach(ours, ip(images if plus else (), scale=0.0, face_embeds=who)):
         assert torch.equal(drawn(ours), plain)
 
 
@@ -100,9 +101,9 @@ def test_embeddings_come_from_files(tmp_path):
     checkpoints.save(random_face_adapter(pipe.unet), path)
     ip, who = prompter(path), faces(2)
     np.save(tmp_path / "who.npy", 3 * who.numpy())  # normalised on reading, as the adapter was trained
-    checkpoints.write({"who": who}, tmp_path / "who.safetensors")
+    checkpoints.write_tensors({"who": who}, tmp_path / "who.safetensors")
     for file in ("who.npy", "who.safetensors"):
-        torch.testing.assert_close(ip(faces=tmp_path / file).features, ip(faces=who).features)
+        torch.testing.assert_close(ip(face_embeds=tmp_path / file).image_features, ip(face_embeds=who).image_features)
     (tmp_path / "bad.npy").write_bytes(b"no")
     np.save(tmp_path / "wide.npy", np.zeros((1, 7)))
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -112,7 +113,7 @@ def test_embeddings_come_from_files(tmp_path):
         ("pickled.npy", "no identity embedding"),
     ):
         with pytest.raises(UserError, match=said):
-            ip(faces=tmp_path / file)
+            ip(face_embeds=tmp_path / file)
     with pytest.raises(UserError, match="needs a face"):
         ip()
 
@@ -124,10 +125,10 @@ def test_what_the_keys_do_not_tell_is_in_the_name_or_the_header(tmp_path):
         checkpoints.save(plus, tmp_path / name, about)
         assert checkpoints.load_adapter(tmp_path / name)[0].image_proj.shortcut is shortcut
     for name, length in (("faceid-portrait.bin", 1.0), ("faceid-portrait_unnorm.bin", 3.0)):
-        checkpoints.save(random_face_adapter(pipe.unet, tokens=16, low_rank=False), tmp_path / name)
-        assert prompter(tmp_path / name)(faces=3 * faces(1)).features.norm().item() == pytest.approx(length)
-    assert plus.cross == CROSS
+        checkpoints.save(random_face_adapter(pipe.unet, tokens=16, lora_layers=False), tmp_path / name)
+        assert prompter(tmp_path / name)(face_embeds=3 * faces(1)).image_features.norm().item() == pytest.approx(length)
+    assert plus.cross_attention_dim == CROSS
     for name in ("faceid-plusv2.bin", "faceid-portrait_unnorm.bin"):  # under another name it is still what it was
-        checkpoints.convert(tmp_path / name, tmp_path / "mine.safetensors")
-        theirs, mine = (checkpoints.read(tmp_path / file)[1] for file in (name, "mine.safetensors"))
-        assert mine["version"] == theirs["version"] and mine["normalised"] == theirs["normalised"]
+        checkpoints.convert_adapter(tmp_path / name, tmp_path / "mine.safetensors")
+        theirs, mine = (checkpoints.read_adapter_file(tmp_path / file)[1] for file in (name, "mine.safetensors"))
+        assert mine["version"] == theirs["version"] and mine["normalized"] == theirs["normalized"]

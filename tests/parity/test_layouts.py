@@ -4,21 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.models import SD15, SDXL
+from benchmarks.random_models import SD15, SDXL
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from conftest import random_adapter, sd15_unet
 from imprompt.core.adapter import Adapter
-from imprompt.core.aggregation import TokenAttention
-from imprompt.core.image_projection import MLPProjector
-from imprompt.methods import create
+from imprompt.core.aggregation import TokenAttentionPooling
+from imprompt.core.image_projection import FullImageProjection
+from imprompt.methods import build_method
 from imprompt.models import checkpoints, hub
-from imprompt.unet.injection import cross_attention_layers
-from test_checkpoints import ROWS
+from imprompt.unet.attn_processors import find_cross_attention_layers
+from released_adapters import RELEASED_ADAPTERS
 
-H = SimpleNamespace(width=lambda grid: 1280 if grid else 1024)
-G = SimpleNamespace(width=lambda grid: 1664 if grid else 1280)
+H = SimpleNamespace(embed_dim=lambda *, patches: 1280 if patches else 1024)
+G = SimpleNamespace(embed_dim=lambda *, patches: 1664 if patches else 1280)
 
 
 @pytest.mark.parametrize(
@@ -35,17 +35,17 @@ G = SimpleNamespace(width=lambda grid: 1664 if grid else 1280)
 def test_what_is_trained_on_a_real_base_has_the_public_keys_and_shapes(row, base, encoder, method):
     """Models of full size, without their numbers: every key of the table, in its shape, and no other."""
     with torch.device("meta"):
-        made = create(method, SimpleNamespace(unet=UNet2DConditionModel(**base)), encoder)
-    assert {key: tuple(value.shape) for key, value in made.module.state_dict().items()} == ROWS[row].shapes
+        made = build_method(method, SimpleNamespace(unet=UNet2DConditionModel(**base)), encoder)
+    assert {key: tuple(value.shape) for key, value in made.module.state_dict().items()} == RELEASED_ADAPTERS[row].shapes
 
 
 def test_the_layers_of_a_real_base_have_the_public_numbers():
     with torch.device("meta"):
-        layers = {layer.number: layer.attention.inner_dim for layer in cross_attention_layers(UNet2DConditionModel(**SDXL))}
-        full = Adapter(MLPProjector(1280, 768), {1: 320}, 768)
-    expected = ROWS["sdxl"].shapes
+        layers = {layer.index: layer.attention.inner_dim for layer in find_cross_attention_layers(UNet2DConditionModel(**SDXL))}
+        full = Adapter(FullImageProjection(1280, 768), {1: 320}, 768)
+    expected = RELEASED_ADAPTERS["sdxl"].shapes
     assert {f"ip_adapter.{n}.to_k_ip.weight": (hidden, 2048) for n, hidden in layers.items()}.items() <= expected.items()
-    theirs = {key for key in ROWS["full-face_sd15"].shapes if key.startswith("image_proj.")}
+    theirs = {key for key in RELEASED_ADAPTERS["full-face_sd15"].shapes if key.startswith("image_proj.")}
     assert {key for key in full.state_dict() if key.startswith("image_proj.")} == theirs
 
 
@@ -62,10 +62,10 @@ def comfy_reads(tensors):
     heard = {key.removeprefix("ip_adapter.") for key in tensors if key.startswith("ip_adapter.")}
     layers = sorted({int(key.split(".")[0]) for key in heard})
     assert layers == [2 * n + 1 for n in range(len(layers))] and heard == {f"{n}.to_{x}_ip.weight" for n in layers for x in "kv"}
-    return "full" if "proj.3.weight" in proj else "plus" if "latents" in proj else "global"
+    return "full" if "proj.3.weight" in proj else "plus" if "latents" in proj else "base"
 
 
-@pytest.mark.parametrize("kind, comfy", [("global", "global"), ("resampler", "plus"), ("full-face", "full")])
+@pytest.mark.parametrize("kind, comfy", [("base", "base"), ("plus", "plus"), ("full-face", "full")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_other_readers_find_what_they_look_for(kind, comfy, suffix, tmp_path):
     path = tmp_path / f"adapter{suffix}"
@@ -76,21 +76,21 @@ def test_other_readers_find_what_they_look_for(kind, comfy, suffix, tmp_path):
     else:
         tensors = load_file(path)
     assert comfy_reads(tensors) == comfy
-    assert invoke_reads(tensors) == {"global": "proj.weight", "resampler": "proj_in.weight", "full-face": None}[kind]
+    assert invoke_reads(tensors) == {"base": "proj.weight", "plus": "proj_in.weight", "full-face": None}[kind]
 
 
 def test_a_trained_way_of_several_references_disturbs_few_and_can_be_left_out(tmp_path):
-    adapter = random_adapter(sd15_unet(), "resampler")
-    adapter.aggregator = TokenAttention(adapter.cross)
+    adapter = random_adapter(sd15_unet(), "plus")
+    adapter.aggregator = TokenAttentionPooling(adapter.cross_attention_dim)
     checkpoints.save(adapter, tmp_path / "ours.safetensors", {"aggregator": "attention-tokens", "base": "SD 1.5"})
     assert comfy_reads(load_file(tmp_path / "ours.safetensors")) == "plus"
     with pytest.raises(RuntimeError, match="aggregator"):
         invoke_reads(load_file(tmp_path / "ours.safetensors"))
-    spec = checkpoints.convert(tmp_path / "ours.safetensors", tmp_path / "plain.safetensors", plain=True)
+    spec = checkpoints.convert_adapter(tmp_path / "ours.safetensors", tmp_path / "plain.safetensors", without_aggregator=True)
     assert invoke_reads(load_file(tmp_path / "plain.safetensors")) == "proj_in.weight"
     assert spec.aggregator == "concat" and spec.metadata["base"] == "SD 1.5"
 
 
 @pytest.mark.parametrize("name", ["mini", "mini-plus"])
 def test_the_embedded_adapters_are_public_files(name):
-    assert invoke_reads(load_file(hub.MINI / hub.EMBEDDED[name]))
+    assert invoke_reads(load_file(hub.MINI_PATH / hub.BUNDLED_ADAPTERS[name]))

@@ -1,13 +1,16 @@
-"""The feature cache: training from it is training from the data, and a build that was interrupted goes on."""
+"""The feature cache: training from it equals training from the images, and an interrupted encoding is continued.
+
+Slow: ten interpreter starts, in the four tests that encode in several processes.
+"""
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,304 +19,316 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imprompt.config import Encode, Train
-from imprompt.data import feature_cache as format
-from imprompt.data.feature_cache import Cache, Row, contents, packed
+from imprompt.config import EncodeConfig, TrainConfig
+from imprompt.data import feature_cache
+from imprompt.data.feature_cache import CachedSample, FeatureCache, pack_samples, summarize_cache
 from imprompt.data.readers import open_data
 from imprompt.errors import UserError
 from imprompt.mini import world
 from imprompt.models import hub
-from imprompt.training import encode, train
-from imprompt.training import precompute as module
+from imprompt.training import encode_dataset, precompute, train_adapter
+from imprompt.training.setup import DataSource, setup_training
 
-TRAIN = Train(
-    steps=4, batch=4, warmup=0, ema=0.0, validation=3, validation_steps=2, validate_every=4, preflight=False, precision="float32", lr=1e-3
+TRAIN = TrainConfig.from_options(
+    max_train_steps=4, train_batch_size=4, lr_warmup_steps=0, ema_decay=0.0, num_validation_images=3, validation_num_inference_steps=2,
+    validation_steps=4, sanity_check=False, mixed_precision="float32", learning_rate=1e-3,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Twenty pictures, two of them not square, one with a mask beside it in the list, one unreadable."""
-    folder = tmp_path_factory.mktemp("photos")
+def images(tmp_path_factory):
+    """Twenty images: two are not square, and in the list one has a mask; the list also names one that does not exist."""
+    folder = tmp_path_factory.mktemp("images")
     lines = []
-    for i, subject in zip(range(20), world.subjects(), strict=False):
-        where = world.scene(i)
-        picture = world.draw(subject, where)
+    for i, subject in zip(range(20), world.iterate_subjects(), strict=False):
+        scene = world.make_scene(i)
+        image = world.render(subject, scene)
         if i in (3, 7):
-            picture = picture.resize((128, 64))
-        picture.save(folder / f"{i}.png")
-        lines.append({"target": f"{i}.png", "text": world.caption(subject, where, random.Random(i))})
+            image = image.resize((128, 64))
+        image.save(folder / f"{i}.png")
+        lines.append({"target": f"{i}.png", "text": world.sample_caption(subject, scene, random.Random(i))})
     Image.new("L", (64, 64), 255).save(folder / "mask.png")
     lines[5]["mask"] = "mask.png"
-    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"target": "nowhere.png", "text": "lost"}])))
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"target": "nowhere.png", "text": "missing"}])))
     return folder
 
 
-def encoded(data, out, **choices):
-    return list(encode(Encode(data=str(data), out=str(out), precision="float32", batch=3, **choices)))
+def encode_config(data, folder, **options):
+    return EncodeConfig.from_options(data=str(data), output_dir=str(folder), mixed_precision="float32", batch_size=3, **options)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)
+def encode(data, folder, **options):
+    return list(encode_dataset(encode_config(data, folder, **options)))
 
 
-def tiny(level):
+def train(folder, **options):
+    return list(train_adapter(TRAIN.with_options(output_dir=str(folder), **options)))
+
+
+def make_sample(level=0.0, caption="", key="k", pooled=None):
     ones = torch.ones(4, 2, 2)
-    return Row(level * ones, ones, torch.ones(2, 4), None, torch.zeros(1, 1, 8), torch.arange(6), None, "", "k")
+    embeds = torch.full((2, 4), float(len(caption)))
+    return CachedSample(level * ones, ones, embeds, pooled, torch.zeros(1, 1, 8), torch.arange(6), None, caption, key)
 
 
-def contents_of(folder):
-    return {p.name: load_file(p) for p in sorted(Path(folder).glob("[0p]*.safetensors"))}
+def load_tensors(folder):
+    """All tensors of a cache, by file and name."""
+    return {p.name: load_file(p) for p in sorted(Path(folder).glob("[0e]*.safetensors"))}
 
 
-def same(a, b):
+def are_equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(t, b[file][name]) for file in a for name, t in a[file].items())
 
 
-def test_training_from_the_cache_is_training_from_the_data(photos, tmp_path):
-    encoded(photos, tmp_path / "cache")
-    settings = {"validation": 0, "data": str(photos)}
-    live = list(train(replace(TRAIN, out=str(tmp_path / "a"), **settings)))
-    stored = list(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "b"), **settings)))
-    assert [s.loss for s in stored] == pytest.approx([s.loss for s in live], rel=2e-3)
-    assert [s.norm for s in stored] == pytest.approx([s.norm for s in live], rel=2e-2)
+def test_training_from_the_cache_is_training_from_the_images(images, tmp_path):
+    encode(images, tmp_path / "cache")
+    options = {"num_validation_images": 0, "data": str(images)}
+    from_images = train(tmp_path / "a", **options)
+    from_cache = train(tmp_path / "b", feature_cache=str(tmp_path / "cache"), **options)
+    assert [s.loss for s in from_cache] == pytest.approx([s.loss for s in from_images], rel=2e-3)
+    assert [s.grad_norm for s in from_cache] == pytest.approx([s.grad_norm for s in from_images], rel=2e-2)
 
 
-def test_rows_are_what_the_encoders_say(photos, tmp_path):
-    from imprompt.training.setup import Source, build
+def test_cached_samples_are_the_outputs_of_the_encoders(images, tmp_path):
+    encode(images / "list.jsonl", tmp_path / "cache")
+    options = {"data": str(images / "list.jsonl"), "output_dir": str(tmp_path / "run"), "num_validation_images": 0}
+    config = TRAIN.with_options(**options).with_defaults()
+    context = setup_training(config, torch.device("cpu"))
+    transform = precompute.make_transform_config(config.dataset, context.pipe, 1)
+    image_source = DataSource.from_images(open_data(images / "list.jsonl"), transform, context.frozen_encoders)
+    cache = FeatureCache(tmp_path / "cache")
+    samples = {sample.key: sample for sample in map(cache.load_sample, range(len(cache)))}
+    items = [image_source.make_item(image_source.records[i], 0) for i in (0, 3, 5)]
+    cached = [samples[item.key] for item in items]
+    assert [sample.caption for sample in cached] == [item.caption for item in items]
+    cache_source = DataSource.from_cache(cache, context.frozen_encoders, torch.float32, 1, config.subjects)
+    a, b = image_source.make_batch(items), cache_source.make_batch(cached)
+    for name in ("latent_mean", "latent_std", "image_features", "mask"):
+        torch.testing.assert_close(getattr(b, name), getattr(a, name), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(b.text.prompt_embeds, a.text.prompt_embeds, rtol=2e-3, atol=2e-3)
+    assert torch.equal(a.time_ids, b.time_ids.to(a.time_ids))
 
-    encoded(photos / "list.jsonl", tmp_path / "cache")
-    choice = replace(TRAIN, data=str(photos / "list.jsonl"), out=str(tmp_path / "run"), validation=0).settled()
-    setting = build(choice, torch.device("cpu"))
-    fresh = Source.fresh(open_data(photos / "list.jsonl"), module.framing_of(choice, setting.pipe), setting.frozen)
-    cache = Cache(tmp_path / "cache")
-    stored = {row.key: row for row in map(cache.row, range(len(cache)))}
-    items = [fresh.make(fresh.records[i], 0) for i in (0, 3, 5)]
-    rows = [stored[item.key] for item in items]
-    a, b = fresh.encode(items), Source.cached(cache, setting.frozen, torch.float32, choice).encode(rows)
-    assert [row.text for row in rows] == [item.text for item in items]
-    for one, other in ((a.mean, b.mean), (a.std, b.std), (a.text.states, b.text.states), (a.image, b.image), (a.weight, b.weight)):
-        torch.testing.assert_close(other, one, rtol=2e-3, atol=2e-3)
-    assert torch.equal(a.sizes, b.sizes.to(a.sizes))
 
-
-def test_an_interrupted_encoding_goes_on(photos, tmp_path, small_chunks):
-    encoded(photos, tmp_path / "whole")
-    choice = Encode(data=str(photos), out=str(tmp_path / "parts"), precision="float32", batch=3)
-    steps = list(islice(encode(choice), 4))
-    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.json")}
+def test_an_interrupted_encoding_is_continued(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(precompute, "RECORDS_PER_CHUNK", 4)
+    encode(images, tmp_path / "complete")
+    config, folder = encode_config(images, tmp_path / "parts"), tmp_path / "parts"
+    progress = list(islice(encode_dataset(config), 4))
+    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.json")}
     with pytest.raises(UserError, match=r"not finished, . chunks are missing; continue with imprompt encode"):
-        Cache(tmp_path / "parts")
-    assert 0 < len(done) < 6 and steps[-1].total == 6  # 21 pictures, the mask among them
-    list(encode(choice))
-    assert all((tmp_path / "parts" / name).stat().st_mtime_ns == at for name, at in done.items())
-    assert same(contents_of(tmp_path / "whole"), contents_of(tmp_path / "parts"))
-    assert list(encode(choice)) == []
+        FeatureCache(folder)
+    assert 0 < len(times) < 6 and progress[-1].total == 6  # 21 images with the mask
+    list(encode_dataset(config))
+    assert all((folder / name).stat().st_mtime_ns == at for name, at in times.items())
+    assert are_equal(load_tensors(tmp_path / "complete"), load_tensors(folder))
+    assert list(encode_dataset(config)) == []
 
 
 @pytest.fixture
-def shards(photos, tmp_path):
-    """Five shards of four pictures."""
+def shards(images, tmp_path):
+    """Five shards of four images, as a pattern."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for number in range(5):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for i in range(number * 4, number * 4 + 4):
-                tar.add(photos / f"{i}.png", f"{i:04}.png")
-    return folder
+        write_shard(folder / f"{number}.tar", {f"{i:04}.png": images / f"{i}.png" for i in range(number * 4, number * 4 + 4)})
+    return f"{folder}/{{0..4}}.tar"
 
 
-def alike(a, b):
-    """The same records in the same files; values as far as batches of another size change them."""
+def write_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, source in members.items():
+            tar.add(source, name)
+
+
+def assert_close(a, b):
+    """The same records in the same files; values as far as another batch size changes them."""
     assert a.keys() == b.keys()
     for file, tensors in a.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(b[file][name], tensor, rtol=5e-3, atol=5e-3)
 
 
-def in_processes(shards, out, processes, *more):
-    command = [sys.executable, "-m", "imprompt", "encode", f"{shards}/{{0..4}}.tar", str(out), "--precision", "float32", "--batch", "3"]
-    command += ["--processes", str(processes), "--json", *more]
+def run_cli(*arguments):
+    command = [sys.executable, "-m", "imprompt", *map(str, arguments), "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def start_encoding(shards, folder, num_processes):
+    return run_cli("encode", shards, folder, "--mixed-precision", "float32", "--batch-size", 3, "--num-processes", num_processes)
+
+
+def read_result(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return json.loads(out)
+
+
 def test_two_processes_encode_what_one_does(shards, tmp_path):
-    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "one")
-    run = in_processes(shards, tmp_path / "two", 2)
-    out, error = run.communicate()
-    assert run.returncode == 0, error
-    assert json.loads(out)["records"] == 20
-    alike(contents_of(tmp_path / "one"), contents_of(tmp_path / "two"))
+    encode(shards, tmp_path / "one")
+    assert read_result(start_encoding(shards, tmp_path / "two", 2))["records"] == 20
+    assert_close(load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two"))
 
 
 def test_killed_with_two_processes_finished_with_three(shards, tmp_path):
-    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "one")
-    run = in_processes(shards, tmp_path / "cache", 2)
-    while run.poll() is None and not list((tmp_path / "cache").glob("0*.json")):
+    encode(shards, tmp_path / "one")
+    folder = tmp_path / "cache"
+    process = start_encoding(shards, folder, 2)
+    while process.poll() is None and not list(folder.glob("0*.json")):
         time.sleep(0.01)
-    run.kill()  # its processes end by themselves
-    run.communicate()
-    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("0*.json")}
+    process.kill()  # its own processes end by themselves
+    process.communicate()
+    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.json")}
     time.sleep(2.5)
-    run = in_processes(shards, tmp_path / "cache", 3)
-    out, error = run.communicate()
-    assert run.returncode == 0, error
-    assert json.loads(out)["records"] == 20 and done
-    assert all((tmp_path / "cache" / name).stat().st_mtime_ns == at for name, at in done.items())
-    alike(contents_of(tmp_path / "one"), contents_of(tmp_path / "cache"))
+    assert read_result(start_encoding(shards, folder, 3))["records"] == 20 and times
+    assert all((folder / name).stat().st_mtime_ns == at for name, at in times.items())
+    assert_close(load_tensors(tmp_path / "one"), load_tensors(folder))
 
 
-def test_a_shard_that_broke_is_tried_again(shards, tmp_path):
-    whole = (shards / "2.tar").read_bytes()
-    (shards / "2.tar").write_bytes(whole[: len(whole) // 2])
-    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "cache")
-    assert contents(tmp_path / "cache")["records"] < 20 and len(Cache(tmp_path / "cache")) >= 16
-    (shards / "2.tar").write_bytes(whole)
-    assert {p.total for p in encode(Encode(data=f"{shards}/{{0..4}}.tar", out=str(tmp_path / "cache"), precision="float32"))} == {1}
-    assert contents(tmp_path / "cache")["records"] == 20 and not contents(tmp_path / "cache")["lost"]
+def test_a_truncated_shard_is_encoded_again(shards, tmp_path):
+    path = tmp_path / "shards" / "2.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    encode(shards, tmp_path / "cache")
+    assert summarize_cache(tmp_path / "cache")["records"] < 20 and len(FeatureCache(tmp_path / "cache")) >= 16
+    path.write_bytes(content)
+    assert {progress.total for progress in encode(shards, tmp_path / "cache")} == {1}
+    assert summarize_cache(tmp_path / "cache")["records"] == 20 and not summarize_cache(tmp_path / "cache")["unreadable"]
 
 
-def test_records_that_come_or_go_are_noticed(photos, tmp_path):
-    import shutil
-
-    shutil.copytree(photos, tmp_path / "photos")
-    encoded(tmp_path / "photos", tmp_path / "cache")
-    shutil.copy(photos / "1.png", tmp_path / "photos" / "00.png")
-    with pytest.raises(UserError, match="was begun with content"):
-        encoded(tmp_path / "photos", tmp_path / "cache")
+def test_added_records_are_noticed(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    encode(tmp_path / "images", tmp_path / "cache")
+    shutil.copy(images / "1.png", tmp_path / "images" / "00.png")
+    with pytest.raises(UserError, match="was begun with dataset_fingerprint"):
+        encode(tmp_path / "images", tmp_path / "cache")
 
 
-def test_after_a_training_from_a_cache_another_one_encodes_again(photos, tmp_path):
-    encoded(photos, tmp_path / "cache")
-    assert len(list(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "a"))))) == 4
-    assert len(list(train(replace(TRAIN, data=str(photos), out=str(tmp_path / "b"))))) == 4
+def test_a_training_from_images_follows_one_from_a_cache(images, tmp_path):
+    encode(images, tmp_path / "cache")
+    assert len(train(tmp_path / "a", feature_cache=str(tmp_path / "cache"))) == 4
+    assert len(train(tmp_path / "b", data=str(images))) == 4
 
 
-def test_tuning_an_adapter_decides_what_its_cache_holds(photos, tmp_path):
-    settings = {"cache": str(tmp_path / "cache"), "data": str(photos), "adapter": str(hub.MINI / "adapter-plus.safetensors")}
-    assert len(list(train(replace(TRAIN, out=str(tmp_path / "run"), validation=0, **settings)))) == 4
-    assert Cache(tmp_path / "cache").about["features"] == "grid"
+def test_an_adapter_that_is_fine_tuned_decides_what_its_cache_holds(images, tmp_path):
+    options = {"feature_cache": str(tmp_path / "cache"), "data": str(images), "adapter": str(hub.MINI_PATH / "adapter-plus.safetensors")}
+    assert len(train(tmp_path / "run", num_validation_images=0, **options)) == 4
+    assert FeatureCache(tmp_path / "cache").manifest["features"] == "patches"
 
 
-def test_two_processes_train_from_what_they_encoded(photos, tmp_path):
-    command = [sys.executable, "-m", "imprompt", "train", "--data", str(photos), "--cache", str(tmp_path / "cache"), "--steps", "2"]
-    command += ["--batch", "2", "--validation", "0", "--processes", "2", "--json", "--out", str(tmp_path / "run"), "--device", "cpu"]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["step"] == 2 and (tmp_path / "run" / "adapter.safetensors").exists()
+def test_two_processes_train_from_what_they_encoded(images, tmp_path):
+    options = {"data": images, "feature-cache": tmp_path / "cache", "max-train-steps": 2, "train-batch-size": 2, "device": "cpu"}
+    options |= {"num-validation-images": 0, "num-processes": 2, "output-dir": tmp_path / "run"}
+    result = read_result(run_cli("train", *(word for name, value in options.items() for word in (f"--{name}", value))))
+    assert result["step"] == 2 and (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_shards_with_damaged_members_and_a_missing_one(photos, tmp_path):
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for number in range(3):
-        with tarfile.open(shards / f"{number}.tar", "w") as tar:
-            for i in range(number * 5, number * 5 + 5 if number != 1 else 5):
-                tar.add(photos / f"{i}.png", f"{i:04}.png")
-    with tarfile.open(shards / "3.tar", "w") as tar:
-        (tmp_path / "no.png").write_bytes(b"no picture")
-        tar.add(tmp_path / "no.png", "0099.png")
-        tar.add(photos / "1.png", "0100.png")
-    encoded(f"{shards}/{{0..4}}.tar", tmp_path / "cache")
-    found = contents(tmp_path / "cache")
-    assert found["chunks"] == 5 and found["records"] == 11
-    assert set(found["lost"]) == {"3.tar/0099", f"{shards}/4.tar"}
-    assert len(Cache(tmp_path / "cache")) == 11
+def test_damaged_members_and_a_missing_shard_are_listed(images, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number, count in enumerate((5, 0, 5)):
+        members = {f"{i:04}.png": images / f"{i}.png" for i in range(number * 5, number * 5 + count)}
+        write_shard(tmp_path / "shards" / f"{number}.tar", members)
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    write_shard(tmp_path / "shards" / "3.tar", {"0099.png": tmp_path / "damaged.png", "0100.png": images / "1.png"})
+    encode(f"{tmp_path}/shards/{{0..4}}.tar", tmp_path / "cache")
+    summary = summarize_cache(tmp_path / "cache")
+    assert summary["chunks"] == 5 and summary["records"] == 11
+    assert set(summary["unreadable"]) == {"3.tar/0099", f"{tmp_path}/shards/4.tar"}
+    assert len(FeatureCache(tmp_path / "cache")) == 11
 
 
-def test_buckets_make_files_of_one_shape(photos, tmp_path):
-    encoded(photos / "list.jsonl", tmp_path / "cache", buckets=True)
-    cache = Cache(tmp_path / "cache")
-    assert {cache.row(i).shape for i in range(len(cache))} == {(4, 16, 16), (4, 12, 24)} or len(
-        {cache.row(i).shape for i in range(20)}
-    ) == 2
-    assert len(list(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "run"), batch=2, validation=6)))) == 4
+def test_aspect_ratio_buckets_make_files_of_one_shape(images, tmp_path):
+    encode(images / "list.jsonl", tmp_path / "cache", aspect_ratio_bucketing=True)
+    cache = FeatureCache(tmp_path / "cache")
+    assert len({cache.load_sample(i).shape for i in range(20)}) == 2
+    options = {"feature_cache": str(tmp_path / "cache"), "train_batch_size": 2, "num_validation_images": 6}
+    assert len(train(tmp_path / "run", **options)) == 4
 
 
-def test_train_fills_its_cache_first_and_examines_from_it(photos, tmp_path):
-    choice = replace(TRAIN, data=str(photos), cache=str(tmp_path / "cache"), out=str(tmp_path / "run"))
-    steps = list(train(choice))
-    assert steps[-1].findings.figures["validation"] > 0 and contents(tmp_path / "cache")["records"] == 21
-    assert {"mean", "words"} <= set(next(iter(contents_of(tmp_path / "cache").values())))
+def test_training_fills_its_cache_first_and_validates_from_it(images, tmp_path):
+    steps = train(tmp_path / "run", data=str(images), feature_cache=str(tmp_path / "cache"))
+    assert steps[-1].validation.metrics["val/loss"] > 0 and summarize_cache(tmp_path / "cache")["records"] == 21
+    assert {"latent_mean", "strings"} <= set(next(iter(load_tensors(tmp_path / "cache").values())))
 
 
-def test_resumes_from_a_cache_to_the_bit(photos, tmp_path):
-    settings = {"cache": str(tmp_path / "cache"), "data": str(photos), "validation": 0, "save_every": 1}
-    whole = [s.loss for s in train(replace(TRAIN, out=str(tmp_path / "a"), **settings))]
-    first = [s.loss for s in islice(train(replace(TRAIN, out=str(tmp_path / "b"), **settings)), 2)]
-    assert first + [s.loss for s in train(replace(TRAIN, out=str(tmp_path / "b"), **settings))] == whole
+def test_resumes_from_a_cache_to_the_bit(images, tmp_path):
+    options = {"feature_cache": str(tmp_path / "cache"), "data": str(images), "num_validation_images": 0, "checkpointing_steps": 1}
+    complete = [s.loss for s in train(tmp_path / "a", **options)]
+    config = TRAIN.with_options(output_dir=str(tmp_path / "b"), **options)
+    first = [s.loss for s in islice(train_adapter(config), 2)]
+    assert first + [s.loss for s in train_adapter(config)] == complete
 
 
 @pytest.mark.parametrize(
-    ("choices", "why"),
+    ("options", "message"),
     [
-        ({"method": "ip-adapter-plus"}, "reads grid features, and the cache in .* holds pooled ones"),
-        ({"base": "other"}, "no base model"),
+        ({"method": "ip-adapter-plus"}, "reads patches features, and the cache in .* has pooled features"),
+        ({"model": "other"}, "no base model"),
         ({"data": "elsewhere"}, "data: the cache in .* was made with"),
-        ({"flip": True}, "flip: .* leave --flip out"),
+        ({"random_flip": True}, "random_flip: .* remove --random-flip, or encode into another folder"),
+        ({"center_crop": False}, "center_crop: .* remove --no-center-crop, or encode into another folder"),
     ],
 )
-def test_a_cache_for_something_else_is_named(photos, tmp_path, choices, why):
-    encoded(photos, tmp_path / "cache")
-    with pytest.raises(UserError, match=why):
-        next(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "run"), **choices)))
+def test_a_cache_with_other_options_is_refused(images, tmp_path, options, message):
+    encode(images, tmp_path / "cache")
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", feature_cache=str(tmp_path / "cache"), **options)
 
 
-def test_a_cache_of_other_encoders_is_named(photos, tmp_path):
-    encoded(photos, tmp_path / "cache")
-    probe = load_file(tmp_path / "cache" / "probe.safetensors")
-    save_file(probe | {"VAE": probe["VAE"] * 1.1}, tmp_path / "cache" / "probe.safetensors")
+def test_a_cache_of_other_encoders_is_refused(images, tmp_path):
+    encode(images, tmp_path / "cache")
+    path = tmp_path / "cache" / "encoder_fingerprint.safetensors"
+    fingerprint = load_file(path)
+    save_file(fingerprint | {"VAE": fingerprint["VAE"] * 1.1}, path)
     with pytest.raises(UserError, match="was made with another VAE than that of mini here; encode anew"):
-        next(train(replace(TRAIN, cache=str(tmp_path / "cache"), out=str(tmp_path / "run"))))
+        train(tmp_path / "run", feature_cache=str(tmp_path / "cache"))
 
 
-def test_other_settings_do_not_continue_a_cache(photos, tmp_path):
-    encoded(photos, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"was begun with flip False, not True; use the same settings or another folder"):
-        encoded(photos, tmp_path / "cache", flip=True)
+def test_an_encoding_is_not_continued_with_other_options(images, tmp_path):
+    encode(images, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"was begun with random_flip.*False.*True; use the same settings or another folder"):
+        encode(images, tmp_path / "cache", random_flip=True)
 
 
-@pytest.mark.parametrize("damage", ["file", "sidecar", "about", "missing"])
-def test_damage_is_named(photos, tmp_path, damage):
-    encoded(photos, tmp_path / "cache")
-    if damage == "file":
-        path = next((tmp_path / "cache").glob("0*.safetensors"))
+@pytest.mark.parametrize("damage", ["features", "chunk index", "manifest", "missing"])
+def test_damage_is_named(images, tmp_path, damage):
+    folder = tmp_path / "cache"
+    encode(images, folder)
+    if damage == "features":
+        path = next(folder.glob("0*.safetensors"))
         path.write_bytes(path.read_bytes()[:500])
         with pytest.raises(UserError, match="of the cache cannot be read"):
-            Cache(tmp_path / "cache").row(0)
+            FeatureCache(folder).load_sample(0)
         return
-    if damage == "sidecar":
-        (tmp_path / "cache" / "00000.json").write_text("{")
-    if damage == "about":
-        (tmp_path / "cache" / "cache.json").write_text("[]")
+    if damage == "chunk index":
+        (folder / "00000.json").write_text("{")
+    if damage == "manifest":
+        (folder / "cache.json").write_text("[]")
     with pytest.raises(UserError, match=r"damaged|no feature cache"):
-        Cache(tmp_path / ("cache" if damage != "missing" else "nowhere"))
+        FeatureCache(folder if damage != "missing" else tmp_path / "nowhere")
 
 
-def test_pooled_text_and_equal_captions_are_kept_once(tmp_path):
-    def row(i, text):
-        wide = torch.full((2, 4), float(len(text)))
-        return Row(
-            torch.full((4, 2, 2), float(i)), torch.ones(4, 2, 2), wide, wide[0], torch.zeros(1, 1, 8), torch.arange(6), None, text, f"k{i}"
-        )
-
-    rows = [row(0, "ä\udcff cat"), row(1, "dog"), row(2, "ä\udcff cat"), row(3, "")]
-    tensors = packed(rows)
-    assert len(tensors["states"]) == len(tensors["pooled"]) == 3
-    chunk = format.Chunk(tmp_path, 0, 10)
-    for one in rows:
-        chunk.add(one)
-    chunk.close()
-    format.begin(tmp_path, {"chunks": 1}, {})
-    found = [Cache(tmp_path).row(i) for i in range(4)]
-    assert [(r.text, r.key) for r in found] == [("ä\udcff cat", "k0"), ("dog", "k1"), ("ä\udcff cat", "k2"), ("", "k3")]
-    assert [float(r.pooled[0]) for r in found] == [6, 3, 6, 0] and [float(r.mean[0, 0, 0]) for r in found] == [0, 1, 2, 3]
+def test_embeddings_of_equal_captions_are_stored_once(tmp_path):
+    captions = ["ä\udcff cat", "dog", "ä\udcff cat", ""]
+    samples = [make_sample(i, text, f"k{i}", torch.full((4,), float(len(text)))) for i, text in enumerate(captions)]
+    tensors = pack_samples(samples)
+    assert len(tensors["prompt_embeds"]) == len(tensors["pooled_prompt_embeds"]) == 3
+    writer = feature_cache.ChunkWriter(tmp_path, 0, 10)
+    for sample in samples:
+        writer.add(sample)
+    writer.close()
+    feature_cache.init_cache(tmp_path, {"chunks": 1}, {})
+    loaded = [FeatureCache(tmp_path).load_sample(i) for i in range(4)]
+    assert [(s.caption, s.key) for s in loaded] == [("ä\udcff cat", "k0"), ("dog", "k1"), ("ä\udcff cat", "k2"), ("", "k3")]
+    assert [float(s.pooled_prompt_embeds[0]) for s in loaded] == [6, 3, 6, 0]
+    assert [float(s.latent_mean[0, 0, 0]) for s in loaded] == [0, 1, 2, 3]
 
 
-def test_what_does_not_fit_in_half_precision_is_named():
-    rows = [
-        Row(torch.full((4, 2, 2), 1e6), torch.ones(4, 2, 2), torch.ones(2, 4), None, torch.zeros(1, 1, 8), torch.arange(6), None, "", "k")
-    ]
-    with pytest.raises(UserError, match="mean are not finite in half precision"):
-        packed(rows)
+def test_a_cache_of_an_older_format_version_is_refused(tmp_path):
+    (tmp_path / "cache.json").write_text('{"version": 1, "chunks": 1}')
+    with pytest.raises(UserError, match=r"^the cache in \S+ has format version 1; expected 2: encode it anew into another folder$"):
+        FeatureCache(tmp_path)
+
+
+def test_features_beyond_half_precision_are_named():
+    with pytest.raises(UserError, match="latent_mean are not finite in half precision"):
+        pack_samples([make_sample(1e6)])

@@ -1,24 +1,29 @@
-"""The command line: every verb reads `--config FILE.toml` plus any field as a flag. Imports no torch until a verb runs."""
+"""The command line, built with cyclopts from the configuration dataclasses. Imports no torch until a command runs."""
 
-import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from imprompt import __version__, config
+from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
 from imprompt.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. 0 when it did its work, 2 with one sentence for what the user can mend, 130 when interrupted."""
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
-    if not hasattr(chosen, "run"):
-        (chosen.parser if hasattr(chosen, "parser") else parser).print_help()
-        return 0
+    """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 130 when interrupted."""
     try:
-        chosen.run(chosen)
+        build_app()(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False, print_error=False, help_on_error=False, result_action="return_none",
+        )  # fmt: skip
+    except CycloptsError as error:
+        print(f"imprompt: {_describe(error)}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"imprompt: {error}", file=sys.stderr)
         return 2
@@ -28,127 +33,196 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what it did not understand."""
+def build_app() -> App:
+    """Every command with its options."""
+    app = App(
+        name="imprompt", help="Image prompts for text-to-image diffusion models.", version=__version__, help_format="plaintext",
+        default_parameter=Parameter(negative_iterable=(), negative_none=()),
+    )  # fmt: skip
+    _add_command(app, "generate", config.GenerateConfig, "generate:run")
+    _add_command(app, "personalize", config.PersonalizeConfig, "personalize:run")
+    _add_command(app, "train", config.TrainConfig, "train:run")
+    _add_command(app, "encode", config.EncodeConfig, "train:encode")
+    _add_command(app, "evaluate", config.EvaluateConfig, "evaluate:run")
+    _add_command(app, "reproduce", config.ReproduceConfig, "evaluate:reproduce")
+    data = App(name="data", help="Look at training data.")
+    app.command(data)
+    _add_command(data, "validate", config.ValidateDataConfig, "data:validate")
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"imprompt: {message}; see {self.prog} --help\n")
+    @app.command
+    def inspect(file: str, /, *, json: bool = False) -> None:
+        """Describe an adapter file.
 
+        Parameters
+        ----------
+        json
+            print the result as JSON
+        """
+        _entry_point("files:inspect")(file, json=json)
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="imprompt", description="Image prompts for text-to-image diffusion models.")
-    parser.add_argument("--version", action="version", version=f"imprompt {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    @app.command
+    def convert(source: str, target: str, /, *, without_aggregator: bool = False) -> None:
+        """Rewrite an adapter file or a training state as a public file.
 
-    generate = _verb(verbs, "generate", "draw pictures after reference pictures", "generate:run")
-    _fields(generate, config.Generate)
-    generate.add_argument("--json", action="store_true", help="print the result for a program")
+        Parameters
+        ----------
+        target
+            a name ending in .safetensors, or .bin for old readers
+        without_aggregator
+            only what every reader knows: without the trained aggregation of several references
+        """
+        _entry_point("files:convert")(source, target, without_aggregator=without_aggregator)
 
-    personalise = _verb(verbs, "personalise", "draw a person or a thing again, after several photographs", "personalise:run")
-    _fields(personalise, config.Personalise)
-    personalise.add_argument("--json", action="store_true", help="print the result for a program")
-
-    train = _verb(verbs, "train", "train an adapter on your own pictures", "train:run")
-    _fields(train, config.Train)
-    train.add_argument("--json", action="store_true", help="print the result for a program")
-
-    encode = _verb(verbs, "encode", "encode data into a feature cache, to train from", "train:encode")
-    _fields(encode, config.Encode)
-    encode.add_argument("--json", action="store_true", help="print the result for a program")
-
-    data = verbs.add_parser("data", help="look at training data")
-    data.set_defaults(parser=data)
-    validate = _verb(
-        data.add_subparsers(title="verbs", metavar="VERB"),
-        "validate",
-        "report what is in the data, and what is wrong with it",
-        "data:validate",
-    )
-    _fields(validate, config.Validate)
-    validate.add_argument("--json", action="store_true", help="print the whole report for a program")
-
-    evaluate = _verb(verbs, "evaluate", "measure an adapter against copies, real pictures, text and other methods", "evaluate:run")
-    _fields(evaluate, config.Evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print the result for a program")
-
-    reproduce = _verb(verbs, "reproduce", "regenerate a paper's comparison and judge its claims", "evaluate:reproduce")
-    _fields(reproduce, config.Reproduce)
-    reproduce.add_argument("--json", action="store_true", help="print the result for a program")
-
-    inspect = _verb(verbs, "inspect", "tell what an adapter file is", "files:inspect")
-    inspect.add_argument("file")
-    inspect.add_argument("--json", action="store_true", help="print the result for a program")
-
-    convert = _verb(verbs, "convert", "rewrite an adapter file or training state as a public file", "files:convert")
-    convert.add_argument("source")
-    convert.add_argument("target", help="a name ending in .safetensors, or .bin for old readers")
-    convert.add_argument("--plain", action="store_true", help="only what every reader knows: without a trained way of several references")
-
-    mini = verbs.add_parser("mini", help="the embedded world: rebuild it, look at it")
-    mini.set_defaults(parser=mini)
-    parts = mini.add_subparsers(title="verbs", metavar="VERB")
-    make = _verb(parts, "make", "train every part of mini from nothing (resumable)", "mini:make")
-    make.add_argument("--out", default="runs/mini", help="work folder; a run found there is continued")
-    make.add_argument("--budget", type=float, default=1.0, help="share of the full number of steps (0.001 for a trial)")
-    make.add_argument("--only", action="append", default=[], metavar="PART", help="just this part; repeat it for several")
-    make.add_argument("--install", action="store_true", help="make the result the embedded model")
-    style = _verb(parts, "style", "fine-tune a custom model from mini, in another drawing style (resumable)", "mini:style")
-    style.add_argument("style", help="ink or mosaic")
-    style.add_argument("--out", help="folder; a run found there is continued (default: runs/mini-STYLE)")
-    style.add_argument("--budget", type=float, default=1.0, help="share of the full number of steps (0.01 for a trial)")
-    show = _verb(parts, "show", "draw a sheet of the world and of what mini draws", "mini:show")
-    show.add_argument("--out", default="mini.png")
-    show.add_argument("--seed", type=int, default=0)
-    judge = _verb(parts, "judge", "measure mini against its bars", "mini:judge")
-    judge.add_argument("--prompts", type=int, default=1000)
-    judge.add_argument("--steps", type=int, default=50)
-    judge.add_argument("--guidance", type=float, default=None)
-    judge.add_argument("--task", action="append", default=[], metavar="TASK", help="just this task; repeat it for several")
-    judge.add_argument("--scale", type=float, action="append", default=[], metavar="λ", help="of image-text; repeat it for several")
-    judge.add_argument("--scheduler", choices=config.SCHEDULERS, default="ddim")
-    judge.add_argument("--out", help="folder for sheets and curves of what is judged")
-    judge.add_argument("--json", action="store_true", help="print the result for a program")
-    return parser
+    app.command(_mini_app())
+    return app
 
 
-def _verb(verbs: Any, name: str, text: str, door: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=_later(door))
-    return parser
+def _mini_app() -> App:
+    app = App(name="mini", help="The embedded synthetic model: rebuild it, look at it, evaluate it.")
 
+    @app.command
+    def build(*, output_dir: str = "runs/mini", budget: float = 1.0, only: list[str] | None = None, install: bool = False) -> None:
+        """Train every part of mini from scratch (resumable).
 
-def _later(door: str) -> Callable[[argparse.Namespace], None]:
-    """Import the verb's module only when it runs."""
-    module, function = door.split(":")
-    return lambda chosen: getattr(import_module(f"imprompt.cli.{module}"), function)(chosen)
+        Parameters
+        ----------
+        output_dir
+            work folder; a run in it is continued
+        budget
+            fraction of the full number of steps (0.001 for a trial)
+        only
+            just this part; repeat it for several
+        install
+            make the result the embedded model
+        """
+        _entry_point("mini:build")(output_dir, budget, only or [], install=install)
 
+    @app.command
+    def style(name: str, /, *, output_dir: str | None = None, budget: float = 1.0) -> None:
+        """Fine-tune a custom model from mini, in another drawing style (resumable).
 
-def _fields(parser: argparse.ArgumentParser, kind: type) -> None:
-    """One flag for each field; those not given stay out, so that a configuration file can speak."""
-    parser.add_argument("--config", metavar="FILE.toml", help="read fields from a file; flags go before it")
-    for f, one, many in config.options(kind):
-        default = "" if f.default in (None, (), "", "auto", 0, -1) or "default" in f.metadata["help"] else f" (default: {f.default})"
-        text = (f.metadata["help"] + default).replace("%", "%%")
-        if f.metadata.get("place"):
-            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, metavar=f.name.upper(), help=text)
-            continue
-        if one is bool:
-            flag = "--" + f.name.replace("_", "-")
-            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            continue
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            dest=f.name,
-            type=one,
-            action="append" if many else "store",
-            default=argparse.SUPPRESS,
-            metavar=f.metadata.get("metavar", f.name.upper()),
-            help=text,
+        Parameters
+        ----------
+        name
+            ink or mosaic
+        output_dir
+            folder; a run in it is continued (default: runs/mini-NAME)
+        budget
+            fraction of the full number of steps (0.01 for a trial)
+        """
+        _entry_point("mini:style")(name, output_dir, budget)
+
+    @app.command
+    def preview(*, output_dir: Annotated[str, Parameter(alias="-o")] = "imprompt-out", seed: int = 0) -> None:
+        """Make a contact sheet of the synthetic world and of what mini generates."""
+        _entry_point("mini:preview")(output_dir, seed)
+
+    @app.command
+    def evaluate(
+        *, task: list[str] | None = None, scale: list[float] | None = None, num_prompts: int = 1000,
+        num_inference_steps: Annotated[int, Parameter(alias="--steps")] = 50, guidance_scale: float | None = None,
+        scheduler: config.Scheduler = "ddim", output_dir: str | None = None, json: bool = False,
+    ) -> None:  # fmt: skip
+        """Measure mini against its thresholds.
+
+        Parameters
+        ----------
+        task
+            just this task; repeat it for several
+        scale
+            λ of the task image-text; repeat it for several
+        output_dir
+            folder for contact sheets and curves
+        json
+            print the result as JSON
+        """
+        settings = config.EvaluationSamplingConfig.from_options(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
         )
+        _entry_point("mini:evaluate")(task or [], scale or [], num_prompts, settings, output_dir, json=json)
+
+    return app
 
 
-def chosen_fields(chosen: argparse.Namespace, kind: type[config.Config]) -> config.Config:
-    """The verb's dataclass from the configuration file and the flags given."""
-    names = {f.name for f, _, _ in config.options(kind)}
-    flags = {name: value for name, value in vars(chosen).items() if name in names}
-    return config.build(kind, (config.read_toml(chosen.config) if chosen.config else {}) | flags)
+def _add_command(app: App, name: str, kind: type[Options], entry_point: str) -> None:
+    """A command whose flags are the options of a configuration, and that reads a TOML file of them with --config."""
+    options = {one.name: one for one in all_options(kind)}
+    positional = [one.name for one in options.values() if one.field.metadata["positional"]]
+
+    def run(*arguments: str | None, **flags: Any) -> None:
+        given = dict(zip(positional, arguments, strict=False)) | flags
+        file, json = given.pop("config", None), given.pop("json", False)
+        values = {name: _parse(options[name], value) for name, value in given.items() if value is not UNSET}
+        settings = kind.from_options(**(config.read_toml(file) if file else {}) | values)
+        _entry_point(entry_point)(settings, json=bool(json))
+
+    groups = {one.group: Group(one.group, sort_key=number) for number, one in enumerate(options.values()) if one.group}
+    run.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+        *sorted((_parameter(one, groups) for one in options.values()), key=lambda parameter: parameter.kind),
+        _flag("config", str, Parameter(help="read options from a TOML file; flags override it", metavar="FILE.toml")),
+        _flag("json", bool, Parameter(help="print the result as JSON", negative=())),
+    ])  # fmt: skip
+    app.command(run, name=name, help=kind.__doc__)
+
+
+def _parameter(one: Option, groups: dict[str, Group]) -> inspect.Parameter:
+    described = Parameter(
+        help=describe_option(one),
+        alias=one.field.metadata["alias"],
+        group=(groups[one.group],) if one.group else None,
+        metavar=one.field.metadata["metavar"] or one.type.__name__.upper(),
+        show_default=False,
+        consume_multiple=False,
+        allow_leading_hyphen=one.type in (int, float),
+    )
+    kind: Any = list[str] if one.repeatable else bool if one.type is bool else str  # numbers are parsed here, strictly
+    if one.field.metadata["positional"]:
+        return inspect.Parameter(
+            one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=UNSET, annotation=Annotated[kind | None, described]
+        )
+    return _flag(one.name, kind, described)
+
+
+def _parse(one: Option, value: Any) -> Any:
+    """A number from the command line's text. Raises UserError."""
+    if one.repeatable or one.type not in (int, float):
+        return value
+    try:
+        return one.type(value)
+    except ValueError as error:
+        raise UserError(f"{one.name}: expected {one.type.__name__}, received {value!r}") from error
+
+
+def _flag(name: str, kind: Any, described: Parameter) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=UNSET, annotation=Annotated[kind | None, described])
+
+
+def describe_option(one: Option) -> str:
+    """An option's help, with its range and its default."""
+    limits = one.field.metadata["limits"]
+    facts = [f"one of {', '.join(filter(None, one.choices))}"] if one.choices else [describe_limits(limits)] if limits else []
+    default = one.field.default
+    if "default" not in one.field.metadata["help"] and default not in (UNSET, (), "", "auto"):
+        facts.append(f"default: {default}")
+    return one.field.metadata["help"] + (f" [{'; '.join(facts)}]" if facts else "")
+
+
+def _entry_point(name: str) -> Callable[..., None]:
+    """A function of this package, imported only when its command runs."""
+    module, function = name.split(":")
+    loaded: Callable[..., None] = getattr(import_module(f"imprompt.cli.{module}"), function)
+    return loaded
+
+
+def _describe(error: CycloptsError) -> str:
+    """A parsing error in one sentence."""
+    command = " ".join(("imprompt", *(error.command_chain or ())))
+    if isinstance(error, UnknownOptionError) and error.token:
+        text = f"unknown option {error.token.keyword or error.token.value}"
+    elif isinstance(error, UnusedCliTokensError):
+        text = f"unexpected argument {' '.join(error.unused_tokens or ())}"
+    elif isinstance(error, UnknownCommandError):
+        text = f"unknown command {(error.unused_tokens or [''])[0]!r}"
+    else:
+        text = " ".join(str(error).split()).rstrip(".")
+    return f"{text}; see {command} --help"

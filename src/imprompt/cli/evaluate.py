@@ -1,67 +1,59 @@
-"""`imprompt evaluate`."""
+"""`imprompt evaluate` and `imprompt reproduce`."""
 
-import argparse
-import json
+from imprompt.cli.console import progress_bar, silence_third_party_logs
+from imprompt.cli.generate import print_json
+from imprompt.config import EvaluateConfig, ReproduceConfig
 
-from imprompt.cli import chosen_fields
-from imprompt.cli.console import progress_bar, quiet_libraries
-from imprompt.config import Evaluate, Reproduce
+MAX_LISTED = 5  # skipped prompts that are listed for each row
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Draw, score, and say where the report is."""
-    choice = chosen_fields(arguments, Evaluate).settled()
-    quiet_libraries()
-    with progress_bar("evaluating", show=not arguments.json) as bar:
+def run(config: EvaluateConfig, *, json: bool) -> None:
+    """Generate, compute metrics, and print where the report is."""
+    config = config.with_defaults()
+    silence_third_party_logs()
+    with progress_bar("evaluating", show=not json) as progress:
         from imprompt.evaluation import report
-        from imprompt.evaluation import runner as suite
-        from imprompt.utils.memory import enough_memory
+        from imprompt.evaluation.runner import EvaluationWorker, run_evaluation
+        from imprompt.utils.memory import explain_oom
 
-        with enough_memory("take a smaller --batch"):
-            for at in suite.draw(choice):
-                bar.advance(at.done, at.total, f"{at.row} · {at.pictures_per_second:.1f} pictures/s")
-        bar.rename("scoring")
-        studio, found = suite.Studio(choice), []
-        rows = suite.rows_of(choice, studio.cases)
-        for row in rows:
-            found.append(report.score_row(studio, row, studio.out))
-            bar.advance(len(found), len(rows), row.name)
-        page = report.write(choice, found, suite.protocol(choice, studio))
-    if arguments.json:
-        print(json.dumps({"page": str(page), "rows": [report.as_dict(score) for score in found]}, ensure_ascii=False))
+        with explain_oom("take a smaller --batch-size"):
+            for at in run_evaluation(config):
+                progress.advance(at.done, at.total, f"{at.row} · {at.images_per_second:.1f} images/s")
+        progress.rename("scoring")
+        worker, scores = EvaluationWorker(config), []
+        for row in worker.rows:
+            scores.append(report.score_row(worker, row))
+            progress.advance(len(scores), len(worker.rows), row.name)
+        page = report.write_report(worker, scores)
+    if json:
+        print_json(page=str(page), rows=[report.score_to_json(score) for score in scores])
         return
-    print(report.markdown([score for score in found if not score.curve]))
-    for row in rows:
-        lost = report.Seen(studio.out, row.name, studio.chunks(row)).lost
-        for name, why in list(lost.items())[:5]:
-            print(f"left out of {row.name}: prompt {name}: {why}")
-        if lost and row.name == "copy":
-            print(f"once they are mended, delete {studio.out} or choose another --out")
+    print(report.scores_to_markdown([score for score in scores if not score.sweep_of]))
+    for row in worker.rows:
+        skipped = worker.load_features(row).skipped
+        for name, reason in list(skipped.items())[:MAX_LISTED]:
+            print(f"skipped in {row.name}: prompt {name}: {reason}")
+        if skipped and row.source == "copy":
+            print(f"once they are repaired, delete {worker.output_dir} or choose another --output-dir")
     print(page)
 
 
-def reproduce(arguments: argparse.Namespace) -> None:
+def reproduce(config: ReproduceConfig, *, json: bool) -> None:
     """Do what is missing, and print the claims with their verdicts."""
-    choice = chosen_fields(arguments, Reproduce)
-    quiet_libraries()
-    with progress_bar("reproducing", show=not arguments.json) as bar:
-        from imprompt.studies.base import report_of
-        from imprompt.studies.base import run as work
+    silence_third_party_logs()
+    with progress_bar("reproducing", show=not json) as progress:
+        from imprompt.studies.runner import run_study, write_report
 
         done, total = 0, 1
-        for at in work(choice):
+        for at in run_study(config):
             if not at.row:
                 done, total = at.done, at.total
                 if at.stage != "rows":
-                    bar.say(f"{at.stage} done ({done} of {total})")
-            bar.advance(done, total, f"{at.row}: {at.stage} {at.done}/{at.total}" if at.row else "")
-        page, claims = report_of(choice)
-    if arguments.json:
-        print(
-            json.dumps(
-                {"page": str(page), "claims": [claim._asdict() | {"verdict": claim.verdict} for claim in claims]}, ensure_ascii=False
-            )
-        )
+                    progress.log(f"{at.stage} done ({done} of {total})")
+            progress.advance(done, total, f"{at.row}: {at.stage} {at.done}/{at.total}" if at.row else "")
+        page, claims = write_report(config)
+    if json:
+        print_json(page=str(page), claims=[claim._asdict() | {"verdict": claim.verdict} for claim in claims])
         return
     print((page.parent / "README.md").read_text("utf-8"))
     print(page)

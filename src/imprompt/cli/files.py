@@ -1,31 +1,30 @@
 """`imprompt inspect` and `imprompt convert`."""
 
-import argparse
-import json
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imprompt.cli.generate import print_json
 
-def inspect(arguments: argparse.Namespace) -> None:
-    """Tell kind, tokens, layers, base family, encoder and parameters of an adapter file."""
-    from imprompt.models.checkpoints import read, recognise
 
-    spec = recognise(*read(arguments.file))
+def inspect(file: str, *, json: bool) -> None:
+    """Print type, tokens, layers, base family, encoder and parameters of an adapter file."""
+    from imprompt.models.checkpoints import detect_spec, read_adapter_file
+
+    spec = detect_spec(*read_adapter_file(file))
     facts = {
-        "kind": spec.kind,
-        "tokens": spec.tokens or "one per patch",
+        "adapter_type": spec.adapter_type,
+        "tokens": spec.num_tokens or "one per patch",
         "layers": len(spec.layers),
-        "base": spec.base,
-        "encoder": spec.encoder,
-        "cross_width": spec.cross,
-        "parameters": spec.parameters,
+        "base": spec.base_model,
+        "encoder": spec.image_encoder,
+        "cross_attention_dim": spec.cross_attention_dim,
+        "parameters": spec.num_parameters,
         "dtype": spec.dtype,
     }
     facts |= {key: value for key, value in spec.metadata.items() if key not in facts}
-    if arguments.json:
-        print(json.dumps(facts))
+    if json:
+        print_json(**facts)
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -33,9 +32,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def convert(arguments: argparse.Namespace) -> None:
+def convert(source: str, target: str, *, without_aggregator: bool) -> None:
     """Rewrite an adapter file."""
     from imprompt.models import checkpoints
 
-    spec = checkpoints.convert(arguments.source, arguments.target, arguments.plain)
-    print(f"{arguments.target}: {spec.kind} adapter for {spec.base}, {spec.parameters:,} parameters")
+    spec = checkpoints.convert_adapter(source, target, without_aggregator=without_aggregator)
+    print(f"{target}: {spec.adapter_type} adapter for {spec.base_model}, {spec.num_parameters:,} parameters")

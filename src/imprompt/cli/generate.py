@@ -1,61 +1,81 @@
 """`imprompt generate`."""
 
-import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from imprompt import __version__
-from imprompt.cli import chosen_fields
-from imprompt.cli.console import progress_bar, quiet_libraries
-from imprompt.config import Generate, Personalise
-from imprompt.utils.files import atomic_path, writable_folder
+from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
+from imprompt.config import GenerateConfig, ImagePromptConfig, Options
+from imprompt.utils.files import atomic_path, ensure_writable_folder
+from imprompt.utils.images import cropped_fraction, is_animated, make_contact_sheet, open_image
 
 if TYPE_CHECKING:
-    from imprompt.generation.generate import Drawn
+    from imprompt.generation.generate import GeneratedImage
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Draw, write each picture with its settings in the metadata and a contact sheet, and say where they are."""
-    from imprompt.utils.images import cut_share, is_animated, open_image, sheet
-
-    choice = chosen_fields(arguments, Generate)
-    folder = writable_folder(choice.out)
-    shown = [path for path in choice.image if not str(path).endswith(".safetensors")]  # an image prompt that was kept has no picture
-    references = [open_image(path) for path in shown]
-    quiet_libraries(loading=choice.base == "mini" or Path(choice.base).is_dir())
-    with progress_bar("drawing", show=not arguments.json) as progress:
-        for path, image in zip(shown, references, strict=True):
-            if choice.fit == "crop" and cut_share(image) > 0.1:
-                progress.say(f"{Path(path).name}: the centre square is used, {cut_share(image):.0%} is cut; --fit pad or tile keeps all")
-            if is_animated(path):
-                progress.say(f"{Path(path).name}: only the first frame is used")
-        from imprompt.generation.generate import draw
+def run(config: GenerateConfig, *, json: bool) -> None:
+    """Generate, write each image with its settings in the metadata and a contact sheet, and print where they are."""
+    folder = ensure_writable_folder(config.output.output_dir)
+    with progress_bar("generating", show=not json) as progress:
+        references = open_references(config.reference, progress)
+        silence_third_party_logs(loading=config.pipeline.is_mini or Path(config.pipeline.model).is_dir())
+        from imprompt.generation.generate import generate_images
 
         start = time.monotonic()
-        drawn = draw(choice, progress.advance)
+        opened = replace(config, reference=replace(config.reference, image=tuple(references)))
+        generated = generate_images(opened, on_progress=progress.advance)
         seconds = time.monotonic() - start
-    paths = []
-    for picture in drawn:
-        paths.append(keep(folder / f"{picture.seed:06d}.png", picture, choice))
-    contact = folder / "sheet.png"
-    with atomic_path(contact) as partial:
-        sheet(references, [picture.image for picture in drawn]).save(partial)
-    if arguments.json:
-        print(json.dumps({"sheet": str(contact), "pictures": [str(p) for p in paths], "seed": choice.seed, "seconds": round(seconds, 2)}))
-    else:
-        print(f"seed {choice.seed}, {len(paths)} pictures in {seconds:.1f} s")
-        print(contact)
+    paths = [save_with_metadata(folder / f"{image.seed:06d}.png", image, config) for image in generated]
+    images = [reference for reference in references if isinstance(reference, Image.Image)]
+    contact_sheet = save_contact_sheet(folder, images, [image.image for image in generated])
+    seed = config.sampling.seed
+    if json:
+        print_json(sheet=str(contact_sheet), images=[str(path) for path in paths], seed=seed, seconds=round(seconds, 2))
+        return
+    print(f"seed {seed}, {len(paths)} images in {seconds:.1f} s")
+    print(contact_sheet)
 
 
-def keep(path: Path, picture: "Drawn", choice: Generate | Personalise, **more: str) -> Path:
-    """Write a picture with what repeats it in its metadata."""
+def open_references(config: ImagePromptConfig, progress: ProgressDisplay) -> list[Image.Image | str]:
+    """Each reference image, opened once; a file of saved embeddings stays a path. What is lost of an image is reported."""
+    references: list[Image.Image | str] = []
+    for path in config.image:
+        if str(path).endswith(".safetensors"):
+            references.append(path)
+            continue
+        references.append(image := open_image(path))
+        if config.resize_mode == "crop" and cropped_fraction(image) > 0.1:
+            lost = f"{cropped_fraction(image):.0%} is cropped"
+            progress.log(f"{Path(path).name}: the center square is used, {lost}; --resize-mode pad or tile keeps all")
+        if is_animated(image):
+            progress.log(f"{Path(path).name}: only the first frame is used")
+    return references
+
+
+def save_with_metadata(path: Path, generated: "GeneratedImage", config: Options, **options: str) -> Path:
+    """Write an image with the options that repeat it in its metadata."""
     settings = PngInfo()
-    settings.add_text("imprompt", json.dumps({**asdict(choice), **more, "seed": picture.seed, "count": 1, "version": __version__}))
+    metadata = config.to_options() | options | {"seed": generated.seed, "num_images": 1, "version": __version__}
+    settings.add_text("imprompt", json.dumps(metadata))
     with atomic_path(path) as partial:
-        picture.image.save(partial, pnginfo=settings)
+        generated.image.save(partial, pnginfo=settings)
     return path
+
+
+def save_contact_sheet(folder: Path, references: list[Image.Image], images: list[Image.Image], columns: int = 4) -> Path:
+    """Write references and results on one sheet."""
+    path = folder / "sheet.png"
+    with atomic_path(path) as partial:
+        make_contact_sheet(references, images, columns=columns).save(partial)
+    return path
+
+
+def print_json(**result: object) -> None:
+    """The result of a command, for a program."""
+    print(json.dumps(result, ensure_ascii=False))

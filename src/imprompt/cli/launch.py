@@ -49,7 +49,10 @@ def launch(processes: int) -> int:
         code = codes[failed] or 1
         if code < 0:
             name = signal.Signals(-code).name
-            print(f"imprompt: process {failed} was ended by {name}; if nobody did that, memory was short: smaller --batch", file=sys.stderr)
+            print(
+                f"imprompt: process {failed} was ended by {name}; if nobody did that, memory was short: smaller --batch-size",
+                file=sys.stderr,
+            )
         return code if code > 0 else 1
 
 

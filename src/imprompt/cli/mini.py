@@ -1,152 +1,182 @@
-"""`imprompt mini make`, `show` and `judge`."""
+"""`imprompt mini build`, `style`, `preview` and `evaluate`."""
 
-import argparse
-import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from imprompt.cli.console import Shown, progress_bar, quiet_libraries
+from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
+from imprompt.cli.generate import print_json
+from imprompt.config import EvaluationSamplingConfig, GenerateConfig
 from imprompt.errors import UserError
-from imprompt.utils.files import atomic_path, writable_folder, write_file
+from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
+
+if TYPE_CHECKING:
+    from imprompt.recipes.benchmark import MiniBenchmark, TaskBenchmark
+
+DEFAULT_TASKS = ("real", "text", "image", "image-plus", "image-text", "rows")
+Scores = dict[str, dict[str, float]]
 
 
-def make(arguments: argparse.Namespace) -> None:
+def build(output_dir: str, budget: float, only: Sequence[str], *, install: bool) -> None:
     """Train every missing part; continue the one that was interrupted."""
-    quiet_libraries()
-    from imprompt.models.hub import MINI
-    from imprompt.recipes.build import install
-    from imprompt.recipes.build import make as make_parts
-    from imprompt.recipes.mini_models import Build
+    silence_third_party_logs()
+    from imprompt.models.hub import MINI_PATH
+    from imprompt.recipes.build import build_mini, install_mini
+    from imprompt.recipes.mini_models import MiniBuild
 
-    _check_budget(arguments.budget)
+    _check_budget(budget)
     with progress_bar("mini") as bar:
-        build = Build(writable_folder(arguments.out), partial(_report, bar), arguments.budget)
-        make_parts(build, arguments.only)
-    print(build.parts)
-    if arguments.install:
-        install(build)
-        print(MINI)
+        parts = MiniBuild(ensure_writable_folder(output_dir), partial(_show_training, bar), budget)
+        build_mini(parts, only)
+    print(parts.parts)
+    if install:
+        install_mini(parts)
+        print(MINI_PATH)
 
 
-def style(arguments: argparse.Namespace) -> None:
-    """Make a custom model to try an adapter on."""
-    quiet_libraries()
-    from imprompt.recipes.style import STYLES, make_style
+def style(name: str, output_dir: str | None, budget: float) -> None:
+    """Fine-tune a custom model to try an adapter on."""
+    silence_third_party_logs()
+    from imprompt.recipes.style import STYLES, train_style
 
-    if arguments.style not in STYLES:
-        raise UserError(f"style: expected one of {', '.join(STYLES)}, received {arguments.style!r}")
-    _check_budget(arguments.budget)
+    if name not in STYLES:
+        raise UserError(f"style: expected one of {', '.join(STYLES)}, received {name!r}")
+    _check_budget(budget)
     with progress_bar("style") as bar:
-        folder = writable_folder(arguments.out or f"runs/mini-{arguments.style}")
-        print(make_style(arguments.style, folder, partial(_report, bar), arguments.budget))
+        folder = ensure_writable_folder(output_dir or f"runs/mini-{name}")
+        print(train_style(name, folder, partial(_show_training, bar), budget))
 
 
 def _check_budget(budget: float) -> None:
     if not 0 < budget <= 10:
-        raise UserError(f"budget: expected a share of the full training between 0 and 10, received {budget}")
+        raise UserError(f"budget: expected more than 0 and at most 10 (a fraction of the full training), received {budget}")
 
 
-def _report(bar: Shown, part: str, done: int, total: int, loss: float) -> None:
+def _show_training(bar: ProgressDisplay, part: str, done: int, total: int, loss: float) -> None:
     bar.rename(part)
     bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
 
 
-def show(arguments: argparse.Namespace) -> None:
-    """Draw a sheet: two rows of the world, then pictures from text, and pictures after references."""
-    quiet_libraries()
-    from PIL import Image
-
-    from imprompt import generate
+def preview(output_dir: str, seed: int) -> None:
+    """Make a contact sheet: two rows of the synthetic world, then images from text, and images from references."""
+    silence_third_party_logs()
+    from imprompt.generation.generate import LoadedModels, generate_images
     from imprompt.mini import world
-    from imprompt.mini.judge import cases
-    from imprompt.models.hub import MINI
-    from imprompt.utils.images import sheet
+    from imprompt.mini.held_out import make_held_out_samples
+    from imprompt.utils.images import make_contact_sheet
 
-    rng = random.Random(arguments.seed)
-    shown = cases(8 + arguments.seed)[arguments.seed :]
-    photos = [case.photo for case in shown]
-    same = [world.draw(case.subject, world.scene(rng.randrange(10**6))) for case in shown]
-    pictures: list[Image.Image] = [*photos, *same]
-    if (MINI / "model_index.json").is_file():
-        with progress_bar("drawing") as bar:
-            for i, case in enumerate(shown):
-                pictures += generate(prompt=case.text, count=1, seed=arguments.seed)
-                bar.advance(i + 1, 16)
-            for i, photo in enumerate(photos):
-                pictures += generate(photo, count=1, seed=arguments.seed)
-                bar.advance(9 + i, 16)
-    with atomic_path(arguments.out) as partial:
-        sheet([], pictures, columns=8, cell=128).save(partial)
-    print("rows: photographs of the world, the same subjects elsewhere, drawn from their captions, drawn after the photographs")
-    for case in shown:
-        print(f"  {case.text}")
-    print(arguments.out)
-
-
-def judge(arguments: argparse.Namespace) -> None:
-    """Measure mini against the bars, on held-out prompts."""
-    quiet_libraries()
-    from imprompt.config import Generate
-    from imprompt.mini.judge import BARS, SCALES, Bench, cases
-    from imprompt.models.base_pipelines import MINI_GUIDANCE, load_base, pick_dtype, scheduled
-    from imprompt.recipes.benchmark import Doors, shares
-
-    tasks = arguments.task or ["real", "text", "image", "image-plus", "image-text", "rows"]
-    results: dict[str, dict[str, float]] = {}
-    guidance = MINI_GUIDANCE if arguments.guidance is None else arguments.guidance
-    out = writable_folder(arguments.out) if arguments.out else None
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("judging", show=not arguments.json))
-
-        def say(task: str, done: int, total: int) -> None:
-            bar.rename(task)
-            bar.advance(done, total)
-
-        pipe = load_base("mini", "cpu", pick_dtype("auto", "cpu", True))
-        stack.enter_context(scheduled(pipe, arguments.scheduler, arguments.steps))
-        prompts = cases(arguments.prompts)
-        bench = Bench(pipe, prompts, arguments.steps, guidance, say)
-        settings = Generate(steps=arguments.steps, guidance=guidance, scheduler=arguments.scheduler, device="cpu")
-        doors = Doors(prompts, out or Path(stack.enter_context(TemporaryDirectory())), settings, say, bench.judge)
-        simple: dict[str, Callable[[], dict[str, float]]] = {
-            "real": bench.real, "text": bench.text, "image": bench.image, "image-plus": bench.image_plus, "rows": bench.clip_rows,
-            "edges": doors.edges, "silhouette": doors.silhouette, "inpaint": doors.inpaint, "img2img": doors.img2img,
-            "regions": doors.regions,
-        }  # fmt: skip
-        for task in tasks:
-            if task in simple:
-                results[task] = simple[task]()
-            elif task == "image-text":
-                curve = {scale: bench.image_text(scale) for scale in arguments.scale or SCALES}
-                results |= {f"image-text λ {scale}": figures for scale, figures in curve.items()}
-                results[task] = max(curve.values(), key=lambda figures: figures["all three"])
-                results["multimodal"] = max(curve.values(), key=lambda figures: min(figures["kind (text)"], figures["look (image)"]))
-                if out:
-                    write_file(out / "image-text.png", shares(curve, arguments.prompts))
-            else:
-                raise UserError(f"unknown task {task!r}; expected one of {', '.join([*simple, 'image-text'])}")
-    if arguments.json:
-        protocol = {"prompts": arguments.prompts, "scheduler": arguments.scheduler, "steps": arguments.steps, "guidance": guidance}
-        print(json.dumps({"protocol": protocol, "results": results}))
-        return
-    table = Table(
-        "task",
-        "score",
-        "figure",
-        "bar",
-        "",
-        title=f"{arguments.prompts} prompts, {arguments.scheduler} {arguments.steps}, guidance {guidance}",
+    rng = random.Random(seed)
+    samples = make_held_out_samples(8 + seed)[seed:]
+    references = [sample.image for sample in samples]
+    other_scenes = [world.render(sample.subject, world.make_scene(rng.randrange(10**6))) for sample in samples]
+    options = [{"prompt": sample.caption} for sample in samples] + [{"image": (reference,)} for reference in references]
+    models, generated = LoadedModels.empty(), []
+    with progress_bar("generating") as bar:
+        for number, one in enumerate(options, 1):
+            config = GenerateConfig.from_options(**one, num_images=1, seed=seed)
+            generated += [image.image for image in generate_images(config, models)]
+            bar.advance(number, len(options))
+    path = ensure_writable_folder(output_dir) / "mini.png"
+    with atomic_path(path) as partial_path:
+        make_contact_sheet([], [*references, *other_scenes, *generated], columns=8, cell_size=128).save(partial_path)
+    print(
+        "rows: images of the synthetic world, the same subjects in other scenes, generated from their captions, generated from the images"
     )
-    for task, figures in results.items():
-        for score, figure in figures.items():
-            bar_ = BARS.get(task, {}).get(score)
-            holds = "" if bar_ is None else "holds" if figure >= bar_ else "[red]missed"
-            table.add_row(task, score, f"{figure:.3f}", "" if bar_ is None else f"{bar_:.2f}", holds)
+    for sample in samples:
+        print(f"  {sample.caption}")
+    print(path)
+
+
+def evaluate(
+    tasks: Sequence[str],
+    scales: Sequence[float],
+    num_prompts: int,
+    sampling: EvaluationSamplingConfig,
+    output_dir: str | None,
+    *,
+    json: bool,
+) -> None:
+    """Measure mini against its thresholds, on held-out prompts."""
+    silence_third_party_logs()
+    from imprompt.generation.generate import LoadedModels
+    from imprompt.mini.held_out import make_held_out_samples
+    from imprompt.models.base_pipelines import MINI_GUIDANCE_SCALE, use_scheduler
+    from imprompt.recipes.benchmark import MiniBenchmark, TaskBenchmark
+
+    guidance_scale = MINI_GUIDANCE_SCALE if sampling.guidance_scale is None else sampling.guidance_scale
+    config = GenerateConfig.from_options(
+        num_inference_steps=sampling.num_inference_steps, guidance_scale=guidance_scale, scheduler=sampling.scheduler, device="cpu"
+    )
+    folder = ensure_writable_folder(output_dir) if output_dir else None
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("evaluating", show=not json))
+        pipe = LoadedModels.empty().pipeline(config.pipeline, config.sampling.dtype)
+        stack.enter_context(use_scheduler(pipe, sampling.scheduler, sampling.num_inference_steps))
+        samples = make_held_out_samples(num_prompts)
+        on_progress = partial(_show_task, bar)
+        bench = MiniBenchmark(pipe, samples, sampling.num_inference_steps, guidance_scale, on_progress)
+        work = folder or Path(stack.enter_context(TemporaryDirectory()))
+        task_bench = TaskBenchmark(samples, work, config, on_progress, bench.classifier, bench.clip)
+        scores = _score_tasks(bench, task_bench, tasks or DEFAULT_TASKS, scales, folder)
+    protocol = {
+        "prompts": num_prompts, "scheduler": sampling.scheduler, "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }  # fmt: skip
+    if json:
+        print_json(protocol=protocol, results=scores)
+    else:
+        _print_scores(scores, protocol)
+
+
+def _show_task(bar: ProgressDisplay, task: str, done: int, total: int) -> None:
+    bar.rename(task)
+    bar.advance(done, total)
+
+
+def _score_tasks(
+    bench: "MiniBenchmark", task_bench: "TaskBenchmark", tasks: Sequence[str], scales: Sequence[float], folder: Path | None
+) -> Scores:
+    from imprompt.recipes.benchmark import SWEEP_SCALES, plot_accuracy_vs_scale
+
+    scorers: dict[str, Callable[[], dict[str, float]]] = {
+        "real": bench.score_real_images, "text": bench.score_text_to_image, "image": bench.score_image_prompts,
+        "image-plus": bench.score_plus_image_prompts, "rows": bench.score_reference_rows, "edges": task_bench.score_edges,
+        "silhouette": task_bench.score_silhouette, "inpaint": task_bench.score_inpainting, "img2img": task_bench.score_img2img,
+        "regions": task_bench.score_regions,
+    }  # fmt: skip
+    scores: Scores = {}
+    for task in tasks:
+        if task in scorers:
+            scores[task] = scorers[task]()
+        elif task == "image-text":
+            sweep = {scale: bench.score_image_and_text(scale) for scale in scales or SWEEP_SCALES}
+            scores |= {f"image-text λ {scale}": of_scale for scale, of_scale in sweep.items()}
+            scores[task] = max(sweep.values(), key=lambda of_scale: of_scale["all three"])
+            scores["multimodal"] = max(
+                sweep.values(), key=lambda of_scale: min(of_scale["category (text)"], of_scale["appearance (image)"])
+            )
+            if folder:
+                write_file(folder / "image-text.png", plot_accuracy_vs_scale(sweep, len(bench.samples)))
+        else:
+            raise UserError(f"task: expected one of {', '.join([*scorers, 'image-text'])}; received {task!r}")
+    return scores
+
+
+def _print_scores(scores: Scores, protocol: Mapping[str, object]) -> None:
+    from imprompt.recipes.benchmark import THRESHOLDS
+
+    title = "{prompts} prompts, {scheduler} {num_inference_steps}, guidance {guidance_scale}".format(**protocol)
+    table = Table("task", "metric", "value", "threshold", "", title=title)
+    for task, of_task in scores.items():
+        for metric, value in of_task.items():
+            threshold = THRESHOLDS.get(task, {}).get(metric)
+            verdict = "" if threshold is None else "reached" if value >= threshold else "[red]missed"
+            table.add_row(task, metric, f"{value:.3f}", "" if threshold is None else f"{threshold:.2f}", verdict)
     Console().print(table)

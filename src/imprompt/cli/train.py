@@ -1,106 +1,108 @@
-"""`imprompt train`."""
+"""`imprompt train` and `imprompt encode`."""
 
-import argparse
-import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from imprompt.cli import chosen_fields
-from imprompt.cli.console import progress_bar, quiet_libraries
+from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
+from imprompt.cli.generate import print_json
 from imprompt.cli.launch import launch, watch_launcher
-from imprompt.config import Encode, Train
+from imprompt.config import EncodeConfig, TrainConfig
 
-NAMED = 10  # records left out that are named on the screen
+MAX_LISTED = 10  # skipped records that are listed
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Train, show the rate and the figures, and say where the adapter is."""
-    choice = chosen_fields(arguments, Train).settled()
-    if (choice.processes > 1 or choice.deepspeed) and "LOCAL_RANK" not in os.environ:
-        raise SystemExit(launch(choice.processes))
+def run(config: TrainConfig, *, json: bool) -> None:
+    """Train, show rate and metrics, and print where the adapter is."""
+    config = config.with_defaults()
+    if (config.runtime.num_processes > 1 or config.runtime.deepspeed) and "LOCAL_RANK" not in os.environ:
+        raise SystemExit(launch(config.runtime.num_processes))
     watch_launcher()
-    main = os.environ.get("RANK", "0") == "0"
-    quiet_libraries()
-    with progress_bar("preparing", show=main and not arguments.json) as progress:
-        from imprompt.training import Progress, begin, recorded
-
-        def told(at: Progress) -> None:
-            progress.rename("encoding")
-            progress.advance(at.chunks, at.total, f"{at.records} records")
-
-        loop, report = begin(choice, told)
-        if main and report:
-            for note in report.notes:
-                progress.say(f"note: {note}")
-            progress.say(
-                f"{report.trainable / 1e6:.1f} M trainable parameters; one batch: loss {report.before:.4f} → {report.after:.4f}; "
-                f"about {_time(report.seconds_per_step * choice.steps * choice.accumulate)} for {choice.steps} steps, "
-                f"{report.peak_bytes / 2**30:.1f} GiB at the peak"
-            )
-        progress.rename("training")
-        last = None
-        for step in recorded(choice, loop) if main else loop:
-            progress.advance(step.index, step.steps, f"loss {step.loss:.4f} · {step.images_per_second:.1f} images/s")
-            if step.findings:
-                progress.say(f"step {step.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in step.findings.figures.items()))
-            last = step
-    _part()
-    if not main:
+    is_main = os.environ.get("RANK", "0") == "0"
+    silence_third_party_logs()
+    with progress_bar("preparing", show=is_main and not json) as progress:
+        last = _train(config, progress, is_main=is_main)
+    _shutdown_distributed()
+    if not is_main:
         return
-    folder = Path(choice.out)
-    result = {
-        "adapter": str(folder / "adapter.safetensors"),
-        "page": str(folder / "index.html"),
-        "step": last.index if last else choice.steps,
-    }
-    if arguments.json:
-        print(json.dumps(result | (last.findings.figures if last and last.findings else {})))
+    adapter, page = (Path(config.output_dir) / name for name in ("adapter.safetensors", "index.html"))
+    if json:
+        metrics = last.validation.metrics if last and last.validation else {}
+        step = last.index if last else config.optimization.max_train_steps
+        print_json(adapter=str(adapter), page=str(page), step=step, **metrics)
         return
-    print(folder / "adapter.safetensors")
-    if (folder / "index.html").exists():
-        print(folder / "index.html")
+    print(adapter)
+    if page.exists():
+        print(page)
 
 
-def encode(arguments: argparse.Namespace) -> None:
-    """Fill a feature cache, and say what is in it."""
-    choice = chosen_fields(arguments, Encode).settled()
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if choice.processes > 1 and "LOCAL_RANK" not in os.environ:
-        if code := launch(choice.processes):
+def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> Any:
+    """The last step of the run; None where the run was complete before."""
+    from imprompt.training import EncodingProgress, log_steps, start_training
+
+    def on_encoding(at: EncodingProgress) -> None:
+        progress.rename("encoding")
+        progress.advance(at.chunks, at.total, f"{at.records} records")
+
+    steps, report = start_training(config, on_encoding)
+    if is_main and report:
+        for warning in report.warnings:
+            progress.log(f"warning: {warning}")
+        total = config.optimization.max_train_steps
+        seconds = report.seconds_per_step * total * config.optimization.gradient_accumulation_steps
+        progress.log(
+            f"{report.num_parameters / 1e6:.1f} M trainable parameters; one batch: loss {report.loss_before:.4f} → {report.loss_after:.4f}; "
+            f"about {_format_duration(seconds)} for {total} steps, {report.peak_bytes / 2**30:.1f} GiB peak memory"
+        )
+    progress.rename("training")
+    last = None
+    for last in log_steps(config, steps) if is_main else steps:
+        progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
+        if last.validation:
+            progress.log(f"step {last.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.validation.metrics.items()))
+    return last
+
+
+def encode(config: EncodeConfig, *, json: bool) -> None:
+    """Fill a feature cache, and print what is in it."""
+    config = config.with_defaults()
+    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if config.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        if code := launch(config.num_processes):
             raise SystemExit(code)
     else:
         watch_launcher()
-        _encode(choice, rank, ranks, show=not arguments.json)
-        if ranks > 1:
+        _encode(config, rank, num_ranks, show=not json)
+        if num_ranks > 1:
             return
-    from imprompt.data.feature_cache import contents
+    from imprompt.data.feature_cache import summarize_cache
 
-    found = contents(Path(choice.out))
-    if arguments.json:
-        print(json.dumps(found))
+    cache = summarize_cache(Path(config.output_dir))
+    if json:
+        print_json(**cache)
         return
-    print(f"{choice.out}: {found['records']:,} records in {found['chunks']:,} chunks, {found['bytes'] / 2**20:,.0f} MiB")
-    for key, why in list(found["lost"].items())[:NAMED]:
-        print(f"left out: {key}: {why}")
-    if len(found["lost"]) > NAMED:
-        print(f"… and {len(found['lost']) - NAMED} more: {choice.out}/unreadable-*.tsv")
+    print(f"{config.output_dir}: {cache['records']:,} records in {cache['chunks']:,} chunks, {cache['bytes'] / 2**20:,.0f} MiB")
+    for key, reason in list(cache["unreadable"].items())[:MAX_LISTED]:
+        print(f"skipped: {key}: {reason}")
+    if len(cache["unreadable"]) > MAX_LISTED:
+        print(f"… and {len(cache['unreadable']) - MAX_LISTED} more: {config.output_dir}/unreadable-*.tsv")
 
 
-def _encode(choice: Encode, rank: int, ranks: int, show: bool) -> None:
-    quiet_libraries()
+def _encode(config: EncodeConfig, rank: int, num_ranks: int, *, show: bool) -> None:
+    silence_third_party_logs()
     with progress_bar("encoding", show=show and rank == 0) as progress:
-        from imprompt import training
-        from imprompt.utils.memory import enough_memory
+        from imprompt.training import encode_dataset
+        from imprompt.utils.memory import explain_oom
 
-        began = time.monotonic()
-        with enough_memory("take a smaller --batch"):
-            for at in training.encode(choice, rank, ranks):
-                progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - began):.1f}/s")
+        start = time.monotonic()
+        with explain_oom("take a smaller --batch-size"):
+            for at in encode_dataset(config, rank, num_ranks):
+                progress.advance(at.chunks, at.total, f"{at.records} records · {at.records / (time.monotonic() - start):.1f}/s")
 
 
-def _part() -> None:
-    """Leave the other processes in good order: one that just ends may take another down with it."""
+def _shutdown_distributed() -> None:
+    """Leave the process group in order: a process that only ends may take another one down with it."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -108,6 +110,6 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _time(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

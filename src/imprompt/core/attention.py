@@ -1,9 +1,9 @@
-"""Decoupled cross-attention (IP-Adapter, arXiv:2308.06721, equation 5).
+"""Decoupled cross-attention, equations 5 and 8 of IP-Adapter (Ye et al., 2023, arXiv:2308.06721).
 
     Z_new = softmax(Q Kᵀ/√d) V  +  Σ λ · softmax(Q K'ᵀ/√d) V'
 
-The text is one branch and every image prompt is another. A branch arrives as finished keys and values: λ and the
-start/end window are already multiplied into V', which is the same sum and lets a slider move without touching the layer.
+The text is one branch and every image prompt is another. A branch arrives as finished keys and values: its scale λ and the gate of
+its conditioning window are already multiplied into V'. The sum is the same, and changing λ does not touch the attention layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,20 +11,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
 class KeyValues(NamedTuple):
-    """The keys and values of one layer: each (rows, tokens, hidden)."""
+    """The keys and values of one layer, each of shape (rows, tokens, hidden)."""
 
     key: Tensor
     value: Tensor
 
 
-class Branch(NamedTuple):
-    """What one image prompt adds to one layer: λV' for `value`; `mask` (1 or rows, positions, 1) or None for everywhere.
+class ImageBranch(NamedTuple):
+    """The contribution of one image prompt to one layer: keys K', and values with the scale multiplied in, λV'.
 
-    `bias`, (rows, 1, 1, tokens), is added to the scores: the logarithms of the references' weights.
+    `mask`, (1 or rows, positions, 1), weights the output at each position; None stands for 1 everywhere. `bias`, (rows, 1, 1, tokens),
+    is added to the attention scores: the logarithm of each reference image's weight.
     """
 
     key: Tensor
@@ -33,45 +35,62 @@ class Branch(NamedTuple):
     bias: Tensor | None = None
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # query, key, value, bias → output, all per head
 
 
-def fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q Kᵀ/√d + bias) V by torch's fused kernel. All (rows, heads, length, channels)."""
+def attention_sdpa(
+    query: Float[Tensor, "rows heads positions channels"],
+    key: Float[Tensor, "rows heads tokens channels"],
+    value: Float[Tensor, "rows heads tokens channels"],
+    bias: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "rows heads positions channels"]:
+    """softmax(Q Kᵀ/√d + bias) V (IP-Adapter, equation 3; Vaswani et al., 2017, equation 1) by torch's fused kernel."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
-def classic(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same in three steps. On CPU it is the faster one in bfloat16, and where shapes are small."""
+def attention_bmm(
+    query: Float[Tensor, "rows heads positions channels"],
+    key: Float[Tensor, "rows heads tokens channels"],
+    value: Float[Tensor, "rows heads tokens channels"],
+    bias: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "rows heads positions channels"]:
+    """The same equation as two batched matrix products. On CPU it is faster than the fused kernel in bfloat16 and for small shapes."""
     rows, heads, _, channels = query.shape
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    start = query.new_empty(()) if bias is None else bias.expand(rows, heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=channels**-0.5)
+    addend = query.new_empty(()) if bias is None else bias.expand(rows, heads, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(addend, q, k.transpose(1, 2), beta=0 if bias is None else 1, alpha=channels**-0.5)
     return torch.bmm(scores.softmax(-1), v).reshape(query.shape)
 
 
 def decoupled_attention(
-    query: Tensor,
+    query: Float[Tensor, "rows positions hidden"],
     text: KeyValues,
-    branches: Sequence[Branch],
-    heads: int,
-    kernel: Kernel = fused,
-    branch_kernel: Kernel = fused,
-    text_bias: Tensor | None = None,
-) -> Tensor:
-    """Attend to the text and to every branch with one query, and add up.
+    branches: Sequence[ImageBranch],
+    num_heads: int,
+    text_attention: AttentionFn = attention_sdpa,
+    branch_attention: AttentionFn = attention_sdpa,
+    text_bias: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "rows positions hidden"]:
+    """IP-Adapter, equation 8: attention to the text plus scaled attention to every image prompt, with one query.
 
-    query: (rows, positions, hidden). text and branches: (rows, tokens, hidden), each with its own number of tokens.
-    text_bias: added to the text's scores, broadcastable to (rows, heads, positions, tokens). Returns (rows, positions, hidden).
+    `text` and `branches` may each have their own number of tokens. `text_bias` is added to the scores of the text and must be
+    broadcastable to (rows, heads, positions, tokens).
     """
-    out = attend(query, text.key, text.value, heads, kernel, text_bias)
+    out = multi_head_attention(query, text.key, text.value, num_heads, text_attention, text_bias)
     for key, value, mask, bias in branches:
-        extra = attend(query, key, value, heads, branch_kernel, bias)
-        out = out + (extra if mask is None else mask * extra)
+        image_out = multi_head_attention(query, key, value, num_heads, branch_attention, bias)
+        out = out + (image_out if mask is None else mask * image_out)
     return out
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, kernel: Kernel = fused, bias: Tensor | None = None) -> Tensor:
-    """Multi-head attention on (rows, length, hidden), without projections."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))  # (rows, heads, length, channels)
-    return kernel(q, k, v, bias).transpose(1, 2).flatten(2)
+def multi_head_attention(
+    query: Float[Tensor, "rows positions hidden"],
+    key: Float[Tensor, "rows tokens hidden"],
+    value: Float[Tensor, "rows tokens hidden"],
+    num_heads: int,
+    attention: AttentionFn = attention_sdpa,
+    bias: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "rows positions hidden"]:
+    """Multi-head attention (Vaswani et al., 2017, section 3.2.2) without its linear projections."""
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))  # (rows, heads, length, channels)
+    return attention(q, k, v, bias).transpose(1, 2).flatten(2)

@@ -1,52 +1,63 @@
-"""How strongly, where and when an image prompt conditions the denoiser: scale per layer, mask, and start/end window."""
+"""How strongly, where and when an image prompt conditions the denoiser: the scale of each layer, the mask, the conditioning window."""
 
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+# λ of IP-Adapter (Ye et al., 2023, arXiv:2308.06721, equation 8): one for all layers, or by prefix of the layer's name
 Scale = float | Mapping[str, float]
 
-# The blocks of SDXL that InstantStyle (arXiv:2404.02733) found to carry style and layout.
+# The blocks of SDXL that carry style and layout according to InstantStyle (Wang et al., 2024, arXiv:2404.02733).
 STYLE: Mapping[str, float] = {"up_blocks.0.attentions.1": 1.0}
 LAYOUT: Mapping[str, float] = {"down_blocks.2.attentions.1": 1.0}
 
-
-BLOCKS = {"style": next(iter(STYLE)), "layout": next(iter(LAYOUT))}  # by the name that people know
-
-
-def scale_of(scale: Scale, layer: str) -> float:
-    """λ of the layer with this name, such as `up_blocks.1.attentions.0.transformer_blocks.0.attn2`."""
-    if isinstance(scale, Mapping):
-        fitting = [prefix for prefix in scale if layer == prefix or layer.startswith(prefix + ".") or not prefix]
-        return float(scale[max(fitting, key=len)]) if fitting else 0.0
-    return float(scale)
+BLOCK_PRESETS = {"style": next(iter(STYLE)), "layout": next(iter(LAYOUT))}
 
 
-def unmatched(scale: Scale, layers: list[str]) -> list[str]:
-    """The prefixes of a mapping that no layer begins with: most likely misspelt."""
+def layer_scale(scale: Scale, layer: str) -> float:
+    """λ of one layer in IP-Adapter's equation 8: of the longest prefix in `scale` that fits the layer's name, 0 where none fits.
+
+    layer: a name such as `up_blocks.1.attentions.0.transformer_blocks.0.attn2`.
+    """
+    if not isinstance(scale, Mapping):
+        return float(scale)
+    prefixes = [prefix for prefix in scale if _has_prefix(layer, prefix)]
+    return float(scale[max(prefixes, key=len)]) if prefixes else 0.0
+
+
+def unknown_blocks(scale: Scale, layers: list[str]) -> list[str]:
+    """The prefixes in `scale` that fit no layer's name; most likely they are misspelled."""
     if not isinstance(scale, Mapping):
         return []
-    return [p for p in scale if p and not any(name == p or name.startswith(p + ".") for name in layers)]
+    return [prefix for prefix in scale if not any(_has_prefix(layer, prefix) for layer in layers)]
 
 
-def mask_weights(mask: Tensor, height: int, width: int, level: int = 0) -> Tensor:
-    """The share of each position that is white. mask: (H, W) in 0 … 1; height and width: of the latents. Returns (1, positions, 1).
+def _has_prefix(layer: str, prefix: str) -> bool:
+    return not prefix or layer == prefix or layer.startswith(prefix + ".")
 
-    At each level of a UNet a position covers twice as many latents each way. Where the side is odd, the last position covers what is
-    left: so a border lies where the picture has it, at every level and any size.
+
+def downsample_mask(
+    mask: Float[Tensor, "mask_height mask_width"], height: int, width: int, downsampling_level: int = 0
+) -> Float[Tensor, "1 positions 1"]:
+    """The mask, in 0 … 1, averaged over the area of each attention position. height and width: of the latents.
+
+    At each downsampling level of a UNet a position covers twice as many latents per side. Where a side is odd, the last position covers
+    the remainder, so that a border stays in place at every level and any size. The mask multiplies the image term of equation 8, as in
+    regional prompting of diffusers (`ip_adapter_masks`).
     """
-    latents = F.interpolate(mask[None, None].float(), (height, width), mode="area")
-    return F.avg_pool2d(latents, 2**level, ceil_mode=True).reshape(1, -1, 1)
+    latent_mask = F.interpolate(mask[None, None].float(), (height, width), mode="area")
+    return F.avg_pool2d(latent_mask, 2**downsampling_level, ceil_mode=True).reshape(1, -1, 1)
 
 
-def progress(timestep: Tensor | float, timesteps: int) -> Tensor:
-    """0 at pure noise, towards 1 at the picture: 1 − (t + 1)/T for the usual discrete t in 0 … T − 1."""
-    return 1 - (torch.as_tensor(timestep).flatten()[0].double() + 1) / timesteps
+def denoising_progress(timestep: Tensor | float, num_train_timesteps: int) -> Float[Tensor, ""]:
+    """Progress through the noise schedule, 0 at pure noise and towards 1 at the image: 1 − (t + 1)/T for discrete t in 0 … T − 1."""
+    return 1 - (torch.as_tensor(timestep).flatten()[0].double() + 1) / num_train_timesteps
 
 
-def window(timestep: Tensor | float, timesteps: int, start: float, end: float) -> Tensor:
-    """1 while start ≤ progress < end, else 0: a scalar tensor, so that no branch and no recompilation follows."""
-    now = progress(timestep, timesteps)
-    return ((now >= start) & (now < end)).float()
+def window_gate(timestep: Tensor | float, num_train_timesteps: int, start_at: float, end_at: float) -> Float[Tensor, ""]:
+    """1 while start_at ≤ progress < end_at, otherwise 0. A scalar tensor, so that torch.compile neither branches nor recompiles."""
+    progress = denoising_progress(timestep, num_train_timesteps)
+    return ((progress >= start_at) & (progress < end_at)).float()

@@ -1,7 +1,7 @@
-"""From image features to image tokens: the small network in front of the keys and values.
+"""Image projections: from image features to image tokens, the networks in front of the keys and values (IP-Adapter, Ye et al., 2023).
 
-Each takes (batch, patches, features) and gives (batch, tokens, cross). Parameter names are those of the public files. `grid` says
-which features a projector reads: the encoder's grid of patches, or one pooled embedding.
+Each takes (batch, patches, image_embed_dim) and returns (batch, tokens, cross_attention_dim). Parameter names are those of the public
+files. `uses_patch_features` says which features a projection takes: one embedding per patch, or one pooled embedding.
 """
 
 from collections.abc import Iterable
@@ -9,66 +9,87 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from imprompt.core.attention import attend
+from imprompt.core.attention import multi_head_attention
 
-HEAD_CHANNELS = 64  # of the resampler's attention, in every public file
+HEAD_DIM = 64  # channels of each attention head of a resampler, in every public file
 
 
-class LinearProjector(nn.Module):
-    """The global variant: one pooled embedding → Linear → N tokens → LayerNorm (IP-Adapter, section 3.2)."""
+class ImageProjection(nn.Module):
+    """The base variant: pooled embedding → Linear → `num_tokens` tokens → LayerNorm (IP-Adapter, section 3.2.1)."""
 
-    grid = False
+    uses_patch_features = False
 
-    def __init__(self, features: int, cross: int, tokens: int = 4):
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int, num_tokens: int = 4):
         super().__init__()
-        self.tokens = tokens
-        self.proj = nn.Linear(features, tokens * cross)
-        self.norm = nn.LayerNorm(cross)
+        self.num_tokens = num_tokens
+        self.proj = nn.Linear(image_embed_dim, num_tokens * cross_attention_dim)
+        self.norm = nn.LayerNorm(cross_attention_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, 1, features) → (batch, tokens, cross)."""
-        tokens: Tensor = self.proj(features).reshape(len(features), self.tokens, -1)
+    def forward(self, features: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch tokens cross"]:
+        """The image tokens c_i of IP-Adapter's equation 4."""
+        tokens: Tensor = self.proj(features).reshape(len(features), self.num_tokens, -1)
         return cast(Tensor, self.norm(tokens))
 
 
-class MLPProjector(nn.Module):
-    """The full-face variant: every patch of the grid becomes one token."""
+class FullImageProjection(nn.Module):
+    """The full-face variant of the IP-Adapter releases: an MLP turns every patch into one token."""
 
-    grid = True
+    uses_patch_features = True
 
-    def __init__(self, features: int, cross: int):
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int):
         super().__init__()
-        self.proj = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, cross), nn.LayerNorm(cross))
+        self.proj = nn.Sequential(
+            nn.Linear(image_embed_dim, image_embed_dim),
+            nn.GELU(),
+            nn.Linear(image_embed_dim, cross_attention_dim),
+            nn.LayerNorm(cross_attention_dim),
+        )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, patches, features) → (batch, patches, cross)."""
+    def forward(self, features: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches cross"]:
+        """One image token c_i for each patch (IP-Adapter, equation 4)."""
         return cast(Tensor, self.proj(features))
 
 
 class Resampler(nn.Module):
-    """The fine-grained variant ("Plus"): N learned queries read the grid in `depth` layers (the Perceiver resampler)."""
+    """The fine-grained variant, "Plus": learned queries attend to patches (Perceiver resampler, Flamingo, arXiv:2204.14198, figure 5)."""
 
-    grid = True
+    uses_patch_features = True
 
-    def __init__(self, features: int, cross: int, tokens: int = 16, width: int = 768, heads: int = 12, depth: int = 4):
+    def __init__(
+        self,
+        image_embed_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 16,
+        hidden_dim: int = 768,
+        num_heads: int = 12,
+        depth: int = 4,
+    ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
-        self.proj_in = nn.Linear(features, width)
-        self.layers = nn.ModuleList(nn.ModuleList([ResamplerAttention(width, heads), feed_forward(width)]) for _ in range(depth))
-        self.proj_out = nn.Linear(width, cross)
-        self.norm_out = nn.LayerNorm(cross)
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, hidden_dim) / hidden_dim**0.5)
+        self.proj_in = nn.Linear(image_embed_dim, hidden_dim)
+        self.layers = _make_perceiver_layers(hidden_dim, num_heads, depth)
+        self.proj_out = nn.Linear(hidden_dim, cross_attention_dim)
+        self.norm_out = nn.LayerNorm(cross_attention_dim)
 
-    def forward(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(batch, patches, features) → (batch, tokens, cross). bias: added to the patches' scores, (batch, 1, 1, patches)."""
+    def forward(
+        self, features: Float[Tensor, "batch patches dim"], bias: Float[Tensor, "batch 1 1 patches"] | None = None
+    ) -> Float[Tensor, "batch tokens cross"]:
+        """The image tokens c_i of IP-Adapter's equation 4. `bias` is added to the attention scores of the patches."""
         x = self.proj_in(features)
-        latents = perceived(self.layers, x, self.latents.expand(len(x), -1, -1), bias)
+        latents = run_perceiver_layers(self.layers, x, self.latents.expand(len(x), -1, -1), bias)
         return cast(Tensor, self.norm_out(self.proj_out(latents)))
 
 
-def perceived(layers: nn.ModuleList, x: Tensor, latents: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The queries after they have read x, layer by layer."""
+def run_perceiver_layers(
+    layers: nn.ModuleList,
+    x: Float[Tensor, "batch patches hidden"],
+    latents: Float[Tensor, "batch tokens hidden"],
+    bias: Float[Tensor, "batch 1 1 patches"] | None = None,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """The latents after each layer's attention to x and feed-forward network, with residual connections (Flamingo, figure 5)."""
     for attention, mlp in cast(Iterable[tuple[nn.Module, nn.Module]], layers):
         latents = latents + attention(x, latents, bias)
         latents = latents + mlp(latents)
@@ -76,91 +97,108 @@ def perceived(layers: nn.ModuleList, x: Tensor, latents: Tensor, bias: Tensor | 
 
 
 class ResamplerAttention(nn.Module):
-    """The queries attend to the patches and to themselves, in one softmax."""
+    """Attention of the latents to the patches and to themselves in one softmax (Flamingo, figure 5: keys and values [x ; latents])."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, hidden_dim: int, num_heads: int):
         super().__init__()
-        inner = heads * HEAD_CHANNELS
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        inner_dim = num_heads * HEAD_DIM
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.to_q = nn.Linear(hidden_dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(hidden_dim, 2 * inner_dim, bias=False)
+        self.to_out = nn.Linear(inner_dim, hidden_dim, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "batch patches hidden"],
+        latents: Float[Tensor, "batch tokens hidden"],
+        bias: Float[Tensor, "batch 1 1 patches"] | None = None,
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """The update of the latents. `bias` is added to the attention scores of the patches."""
         x, latents = self.norm1(x), self.norm2(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
         if bias is not None:
             bias = F.pad(bias.to(query.dtype), (0, latents.shape[1]))
-        return cast(Tensor, self.to_out(attend(query, key, value, self.heads, bias=bias)))
+        return cast(Tensor, self.to_out(multi_head_attention(query, key, value, self.num_heads, bias=bias)))
 
 
-def feed_forward(width: int, factor: int = 4) -> nn.Sequential:
+def _make_perceiver_layers(dim: int, num_heads: int, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.ModuleList([ResamplerAttention(dim, num_heads), _make_feed_forward(dim)]) for _ in range(depth))
+
+
+def _make_feed_forward(dim: int, factor: int = 4) -> nn.Sequential:
     return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, factor * width, bias=False),
+        nn.LayerNorm(dim),
+        nn.Linear(dim, factor * dim, bias=False),
         nn.GELU(),
-        nn.Linear(factor * width, width, bias=False),
+        nn.Linear(factor * dim, dim, bias=False),
     )
 
 
-class FaceProjector(nn.Module):
-    """FaceID: one identity embedding → N tokens. With 16 of them, and a reference for each face, FaceID-Portrait."""
+class FaceIDProjection(nn.Module):
+    """FaceID: identity embedding → `num_tokens` tokens. FaceID-Portrait has 16 tokens, and one reference per face."""
 
-    grid = False
+    uses_patch_features = False
 
-    def __init__(self, face: int, cross: int, tokens: int = 4, middle: int = 1024):
+    def __init__(self, id_embed_dim: int, cross_attention_dim: int, num_tokens: int = 4, hidden_dim: int = 1024):
         super().__init__()
-        self.face, self.tokens = face, tokens
-        self.proj = nn.Sequential(nn.Linear(face, middle), nn.GELU(), nn.Linear(middle, tokens * cross))
-        self.norm = nn.LayerNorm(cross)
+        self.id_embed_dim, self.num_tokens = id_embed_dim, num_tokens
+        self.proj = nn.Sequential(nn.Linear(id_embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_tokens * cross_attention_dim))
+        self.norm = nn.LayerNorm(cross_attention_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, 1, face) → (batch, tokens, cross)."""
-        return cast(Tensor, self.norm(self.proj(features[:, 0, : self.face]).unflatten(1, (self.tokens, -1))))
+    def forward(self, features: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch tokens cross"]:
+        """The image tokens c_i of IP-Adapter's equation 4, from the identity embedding at the start of the first row of features."""
+        return cast(Tensor, self.norm(self.proj(features[:, 0, : self.id_embed_dim]).unflatten(1, (self.num_tokens, -1))))
 
 
 class FacePerceiver(nn.Module):
-    """The tokens of an identity read the picture's grid."""
+    """A Perceiver resampler (Flamingo, figure 5) whose queries are the tokens of an identity instead of learned ones."""
 
-    def __init__(self, features: int, cross: int, heads: int, depth: int = 4):
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int, num_heads: int, depth: int = 4):
         super().__init__()
-        self.proj_in = nn.Linear(features, cross)
-        self.layers = nn.ModuleList(nn.ModuleList([ResamplerAttention(cross, heads), feed_forward(cross)]) for _ in range(depth))
-        self.proj_out = nn.Linear(cross, cross)
-        self.norm_out = nn.LayerNorm(cross)
+        self.proj_in = nn.Linear(image_embed_dim, cross_attention_dim)
+        self.layers = _make_perceiver_layers(cross_attention_dim, num_heads, depth)
+        self.proj_out = nn.Linear(cross_attention_dim, cross_attention_dim)
+        self.norm_out = nn.LayerNorm(cross_attention_dim)
 
-    def forward(self, tokens: Tensor, grid: Tensor) -> Tensor:
-        return cast(Tensor, self.norm_out(self.proj_out(perceived(self.layers, self.proj_in(grid), tokens))))
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens cross"], patches: Float[Tensor, "batch patches dim"]
+    ) -> Float[Tensor, "batch tokens cross"]:
+        """The identity's tokens after attention to the patches of the image."""
+        return cast(Tensor, self.norm_out(self.proj_out(run_perceiver_layers(self.layers, self.proj_in(patches), tokens))))
 
 
-class FacePlusProjector(FaceProjector):
-    """FaceID-Plus: identity and picture. In version 2 the identity's own tokens are added to what they found (`shortcut`)."""
+class FaceIDPlusProjection(FaceIDProjection):
+    """FaceID-Plus: identity embedding and image. Version 2 adds the identity's own tokens to the resampled ones (`shortcut`)."""
 
-    grid = True
+    uses_patch_features = True
 
     def __init__(
         self,
-        face: int,
-        features: int,
-        cross: int,
-        tokens: int = 4,
-        middle: int = 1024,
-        heads: int = 12,
+        id_embed_dim: int,
+        image_embed_dim: int,
+        cross_attention_dim: int,
+        num_tokens: int = 4,
+        hidden_dim: int = 1024,
+        num_heads: int = 12,
         depth: int = 4,
+        *,
         shortcut: bool = False,
     ):
-        super().__init__(face, cross, tokens, middle)
+        super().__init__(id_embed_dim, cross_attention_dim, num_tokens, hidden_dim)
         self.shortcut = shortcut
-        self.perceiver_resampler = FacePerceiver(features, cross, heads, depth)
+        self.perceiver_resampler = FacePerceiver(image_embed_dim, cross_attention_dim, num_heads, depth)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, 1 + patches, features) → (batch, tokens, cross). The first row holds the identity, zeros behind it."""
+    def forward(self, features: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch tokens cross"]:
+        """The image tokens c_i of IP-Adapter's equation 4.
+
+        features: the first row holds the identity embedding, padded with zeros; the others are the patches of the face's image.
+        """
         tokens = super().forward(features)
-        found = cast(Tensor, self.perceiver_resampler(tokens, features[:, 1:]))
-        return tokens + found if self.shortcut else found
+        resampled = cast(Tensor, self.perceiver_resampler(tokens, features[:, 1:]))
+        return tokens + resampled if self.shortcut else resampled
 
 
-Projector = LinearProjector | MLPProjector | Resampler | FaceProjector
+Projector = ImageProjection | FullImageProjection | Resampler | FaceIDProjection

@@ -1,1 +1,1 @@
-"""Training data: records from wherever they are, in an order that can be resumed, made into batches."""
+"""Training data: readers of records, resumable sampling order, transforms, batches, feature caches."""

@@ -1,84 +1,85 @@
-"""COCO: pictures with five captions each, of which the first is taken."""
+"""COCO captions (Chen et al., 2015, arXiv:1504.00325): images with about five captions each, of which the first is used."""
 
 import json
 from pathlib import Path
 
 from imprompt.data.records import Record
-from imprompt.errors import UserError, brief
+from imprompt.errors import UserError, summarize_error
 
 
 def is_coco(path: Path) -> bool:
-    """Whether this looks like COCO: a JSON file, or a folder that holds annotations/captions_*.json."""
+    """Whether a path is COCO's: a JSON file, or a folder with annotations/captions_*.json."""
     if path.suffix.lower() == ".json" and path.is_file():
         return True
-    return path.is_dir() and bool(_splits(path))
+    return path.is_dir() and bool(_list_caption_files(path))
 
 
-class Coco:
-    """The pictures of one split, by file name, each with its first caption (the one of the lowest id); without one, "".
+class CocoCaptions:
+    """The images of one split, sorted by file name, each with its first caption (the lowest id), or "" where it has none.
 
-    `path`: captions_val2017.json, or the folder that holds annotations/ and val2017/. The pictures are looked for in a folder of
-    the split's name beside annotations/, in images/ there, or beside the JSON file; each only when it is opened.
-    Raises UserError where either is missing, several splits are possible, or the file is no COCO captions.
+    `path` is captions_val2017.json, or the folder with annotations/ and val2017/. The images are expected in a folder with the name
+    of the split next to annotations/, in images/ there, or next to the JSON file.
+    Raises UserError where captions or images are missing, several splits are possible, or the file holds no COCO captions.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        self.path = _only_split(path) if path.is_dir() else path
+        self.path = _resolve_caption_file(path) if path.is_dir() else path
         if not self.path.is_file():
             raise UserError(f"no data at {path}; expected COCO's captions, such as annotations/captions_val2017.json")
-        self._texts = _first_captions(self.path)
-        self.names = sorted(self._texts)
-        self.folder = _pictures(self.path)
+        self._captions = _read_first_captions(self.path)
+        self.names = sorted(self._captions)
+        self.folder = _find_image_folder(self.path)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Record:
         name = self.names[i]
-        return Record(name, self.folder / name, self._texts[name])
+        return Record(name, self.folder / name, self._captions[name])
 
 
-def _splits(root: Path) -> list[Path]:
+def _list_caption_files(root: Path) -> list[Path]:
     return sorted((root / "annotations").glob("captions_*.json"))
 
 
-def _only_split(root: Path) -> Path:
-    """The captions whose pictures are there."""
-    splits = _splits(root)
-    if not splits:
+def _resolve_caption_file(root: Path) -> Path:
+    """The only caption file whose images exist."""
+    files = _list_caption_files(root)
+    if not files:
         raise UserError(f"no COCO captions in {root}; expected annotations/captions_*.json there")
-    there = [s for s in splits if _places(s)]
-    if len(there) > 1:
-        raise UserError(f"{root} holds several splits; name one: {', '.join(map(str, there))}")
-    if not there:
-        raise UserError(f"{root} holds captions but no pictures; expected them in {' or '.join(str(root / _name(s)) for s in splits)}")
-    return there[0]
+    with_images = [file for file in files if _image_folders(file)]
+    if len(with_images) > 1:
+        raise UserError(f"{root} holds several splits; name one: {', '.join(map(str, with_images))}")
+    if not with_images:
+        expected = " or ".join(str(root / _split_name(file)) for file in files)
+        raise UserError(f"{root} holds captions but no images; expected them in {expected}")
+    return with_images[0]
 
 
-def _name(captions: Path) -> str:
+def _split_name(captions: Path) -> str:
     return captions.stem.removeprefix("captions_")
 
 
-def _places(captions: Path) -> list[Path]:
-    root, name = captions.absolute().parent.parent, _name(captions)
-    return [p for p in (root / name, root / "images" / name, captions.parent / name) if p.is_dir()]
+def _image_folders(captions: Path) -> list[Path]:
+    root, split = captions.absolute().parent.parent, _split_name(captions)
+    return [folder for folder in (root / split, root / "images" / split, captions.parent / split) if folder.is_dir()]
 
 
-def _pictures(captions: Path) -> Path:
-    places = _places(captions)
-    if not places:
-        wanted = captions.absolute().parent.parent / _name(captions)
-        raise UserError(f"no pictures for {captions.name}; expected them in {wanted}: unpack {_name(captions)}.zip there")
-    return places[0]
+def _find_image_folder(captions: Path) -> Path:
+    folders, split = _image_folders(captions), _split_name(captions)
+    if not folders:
+        expected = captions.absolute().parent.parent / split
+        raise UserError(f"no images for {captions.name}; expected them in {expected}: unpack {split}.zip there")
+    return folders[0]
 
 
-def _first_captions(path: Path) -> dict[str, str]:
-    """File name → caption."""
+def _read_first_captions(path: Path) -> dict[str, str]:
+    """File names and their first captions."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} cannot be read as JSON ({brief(error)}); download it again") from error
+        raise UserError(f"{path.name} cannot be read as JSON ({summarize_error(error)}); download it again") from error
     try:
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
         captions = sorted(((a["id"], a["image_id"], str(a["caption"]).strip()) for a in content["annotations"]), reverse=True)
@@ -89,5 +90,5 @@ def _first_captions(path: Path) -> dict[str, str]:
         ) from error
     if not names:
         raise UserError(f"{path.name} holds no images; expected COCO's captions, such as annotations/captions_val2017.json")
-    texts = {image: text for _, image, text in captions}  # the lowest id last, so that it stays
-    return {name: texts.get(image, "") for image, name in names.items()}
+    first = {image: caption for _, image, caption in captions}  # sorted by descending id: the lowest one is assigned last
+    return {name: first.get(image, "") for image, name in names.items()}

@@ -1,19 +1,20 @@
-"""The feature cache: what the frozen parts say of every record, on disk in shards of safetensors.
+"""The feature cache: the outputs of the frozen encoders for every record, in shards of safetensors on disk.
 
-    cache.json              what was encoded, with what; how many chunks there are
-    probe.safetensors       what the encoders said to a small fixed input: whoever trains from it must have the same ones
-    00012.json              chunk 12 is complete: its files, their records and subjects, what was lost
-    00012-0.safetensors     its records, all of one shape: mean, std, image, sizes, weight; states and pooled of the
-                            distinct captions, and for each record which one; names and captions as UTF-8
+    cache.json                        the manifest: data, encoders and settings; the number of chunks; the version of the format
+    encoder_fingerprint.safetensors   outputs of the encoders for a fixed small input: training needs encoders with the same outputs
+    00012.json                        written when chunk 12 is complete: its files, their subjects, its unreadable records
+    00012-0.safetensors               records of chunk 12 that have one shape: latent_mean, latent_std, image_features, time_ids, mask;
+                                      prompt_embeds and pooled_prompt_embeds of the distinct captions, and for each record its
+                                      prompt_index; keys and captions as UTF-8 in strings, between string_offsets
 
-A chunk is made whole or not at all, so any number of processes can encode, and a build that was killed goes on. Records
-are read one by one and never mapped: memory stays flat.
+A chunk is written completely or not at all: several processes can encode at the same time, and an interrupted encoding can be
+continued. Records are read one by one and never memory-mapped, so that memory stays constant.
 """
 
 import json
 import random
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -24,278 +25,276 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imprompt.data.records import Counted
-from imprompt.data.subjects import Identities
-from imprompt.data.transforms import spread
-from imprompt.errors import UserError, brief
-from imprompt.utils.files import atomic_path, write_file
+from imprompt.data.records import MapRecords
+from imprompt.data.subjects import SubjectDataset
+from imprompt.data.transforms import sample_reference_order
+from imprompt.errors import UserError, summarize_error
+from imprompt.utils.files import atomic_path, check_or_write_manifest, write_file
 
-VERSION = 1
-_TEXT = ("utf-8", "surrogatepass")  # names of files may be anything
-ABOUT, PROBE = "cache.json", "probe.safetensors"
+VERSION = 2
+MANIFEST, FINGERPRINT = "cache.json", "encoder_fingerprint.safetensors"
+_ENCODING = ("utf-8", "surrogatepass")  # file names need not be valid UTF-8
+_READ_ERRORS = (OSError, SafetensorError, KeyError, ValueError)
 
 
-class Row(NamedTuple):
-    """One record as the denoiser is trained on it."""
+class CachedSample(NamedTuple):
+    """The encoded features of one record."""
 
-    mean: Tensor  # (channels, height, width): the VAE's posterior, scaled
-    std: Tensor
-    states: Tensor  # (tokens, cross): of the text
-    pooled: Tensor | None  # (width,): SDXL
-    image: Tensor  # (references, patches, features)
-    sizes: Tensor  # (6,): original height and width, top, left, height, width
-    weight: Tensor | None  # (1, height, width): the mask
-    text: str
+    latent_mean: Tensor  # (channels, height, width): the VAE's posterior, scaled
+    latent_std: Tensor
+    prompt_embeds: Tensor  # (tokens, cross_attention_dim)
+    pooled_prompt_embeds: Tensor | None  # (projection_dim,): SDXL
+    image_features: Tensor  # (references, patches, image_embed_dim)
+    time_ids: Tensor  # (6,): SDXL: original height and width, crop top and left, target height and width
+    mask: Tensor | None  # (1, height, width), 0 … 1
+    caption: str
     key: str
     seed: int = 0
     subject: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.mean.shape)
+        """Samples of one batch have the same shape, that of the latents."""
+        return tuple(self.latent_mean.shape)
 
 
-class Stored(NamedTuple):
-    """A row before it is read: what a loader needs to name it."""
+class SampleRef(NamedTuple):
+    """A sample that is not read yet."""
 
     key: str
-    at: int
-    others: tuple[int, ...] = ()  # rows of the same subject: its references
+    sample_index: int
+    reference_indices: tuple[int, ...] = ()  # samples of the same subject, from which references are chosen
 
 
-class Cache:
-    """A finished cache: rows by number, in no order that matters."""
+class FeatureCache:
+    """A complete cache with random access to its samples."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.about = about(self.folder)
+        self.manifest = read_manifest(self.folder)
         self._files: list[Path] = []
         counts = []
-        for chunk in range(self.about["chunks"]):
-            for name, count in _sidecar(self.folder, chunk)["files"].items():
+        for chunk in range(self.manifest["chunks"]):
+            for name, count in _read_chunk_index(self.folder, chunk)["files"].items():
                 self._files.append(self.folder / name)
                 counts.append(count)
         self._ends = list(accumulate(counts))
         if not self._ends:
-            raise UserError(f"the cache in {self.folder} holds no records")
+            raise UserError(f"the cache in {folder} holds no records")
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, i: int) -> Stored:
+    def __getitem__(self, i: int) -> SampleRef:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return Stored(f"{self.folder.name}:{i}", i)
+        return SampleRef(f"{self.folder.name}:{i}", i)
 
-    def row(self, i: int, seed: int = 0) -> Row:
-        """Read one row. Raises UserError where its file is missing or damaged."""
-        path, k = self._place(i)
+    def load_sample(self, i: int, seed: int = 0) -> CachedSample:
+        """Read one sample. Raises UserError where its file is missing or damaged."""
+        path, row = self._locate(i)
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
 
-                def one(name: str, at: int = k) -> Any:
+                def read(name: str, at: int = row) -> Any:
                     return file.get_slice(name)[at] if name in names else None
 
-                caption, begin, middle, end = one("words").tolist()
-                letters = bytes(file.get_slice("letters")[begin:end].tolist())
-                key, text = (part.decode(*_TEXT) for part in (letters[: middle - begin], letters[middle - begin :]))
-                return Row(
-                    one("mean"), one("std"), one("states", caption), one("pooled", caption), one("image"), one("sizes"), one("weight"),
-                    text, key, seed,
+                prompt, (start, middle, end) = int(read("prompt_index")), read("string_offsets").tolist()
+                strings = bytes(file.get_slice("strings")[start:end].tolist())
+                key, caption = (part.decode(*_ENCODING) for part in (strings[: middle - start], strings[middle - start :]))
+                return CachedSample(
+                    read("latent_mean"), read("latent_std"), read("prompt_embeds", prompt), read("pooled_prompt_embeds", prompt),
+                    read("image_features"), read("time_ids"), read("mask"), caption, key, seed,
                 )  # fmt: skip
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path.name} of the cache cannot be read ({brief(error)})") from error
+        except _READ_ERRORS as error:
+            raise UserError(f"{path.name} of the cache cannot be read ({summarize_error(error)})") from error
 
-    def image(self, i: int) -> Tensor:
-        """The image features of one row alone, (references, patches, features)."""
-        path, k = self._place(i)
+    def load_image_features(self, i: int) -> Tensor:
+        """The image features of one sample, (references, patches, image_embed_dim)."""
+        path, row = self._locate(i)
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_slice("image")[k]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path.name} of the cache cannot be read ({brief(error)})") from error
+                return file.get_slice("image_features")[row]
+        except _READ_ERRORS as error:
+            raise UserError(f"{path.name} of the cache cannot be read ({summarize_error(error)})") from error
 
-    def after(self, stored: Stored, seed: int, references: int, fewest: int) -> Row:
-        """A row whose references are others of its subject, chosen as from pictures. All chance follows from `seed`."""
+    def load_with_references(self, ref: SampleRef, seed: int, num_references: int, min_distinct: int) -> CachedSample:
+        """A sample with references chosen from its subject as in `transforms.load_example`; everything random follows from `seed`."""
         rng = random.Random(seed)
-        count, order = spread(len(stored.others), references, fewest, rng)
-        found = [self.image(stored.others[i]) for i in order[:count]]
-        found += [rng.choice(found) for _ in range(references - count)]
-        return self.row(stored.at, seed)._replace(image=torch.cat(found))
+        count, order = sample_reference_order(len(ref.reference_indices), num_references, min_distinct, rng)
+        features = [self.load_image_features(ref.reference_indices[i]) for i in order[:count]]
+        features += [rng.choice(features) for _ in range(num_references - count)]
+        return self.load_sample(ref.sample_index, seed)._replace(image_features=torch.cat(features))
 
-    def subject_of(self, i: int) -> str | None:
-        """Whose picture a row is, without reading it."""
+    def get_subject(self, i: int) -> str | None:
+        """The subject of a sample; its features are not read."""
         return self._subjects[i]
 
     @cached_property
     def _subjects(self) -> list[str | None]:
-        found: list[str | None] = []
-        for chunk in range(self.about["chunks"]):
-            sidecar = _sidecar(self.folder, chunk)
-            for name, count in sidecar["files"].items():
-                found += sidecar.get("subjects", {}).get(name) or [None] * count
-        return found
+        subjects: list[str | None] = []
+        for chunk in range(self.manifest["chunks"]):
+            index = _read_chunk_index(self.folder, chunk)
+            for name, count in index["files"].items():
+                subjects += index.get("subjects", {}).get(name) or [None] * count
+        return subjects
 
-    def _place(self, i: int) -> tuple[Path, int]:
-        number = bisect_right(self._ends, i)
-        return self._files[number], i - (self._ends[number - 1] if number else 0)
+    def _locate(self, i: int) -> tuple[Path, int]:
+        """The file of a sample, and its row in that file."""
+        file = bisect_right(self._ends, i)
+        return self._files[file], i - (self._ends[file - 1] if file else 0)
 
-    def probe(self) -> dict[str, Tensor]:
-        """What the encoders of the cache said to a fixed input."""
+    def load_fingerprint(self) -> dict[str, Tensor]:
+        """Outputs of the cache's encoders for the fixed input."""
         try:
-            return load_file(self.folder / PROBE)
+            return load_file(self.folder / FINGERPRINT)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / PROBE} cannot be read ({brief(error)}); encode anew into another folder") from error
+            raise UserError(
+                f"{self.folder / FINGERPRINT} cannot be read ({summarize_error(error)}); encode anew into another folder"
+            ) from error
 
 
-class Siblings(Identities):
-    """Rows of a cache by subject: each is drawn after the others of its subject."""
+class CachedSubjects(SubjectDataset):
+    """The samples of a cache by subject, each with references to the other samples of its subject."""
 
-    def __init__(self, cache: Cache, least: int = 2, subjects: Collection[str] | None = None):
-        super().__init__(cast(Counted, cache), least, subjects)
+    def __init__(self, cache: FeatureCache, min_images: int = 2, subjects: Collection[str] | None = None):
+        super().__init__(cast(MapRecords, cache), min_images, subjects)
 
-    def __getitem__(self, i: int) -> Stored:  # type: ignore[override]
-        at, others = self.place(i)
-        return Stored(f"{self.subject_of(i)}:{at}", at, tuple(others))
+    def __getitem__(self, i: int) -> SampleRef:  # type: ignore[override]
+        index, references = self.leave_one_out(i)
+        return SampleRef(f"{self.get_subject(i)}:{index}", index, tuple(references))
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """What a cache says of itself. Raises UserError for a folder that is none."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache. Raises UserError where there is none, or one of another version."""
     try:
-        found = json.loads((folder / ABOUT).read_text("utf-8"))
-        if found["version"] != VERSION:
-            raise UserError(f"the cache in {folder} is of version {found['version']}; expected {VERSION}: encode it anew")
-        return dict(found)
+        manifest = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
+        version = manifest["version"]
     except FileNotFoundError as error:
         raise UserError(f"no feature cache in {folder}; make one with: imprompt encode DATA {folder}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / ABOUT} is damaged ({brief(error)}); encode it anew into another folder") from error
+        raise UserError(f"{folder / MANIFEST} is damaged ({summarize_error(error)}); encode it anew into another folder") from error
+    if version != VERSION:
+        raise UserError(f"the cache in {folder} has format version {version}; expected {VERSION}: encode it anew into another folder")
+    return manifest
 
 
-def complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder holds a cache with all its chunks."""
-    if not (folder / ABOUT).is_file():
-        return False
-    return not missing(folder, about(folder)["chunks"])
+    return (folder / MANIFEST).is_file() and not list_missing_chunks(folder, read_manifest(folder)["chunks"])
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """What is in a cache: records, chunks, bytes on disk, and what was lost with the reasons."""
-    facts = about(folder)
+def summarize_cache(folder: Path) -> dict[str, Any]:
+    """Records, chunks and bytes of a cache, and its unreadable records with the reasons."""
+    chunks: int = read_manifest(folder)["chunks"]
     records, size = 0, 0
-    lost: dict[str, str] = {}
-    for chunk in set(range(facts["chunks"])) - set(missing(folder, facts["chunks"])):
-        sidecar = _sidecar(folder, chunk)
-        records += sum(sidecar["files"].values())
-        size += sum((folder / name).stat().st_size for name in sidecar["files"])
-        lost |= sidecar["lost"]
-    return {"out": str(folder), "records": records, "chunks": facts["chunks"], "bytes": size, "lost": lost}
+    unreadable: dict[str, str] = {}
+    for chunk in set(range(chunks)) - set(list_missing_chunks(folder, chunks)):
+        index = _read_chunk_index(folder, chunk)
+        records += sum(index["files"].values())
+        size += sum((folder / name).stat().st_size for name in index["files"])
+        unreadable |= index["unreadable"]
+    return {"output_dir": str(folder), "records": records, "chunks": chunks, "bytes": size, "unreadable": unreadable}
 
 
-def missing(folder: Path, chunks: int) -> list[int]:
-    """The chunks that are still to be encoded."""
+def list_missing_chunks(folder: Path, chunks: int) -> list[int]:
+    """The chunks that are not encoded yet."""
     return [i for i in range(chunks) if not (folder / f"{i:05}.json").is_file()]
 
 
-def to_encode(folder: Path, chunks: int) -> list[int]:
-    """The chunks that are missing, and those whose shard could not be read to its end."""
-    absent = set(missing(folder, chunks))
-    return [i for i in range(chunks) if i in absent or _sidecar(folder, i).get("broken")]
+def list_chunks_to_encode(folder: Path, chunks: int) -> list[int]:
+    """The missing chunks, and those whose shard could not be read to its end."""
+    missing = set(list_missing_chunks(folder, chunks))
+    return [i for i in range(chunks) if i in missing or _read_chunk_index(folder, i).get("truncated")]
 
 
-def _sidecar(folder: Path, chunk: int) -> dict[str, Any]:
+def _read_chunk_index(folder: Path, chunk: int) -> dict[str, Any]:
     path = folder / f"{chunk:05}.json"
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except FileNotFoundError as error:
-        left = len(missing(folder, about(folder)["chunks"]))
+        left = len(list_missing_chunks(folder, read_manifest(folder)["chunks"]))
         raise UserError(f"the cache in {folder} is not finished, {left} chunks are missing; continue with imprompt encode") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({brief(error)}); delete it and continue with imprompt encode") from error
+        raise UserError(f"{path} is damaged ({summarize_error(error)}); delete it and continue with imprompt encode") from error
 
 
-def begin(folder: Path, facts: Mapping[str, Any], probe: Mapping[str, Tensor]) -> None:
-    """Start a cache, or find that the one in the folder was begun alike. Raises UserError where it was not."""
-    facts = dict(facts) | {"version": VERSION}
-    if (folder / ABOUT).is_file():
-        before = about(folder)
-        for name, value in facts.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"the cache in {folder} was begun with {name} {before.get(name)!r}, not {value!r}; "
-                    "use the same settings or another folder"
-                )
-        return
-    with atomic_path(folder / PROBE) as partial:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in probe.items()}, partial)
-    write_file(folder / ABOUT, json.dumps(facts, indent=2) + "\n")
+def init_cache(folder: Path, manifest: Mapping[str, object], fingerprint: Mapping[str, Tensor]) -> None:
+    """Write the manifest and the fingerprint of a new cache. Raises UserError where the folder holds a cache with another manifest."""
+    manifest = dict(manifest) | {"version": VERSION}
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    else:
+        with atomic_path(folder / FINGERPRINT) as partial:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in fingerprint.items()}, partial)
+    check_or_write_manifest(folder / MANIFEST, manifest, f"the cache in {folder}", "use the same settings or another folder")
 
 
-class Chunk:
-    """A chunk being written: rows come in any shape, files hold one shape each."""
+class ChunkWriter:
+    """Writes the samples of a chunk to files of up to `samples_per_file` samples with one shape each."""
 
-    def __init__(self, folder: Path, number: int, rows: int):
-        self.folder, self.number, self.rows = folder, number, rows
-        self._open: dict[Any, list[Row]] = {}
+    def __init__(self, folder: Path, chunk: int, samples_per_file: int):
+        self.folder, self.chunk, self.samples_per_file = folder, chunk, samples_per_file
+        self._pending: dict[Hashable, list[CachedSample]] = {}
         self._files: dict[str, int] = {}
         self._subjects: dict[str, list[str | None]] = {}
-        self.lost: dict[str, str] = {}
-        self.broken = ""  # why its shard could not be read to the end: another encoding tries again
+        self.unreadable: dict[str, str] = {}
+        self.truncated = ""  # why the shard could not be read to its end; the next encoding tries again
 
-    def add(self, row: Row) -> None:
-        """Take a row; a file is written when there are enough."""
-        kind = (row.shape, row.weight is not None)
-        waiting = self._open.setdefault(kind, [])
-        waiting.append(row)
-        if len(waiting) == self.rows:
-            self._write(self._open.pop(kind))
+    def add(self, sample: CachedSample) -> None:
+        """Add a sample; a full file is written."""
+        key = (sample.shape, sample.mask is not None)
+        pending = self._pending.setdefault(key, [])
+        pending.append(sample)
+        if len(pending) == self.samples_per_file:
+            self._write(self._pending.pop(key))
 
     def close(self) -> None:
-        """Write what is left, and only then that the chunk is complete."""
-        for waiting in self._open.values():
-            self._write(waiting)
-        self._open = {}
-        with atomic_path(self.folder / f"{self.number:05}.json") as partial:
-            facts = {"files": self._files, "lost": self.lost, "broken": self.broken, "subjects": self._subjects}
-            partial.write_text(json.dumps(facts), "utf-8")
+        """Write the remaining samples, and then mark the chunk as complete."""
+        for samples in self._pending.values():
+            self._write(samples)
+        self._pending = {}
+        index = {"files": self._files, "unreadable": self.unreadable, "truncated": self.truncated, "subjects": self._subjects}
+        write_file(self.folder / f"{self.chunk:05}.json", json.dumps(index))
 
-    def _write(self, rows: Sequence[Row]) -> None:
-        path = self.folder / f"{self.number:05}-{len(self._files)}.safetensors"
+    def _write(self, samples: Sequence[CachedSample]) -> None:
+        path = self.folder / f"{self.chunk:05}-{len(self._files)}.safetensors"
         with atomic_path(path) as partial:
-            save_file(packed(rows), partial)
-        self._files[path.name] = len(rows)
-        if any(row.subject is not None for row in rows):
-            self._subjects[path.name] = [row.subject for row in rows]
+            save_file(pack_samples(samples), partial)
+        self._files[path.name] = len(samples)
+        if any(sample.subject is not None for sample in samples):
+            self._subjects[path.name] = [sample.subject for sample in samples]
 
 
-def packed(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows of one shape as the tensors of a file, floats in half precision."""
-    distinct: dict[str, int] = {}
-    letters, words = bytearray(), []
-    for row in rows:
-        begin, key = len(letters), row.key.encode(*_TEXT)
-        letters += key + row.text.encode(*_TEXT)
-        words.append((distinct.setdefault(row.text, len(distinct)), begin, begin + len(key), len(letters)))
-    firsts = [next(row for row in rows if row.text == text) for text in distinct]
+def pack_samples(samples: Sequence[CachedSample]) -> dict[str, Tensor]:
+    """Samples of one shape as the tensors of a file, floats in half precision."""
+    prompts: dict[str, int] = {}  # distinct captions
+    strings, prompt_index, offsets = bytearray(), [], []
+    for sample in samples:
+        start, key = len(strings), sample.key.encode(*_ENCODING)
+        strings += key + sample.caption.encode(*_ENCODING)
+        prompt_index.append(prompts.setdefault(sample.caption, len(prompts)))
+        offsets.append((start, start + len(key), len(strings)))
+    encoded = [next(sample for sample in samples if sample.caption == caption) for caption in prompts]
     tensors = {
-        "mean": _half("mean", [r.mean for r in rows]),
-        "std": _half("std", [r.std for r in rows]),
-        "image": _half("image", [r.image for r in rows]),
-        "sizes": torch.stack([r.sizes for r in rows]).to(torch.int32),
-        "states": _half("states", [r.states for r in firsts]),
-        "words": torch.tensor(words, dtype=torch.int64),
-        "letters": torch.frombuffer(bytearray(letters or b" "), dtype=torch.uint8).clone(),
+        "latent_mean": _stack_half("latent_mean", [s.latent_mean for s in samples]),
+        "latent_std": _stack_half("latent_std", [s.latent_std for s in samples]),
+        "image_features": _stack_half("image_features", [s.image_features for s in samples]),
+        "time_ids": torch.stack([s.time_ids for s in samples]).to(torch.int32),
+        "prompt_embeds": _stack_half("prompt_embeds", [s.prompt_embeds for s in encoded]),
+        "prompt_index": torch.tensor(prompt_index, dtype=torch.int64),
+        "string_offsets": torch.tensor(offsets, dtype=torch.int64),
+        "strings": torch.frombuffer(bytearray(strings or b" "), dtype=torch.uint8).clone(),
     }
-    if rows[0].pooled is not None:
-        tensors["pooled"] = _half("pooled", [r.pooled for r in firsts if r.pooled is not None])
-    if rows[0].weight is not None:
-        tensors["weight"] = _half("weight", [r.weight for r in rows if r.weight is not None])
-    return tensors
+    pooled = [s.pooled_prompt_embeds for s in encoded if s.pooled_prompt_embeds is not None]
+    masks = [s.mask for s in samples if s.mask is not None]
+    tensors |= {"pooled_prompt_embeds": _stack_half("pooled_prompt_embeds", pooled)} if pooled else {}
+    return tensors | ({"mask": _stack_half("mask", masks)} if masks else {})
 
 
-def _half(name: str, tensors: Sequence[Tensor]) -> Tensor:
+def _stack_half(name: str, tensors: Sequence[Tensor]) -> Tensor:
     stacked = torch.stack(list(tensors)).to(torch.float16)
     if not torch.isfinite(stacked).all():
-        raise UserError(f"the features called {name} are not finite in half precision; encode with another --precision (float32)")
+        raise UserError(f"the features {name} are not finite in half precision; encode with --mixed-precision float32")
     return stacked

@@ -1,7 +1,7 @@
-"""Batches, prepared ahead in threads; unreadable records are left out, counted and named."""
+"""Batches prepared ahead in threads; unreadable records are skipped, counted and logged."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -9,123 +9,129 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from imprompt.data.records import Record, Records
-from imprompt.data.sampler import Drawn, Place, ordered
-from imprompt.errors import UserError, brief
+from imprompt.data.sampler import RecordReader, SampledRecord, SamplerState, iterate_shuffled
+from imprompt.errors import UserError, summarize_error
 
 Item = TypeVar("Item")
 Tag = TypeVar("Tag")
-UNREADABLE = (UserError, OSError, ValueError)  # what reading a damaged record raises
+READ_ERRORS = (UserError, OSError, ValueError)  # raised while a damaged record is read
 
 
-class Skipped:
-    """What could not be read: counted, named in a log, and an end to the run when it is too much."""
+class ErrorBudget:
+    """Counts and logs unreadable records, and ends the run where their fraction exceeds `max_fraction`.
 
-    def __init__(self, most: float = 0.1, log: Path | None = None, enough: int = 100):
-        self.most, self.log, self.enough = most, log, enough
-        self.count = self.total = 0
-        self._named: set[str] = set()
+    The fraction is checked from `min_records` records on. `log` is a file of tab-separated keys and reasons.
+    """
 
-    def seen(self) -> None:
-        """One record came through."""
+    def __init__(self, max_fraction: float = 0.1, log: Path | None = None, min_records: int = 100):
+        self.max_fraction, self.log, self.min_records = max_fraction, log, min_records
+        self.failed = self.total = 0
+        self._logged: set[str] = set()
+
+    def record_success(self) -> None:
+        """Count a record that was read."""
         self.total += 1
 
-    def lost(self, key: str, why: str) -> None:
-        """One record did not. Raises UserError when more than the stated share is lost."""
+    def record_failure(self, key: str, reason: str) -> None:
+        """Count and log an unreadable record. Raises UserError where more than `max_fraction` of all records are unreadable."""
         self.total += 1
-        self.count += 1
-        if self.log and key not in self._named:
-            self._named.add(key)
+        self.failed += 1
+        if self.log and key not in self._logged:
+            self._logged.add(key)
             with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{key}\t{why}\n")
-        if self.total >= self.enough and self.count > self.most * self.total:
-            where = f"; see {self.log}" if self.log else ""
-            last = f"last: {key}: {why}"
+                file.write(f"{key}\t{reason}\n")
+        if self.total >= self.min_records and self.failed > self.max_fraction * self.total:
+            see_log = f"; see {self.log}" if self.log else ""
             raise UserError(
-                f"{self.count} of {self.total} records could not be read, more than the {self.most:.0%} allowed ({last}){where}; "
-                "mend the data (imprompt data validate) or allow more with --max-unreadable"
+                f"{self.failed} of {self.total} records could not be read, more than the {self.max_fraction:.0%} allowed "
+                f"(last: {key}: {reason}){see_log}; repair the data (imprompt data validate) or allow more with --max-unreadable-fraction"
             )
 
 
-def ahead(work: Iterable[tuple[Tag, Callable[[], Item]]], workers: int, window: int) -> Iterator[tuple[Tag, "Future[Item]"]]:
-    """Do the work in threads, up to `window` pieces ahead, and hand it out in its own order."""
+def prefetch(tasks: Iterable[tuple[Tag, Callable[[], Item]]], workers: int, window: int) -> Iterator[tuple[Tag, "Future[Item]"]]:
+    """Run tasks in threads, up to `window` of them ahead, and yield their tags and futures in the order of the tasks."""
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="imprompt-data") as pool:
-        waiting: deque[tuple[Tag, Future[Item]]] = deque()
+        pending: deque[tuple[Tag, Future[Item]]] = deque()
         try:
-            for tag, call in work:
-                waiting.append((tag, pool.submit(call)))
-                if len(waiting) >= window:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
+            for tag, task in tasks:
+                pending.append((tag, pool.submit(task)))
+                if len(pending) >= window:
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()
 
 
 class Loader(Generic[Item]):
-    """Groups of `batch` items in the order of `ordered`, all of one shape, made in threads but never out of turn.
+    """Batches of `batch_size` items with equal `batch_key`, loaded in threads, in an order that does not depend on the threads.
 
-    `make(record, seed)` turns a record into an item, a tuple; `shape(item)` says which may stand in one batch, and
-    `revive(*item)` makes an item of plain values. `state()` is where the last batch handed out ended, with what waits for
-    others of its shape; a loader that is given it goes on exactly there.
+    `load_item(record, seed)` makes an item, a named tuple, of a record, and `rebuild_item(*item)` makes it of its plain values.
+    `state_dict()` describes the position after the last batch, including the items that do not fill a batch yet; a loader that
+    restores it continues exactly there.
     """
 
     def __init__(
         self,
         records: Records,
-        make: Callable[[Record, int], Item],
-        batch: int,
+        load_item: Callable[[Record, int], Item],
+        *,
+        batch_size: int,
         seed: int = 0,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         workers: int = 2,
-        skipped: Skipped | None = None,
-        shape: Callable[[Item], Any] = lambda item: None,
-        revive: Callable[..., Item] = lambda *values: values,  # type: ignore[assignment,return-value]
+        error_budget: ErrorBudget | None = None,
+        batch_key: Callable[[Item], Hashable] = lambda item: None,
+        rebuild_item: Callable[..., Item] = lambda *values: values,  # type: ignore[assignment,return-value]
     ):
-        self.records, self.make, self.batch, self.seed, self.rank, self.ranks = records, make, batch, seed, rank, ranks
-        self.workers, self.skipped, self.shape, self.revive = workers, skipped or Skipped(), shape, revive
-        self._place = Place()
-        self._waiting: dict[Any, list[Item]] = {}
+        self.records, self.load_item, self.batch_size, self.workers = records, load_item, batch_size, workers
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.error_budget, self.batch_key, self.rebuild_item = error_budget or ErrorBudget(), batch_key, rebuild_item
+        self._sampler_state = SamplerState()
+        self._incomplete: dict[Hashable, list[Item]] = {}
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers, strings and tensors: can be saved."""
-        waiting = [[key, [tuple(item) for item in items]] for key, items in self._waiting.items()]  # type: ignore[arg-type]
-        return {"place": asdict(self._place), "waiting": waiting}
+    def state_dict(self) -> dict[str, Any]:
+        """The position as plain numbers, strings and tensors, which can be saved."""
+        incomplete = [[key, [tuple(item) for item in items]] for key, items in self._incomplete.items()]  # type: ignore[arg-type]
+        return {"sampler": asdict(self._sampler_state), "incomplete_batches": incomplete}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._place = Place(**state["place"])
-        self._waiting = {key: [self.revive(*item) for item in items] for key, items in state["waiting"]}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position of `state_dict()`."""
+        self._sampler_state = SamplerState(**state["sampler"])
+        self._incomplete = {key: [self.rebuild_item(*item) for item in items] for key, items in state["incomplete_batches"]}
 
     def __iter__(self) -> Iterator[list[Item]]:
-        drawn = ordered(self.records, self.seed, self._place, self.rank, self.ranks)
-        work = ((d, partial(self._make, d)) for d in drawn)
-        for one, future in ahead(work, self.workers, 2 * self.batch + self.workers):
-            yield from self._take(one, future)
+        sampled = iterate_shuffled(self.records, self.seed, self._sampler_state, self.rank, self.world_size)
+        tasks = ((record, partial(self._load, record)) for record in sampled)
+        for record, future in prefetch(tasks, self.workers, 2 * self.batch_size + self.workers):
+            yield from self._add_to_batch(record, future)
 
-    def _make(self, drawn: Drawn) -> Item:
-        return self.make(drawn.read(), drawn.seed)
+    def _load(self, sampled: SampledRecord) -> Item:
+        return self.load_item(sampled.read(), sampled.seed)
 
-    def _take(self, drawn: Drawn, future: "Future[Item]") -> Iterator[list[Item]]:
+    def _add_to_batch(self, sampled: SampledRecord, future: "Future[Item]") -> Iterator[list[Item]]:
+        """Yield the batch that the item fills, if it does."""
         try:
             item = future.result()
-        except UNREADABLE as error:
-            self._place = drawn.after
-            self.skipped.lost(name_of(drawn.read, error), brief(error))
+        except READ_ERRORS as error:
+            self._sampler_state = sampled.next_state
+            self.error_budget.record_failure(get_record_key(sampled.read, error), summarize_error(error))
             return
-        self._place = drawn.after
-        self.skipped.seen()
-        key = self.shape(item)
-        waiting = self._waiting.setdefault(key, [])
-        waiting.append(item)
-        if len(waiting) == self.batch:
-            del self._waiting[key]
-            yield waiting
+        self._sampler_state = sampled.next_state
+        self.error_budget.record_success()
+        key = self.batch_key(item)
+        batch = self._incomplete.setdefault(key, [])
+        batch.append(item)
+        if len(batch) == self.batch_size:
+            del self._incomplete[key]
+            yield batch
 
 
-def name_of(read: Callable[[], Record], error: Exception) -> str:
-    """What a log calls a record that could not be used."""
+def get_record_key(read: RecordReader, error: Exception) -> str:
+    """The key of an unreadable record for the log; the error where even the key cannot be read."""
     try:
         return read().key
     except Exception:
-        return brief(error)
+        return summarize_error(error)

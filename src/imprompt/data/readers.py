@@ -1,4 +1,4 @@
-"""Readers: a folder, a list (JSON lines, CSV, Parquet), shards of img2dataset, the mini world."""
+"""Readers of records: a folder, a list (JSON lines, CSV, Parquet), shards of img2dataset, the world of mini."""
 
 import csv
 import io
@@ -14,67 +14,64 @@ from typing import Any
 
 import numpy as np
 
-from imprompt.data.coco import Coco, is_coco
+from imprompt.data.coco import CocoCaptions, is_coco
 from imprompt.data.records import Record, Records
-from imprompt.errors import UserError, brief
+from imprompt.errors import UserError, summarize_error
 from imprompt.mini import world
-from imprompt.utils.images import Picture
+from imprompt.utils.images import ImageInput
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LISTS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-FIELDS = ("target", "text", "references", "mask", "subject")
-_OTHER_NAMES = {  # columns of other tools → ours
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LIST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+COLUMNS = ("target", "text", "references", "mask", "subject")
+_COLUMN_ALIASES = {  # columns of other tools
     "image": "target", "image_file": "target", "file_name": "target", "path": "target", "image_path": "target",
     "caption": "text", "prompt": "text", "captions": "text", "reference": "references", "identity": "subject",
 }  # fmt: skip
-
-
-def is_mini(source: str) -> bool:
-    """Whether data are the embedded world, or its first pictures."""
-    return _MINI.fullmatch(source) is not None
 
 
 _MINI = re.compile(r"mini(?::([1-9]\d*)(?:x([1-9]\d*))?)?")
 
 
 def open_data(source: str | Path) -> Records:
-    """The records at a place: `mini`, a folder, COCO, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
+    """The records of `mini`, a folder, COCO, a list, or shards (`.tar`, a folder of them, `{00..99}.tar`, a URL).
 
-    `mini:4000` is the first 4000 pictures of mini; `mini:4000x10` has ten photographs of each subject instead of four, with
-    captions that say kind and place and nothing of the look. COCO is its captions' JSON file, or the folder that holds annotations/.
-    Raises UserError where there is nothing, or nothing that is understood.
+    `mini:4000` is the first 4000 images of mini; `mini:4000x10` has ten images of each subject instead of four, with captions that
+    name category and background but do not describe the appearance. COCO is the JSON file of its captions, or the folder with
+    annotations/. Raises UserError where there is no data, or none that can be read.
     """
     text = str(source)
     path = Path(text)
-    if of_mini := _MINI.fullmatch(text):
-        return Mini(int(of_mini[1] or Mini.ALL), photos=int(of_mini[2] or Mini.PHOTOS), look=not of_mini[2])
+    if match := _MINI.fullmatch(text):
+        count, images_per_subject = int(match[1] or MiniWorld.SIZE), int(match[2] or MiniWorld.IMAGES_PER_SUBJECT)
+        return MiniWorld(count, images_per_subject=images_per_subject, describe_appearance=not match[2])
     if ".tar" in text.rsplit("/", 1)[-1] or "::" in text:
-        return Shards.expand(text)
+        return WebDatasetShards.expand(text)
     if is_coco(path):
-        return Coco(path)
+        return CocoCaptions(path)
     if path.is_dir():
         tars = sorted(str(p) for p in path.glob("*.tar"))
-        return Shards(tars) if tars else Folder(path)
-    if path.suffix.lower() in LISTS:
+        return WebDatasetShards(tars) if tars else ImageFolder(path)
+    if path.suffix.lower() in LIST_SUFFIXES:
         if not path.is_file():
             raise UserError(f"no data at {path}")
-        return Table(path) if path.suffix.lower() == ".parquet" else Lines(path)
+        return ParquetTable(path) if path.suffix.lower() == ".parquet" else TextList(path)
     if not path.exists():
-        raise UserError(f"no data at {source}; expected mini, a folder of pictures, a list ({', '.join(LISTS)}), or .tar shards")
-    raise UserError(f"{path.name} is no data that can be read; expected a folder of pictures, a list ({', '.join(LISTS)}), or .tar shards")
+        raise UserError(f"no data at {source}; expected mini, a folder of images, a list ({', '.join(LIST_SUFFIXES)}), or .tar shards")
+    expected = f"a folder of images, a list ({', '.join(LIST_SUFFIXES)}), or .tar shards"
+    raise UserError(f"{path.name} is no data that can be read; expected {expected}")
 
 
-class Folder:
-    """Every picture below a folder; its caption is the text file of the same name. Subfolders name subjects."""
+class ImageFolder:
+    """All images below a folder, with captions in text files of the same name; subfolders are subjects."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.names = sorted(
-            p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES and _visible(p, folder)
+            p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and _is_visible(p, folder)
         )
         if not self.names:
             raise UserError(
-                f"no pictures in {folder}; expected files ending in {', '.join(IMAGES)}, with captions in .txt files beside them"
+                f"no images in {folder}; expected files ending in {', '.join(IMAGE_SUFFIXES)}, with captions in .txt files of the same name"
             )
 
     def __len__(self) -> int:
@@ -83,24 +80,24 @@ class Folder:
     def __getitem__(self, i: int) -> Record:
         name = self.names[i]
         path = self.folder / name
-        caption = path.with_suffix(".txt")
-        text = caption.read_text("utf-8", errors="replace").strip() if caption.is_file() else ""
-        return Record(name, path, text, subject=self.subject_of(i))
+        caption_file = path.with_suffix(".txt")
+        caption = caption_file.read_text("utf-8", errors="replace").strip() if caption_file.is_file() else ""
+        return Record(name, path, caption, subject=self.get_subject(i))
 
-    def subject_of(self, i: int) -> str | None:
-        """The subfolder, without opening anything."""
+    def get_subject(self, i: int) -> str | None:
+        """The subfolder of an image; no file is opened."""
         parent = Path(self.names[i]).parent.as_posix()
         return None if parent == "." else parent
 
 
-def _visible(path: Path, folder: Path) -> bool:
+def _is_visible(path: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-class Lines:
-    """A list in a text file: JSON lines, CSV or TSV. Only the lines' positions are kept in memory.
+class TextList:
+    """A list in a text file: JSON lines, CSV or TSV. Only the byte offsets of its records are held in memory.
 
-    Paths are relative to the list's own folder.
+    Paths are relative to the folder of the list.
     """
 
     def __init__(self, path: Path):
@@ -108,53 +105,52 @@ class Lines:
         self._json = path.suffix.lower() in (".jsonl", ".ndjson")
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         self._columns: list[str] = []
-        positions = self._json_positions() if self._json else self._csv_positions()
-        self._at = np.fromiter(positions, dtype=np.int64)
-        if not len(self._at):
+        self._offsets = np.fromiter(self._json_offsets() if self._json else self._csv_offsets(), dtype=np.int64)
+        if not len(self._offsets):
             raise UserError(f"{path.name} holds no records")
-        _check_columns(self._row(0), path.name)
+        _check_columns(self._read_row(0), path.name)
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self._offsets)
 
     def __getitem__(self, i: int) -> Record:
-        return _record(self._row(i), f"{self.path.name}:{i + 1}", self.path.parent)
+        return _make_record(self._read_row(i), f"{self.path.name}:{i + 1}", self.path.parent)
 
-    def _json_positions(self) -> Iterator[int]:
+    def _json_offsets(self) -> Iterator[int]:
         with self.path.open("rb") as file:
-            at = 0
+            offset = 0
             for line in file:
                 if line.strip():
-                    yield at
-                at += len(line)
+                    yield offset
+                offset += len(line)
 
-    def _csv_positions(self) -> Iterator[int]:
-        """A quoted field may run over several lines, so the reader itself says where a record ends."""
-        at = 0
+    def _csv_offsets(self) -> Iterator[int]:
+        """A quoted field may span several lines: the lines that the CSV reader consumes tell where a record ends."""
+        offset = 0
 
-        def lines(file: io.BufferedReader) -> Iterator[str]:
-            nonlocal at
+        def decode_lines(file: io.BufferedReader) -> Iterator[str]:
+            nonlocal offset
             for line in file:
-                first, at = at == 0, at + len(line)
+                first, offset = offset == 0, offset + len(line)
                 yield line.decode("utf-8-sig" if first else "utf-8", errors="replace")
 
         with self.path.open("rb") as file:
-            reader = csv.reader(lines(file), delimiter=self._delimiter)
+            reader = csv.reader(decode_lines(file), delimiter=self._delimiter)
             self._columns = next(reader, [])
-            start = at
+            start = offset
             for row in reader:
                 if any(row):
                     yield start
-                start = at
+                start = offset
 
-    def _row(self, i: int) -> Mapping[str, Any]:
+    def _read_row(self, i: int) -> Mapping[str, object]:
         with self.path.open("rb") as file:
-            file.seek(int(self._at[i]))
+            file.seek(int(self._offsets[i]))
             if self._json:
                 try:
                     row = json.loads(file.readline())
                 except ValueError as error:
-                    raise UserError(f"{self.path.name}, record {i + 1} is not JSON ({brief(error)})") from error
+                    raise UserError(f"{self.path.name}, record {i + 1} is not JSON ({summarize_error(error)})") from error
                 if not isinstance(row, dict):
                     raise UserError(f'{self.path.name}, record {i + 1}: expected an object such as {{"target": …, "text": …}}')
                 return row
@@ -162,8 +158,8 @@ class Lines:
             return dict(zip(self._columns, next(csv.reader(text, delimiter=self._delimiter)), strict=False))
 
 
-class Table:
-    """A Parquet file with a column of paths (or of the pictures' bytes)."""
+class ParquetTable:
+    """A Parquet file with a column of image paths or image bytes."""
 
     def __init__(self, path: Path):
         try:
@@ -174,7 +170,7 @@ class Table:
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path.name} is not a readable Parquet file ({brief(error)})") from error
+            raise UserError(f"{path.name} is not a readable Parquet file ({summarize_error(error)})") from error
         if not len(self):
             raise UserError(f"{path.name} holds no records")
         _check_columns(dict.fromkeys(self._table.column_names), path.name)
@@ -184,54 +180,52 @@ class Table:
 
     def __getitem__(self, i: int) -> Record:
         row = {name: self._table.column(name)[i].as_py() for name in self._table.column_names}
-        return _record(row, f"{self.path.name}:{i + 1}", self.path.parent)
+        return _make_record(row, f"{self.path.name}:{i + 1}", self.path.parent)
 
 
-def _check_columns(row: Mapping[str, Any], name: str) -> None:
-    if "target" not in _renamed(row):
-        raise UserError(
-            f"{name} has no column for the picture: expected target (or {', '.join(k for k, v in _OTHER_NAMES.items() if v == 'target')}), "
-            f"received {', '.join(map(str, row)) or 'none'}"
-        )
+def _check_columns(row: Mapping[str, object], name: str) -> None:
+    if "target" not in _resolve_aliases(row):
+        aliases = ", ".join(alias for alias, column in _COLUMN_ALIASES.items() if column == "target")
+        columns = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{name} has no image column: expected target (or {aliases}), received {columns}")
 
 
-def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {_OTHER_NAMES.get(k, k): v for k, v in row.items()} | {k: v for k, v in row.items() if k in FIELDS}
+def _resolve_aliases(row: Mapping[str, object]) -> dict[str, Any]:
+    return {_COLUMN_ALIASES.get(k, k): v for k, v in row.items()} | {k: v for k, v in row.items() if k in COLUMNS}
 
 
-def _record(row: Mapping[str, Any], key: str, folder: Path) -> Record:
-    """A record from a row of a list. Raises UserError where the picture is missing or a field has the wrong type."""
-    row = _renamed(row)
+def _make_record(row: Mapping[str, object], key: str, folder: Path) -> Record:
+    """A record from a row of a list. Raises UserError where the image is missing or a value has the wrong type."""
+    row = _resolve_aliases(row)
     if not row.get("target"):
         raise UserError(f"{key}: target is empty")
     references = row.get("references") or ()
     if isinstance(references, str):
-        references = _listed(references, key) if references.startswith("[") else references.split("|")
+        references = _parse_json_list(references, key) if references.startswith("[") else references.split("|")
     elif isinstance(references, (bytes, dict)):
         references = (references,)
-    text = row.get("text") or ""
-    if isinstance(text, (list, tuple)):
-        text = text[0] if text else ""
+    caption = row.get("text") or ""
+    if isinstance(caption, (list, tuple)):
+        caption = caption[0] if caption else ""
     return Record(
         key,
-        _place(row["target"], folder, key),
-        str(text),
-        tuple(_place(r, folder, key) for r in references),
-        _place(row["mask"], folder, key) if row.get("mask") else None,
+        _resolve_image(row["target"], folder, key),
+        str(caption),
+        tuple(_resolve_image(r, folder, key) for r in references),
+        _resolve_image(row["mask"], folder, key) if row.get("mask") else None,
         str(row["subject"]) if row.get("subject") not in (None, "") else None,
     )
 
 
-def _listed(text: str, key: str) -> list[Any]:
+def _parse_json_list(text: str, key: str) -> list[object]:
     try:
-        found = json.loads(text)
+        return list(json.loads(text))
     except ValueError as error:
-        raise UserError(f"{key}: references are not JSON ({brief(error)})") from error
-    return list(found)
+        raise UserError(f"{key}: references are not JSON ({summarize_error(error)})") from error
 
 
-def _place(value: Any, folder: Path, key: str) -> Picture:
-    if isinstance(value, dict):  # a picture column of the datasets library: {"bytes": …, "path": …}
+def _resolve_image(value: object, folder: Path, key: str) -> ImageInput:
+    if isinstance(value, dict):  # an image column of the datasets library: {"bytes": …, "path": …}
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
@@ -240,16 +234,19 @@ def _place(value: Any, folder: Path, key: str) -> Picture:
     return folder / value
 
 
-class Shards:
-    """WebDataset shards as img2dataset writes them: `000.jpg`, `000.txt`, `000.json` in tar files, local or streamed."""
+class WebDatasetShards:
+    """WebDataset shards as img2dataset writes them: `000.jpg`, `000.txt`, `000.json` in tar files, local or streamed.
 
-    def __init__(self, shards: Sequence[str], lost: Callable[[str, str], None] | None = None):
+    `on_unreadable(key, reason)` is called for every shard and every sample that cannot be read.
+    """
+
+    def __init__(self, shards: Sequence[str], on_unreadable: Callable[[str, str], None] = lambda key, reason: None):
         self.shards = list(shards)
-        self.lost = lost or (lambda where, why: None)  # told of every shard and member that could not be read
+        self.on_unreadable = on_unreadable
 
     @classmethod
-    def expand(cls, pattern: str) -> "Shards":
-        """From a name with ranges in braces: `part-{0000..0099}.tar`."""
+    def expand(cls, pattern: str) -> "WebDatasetShards":
+        """The shards of a pattern with ranges in braces: `part-{0000..0099}.tar`."""
         from webdataset.shardlists import expand_urls
 
         shards = [shard for part in pattern.split("::") for shard in expand_urls(part)]
@@ -258,78 +255,87 @@ class Shards:
             raise UserError(f"no shards at {pattern}")
         return cls(shards)
 
-    def read(self, shard: str) -> Iterator[Record]:
-        """The records of one shard; what is damaged is reported to `lost` and left out."""
+    def read_shard(self, shard: str) -> Iterator[Record]:
+        """The records of one shard; damaged samples are reported and skipped."""
         from webdataset.gopen import gopen
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        def note(error: Exception) -> bool:
-            self.lost(shard, brief(error))
+        def report(error: Exception) -> bool:
+            self.on_unreadable(shard, summarize_error(error))
             return True
 
         try:
             stream = gopen(shard)
         except (OSError, ValueError) as error:
-            note(error)
+            report(error)
             return
         try:
             with closing(stream):
-                for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": stream}], handler=note), handler=note):
-                    record = self._sample(sample, Path(shard).name)
+                files = tar_file_expander([{"url": shard, "stream": stream}], handler=report)
+                for sample in group_by_keys(files, handler=report):
+                    record = self._make_record(sample, Path(shard).name)
                     if record:
                         yield record
-        except OSError as error:  # a command or a server tells only at the end that it failed
-            note(error)
+        except OSError as error:  # a command or a server fails only at the end of the stream
+            report(error)
 
-    def _sample(self, sample: Mapping[str, Any], shard: str) -> Record | None:
+    def _make_record(self, sample: Mapping[str, Any], shard: str) -> Record | None:
         key = f"{shard}/{sample['__key__']}"
-        picture = next((sample[s[1:]] for s in IMAGES if s[1:] in sample), None)
-        if picture is None:
-            self.lost(key, "no picture")
+        image = next((sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
+        if image is None:
+            self.on_unreadable(key, "no image")
             return None
-        text = sample.get("txt", sample.get("text", b"")).decode("utf-8", errors="replace").strip()
-        about: dict[str, Any] = {}
+        caption = sample.get("txt", sample.get("text", b"")).decode("utf-8", errors="replace").strip()
+        metadata: dict[str, Any] = {}
         if "json" in sample:
             try:
-                about = json.loads(sample["json"]) or {}
+                metadata = json.loads(sample["json"]) or {}
             except ValueError:
-                self.lost(key, "its .json is damaged")
-        text = text or str(about.get("caption") or about.get("text") or "")
-        subject = about.get("subject")
-        return Record(key, picture, text, subject=None if subject is None else str(subject))
+                self.on_unreadable(key, "its .json is damaged")
+        caption = caption or str(metadata.get("caption") or metadata.get("text") or "")
+        subject = metadata.get("subject")
+        return Record(key, image, caption, subject=None if subject is None else str(subject))
 
 
-class Mini:
-    """The embedded world: subjects that mini was trained on, four photographs of each.
+class MiniWorld:
+    """The procedural world of mini: subjects of its training split, or of its test split with `held_out`.
 
-    Without `look`, captions say kind and place alone: what a subject looks like is for its photographs to tell.
+    Captions describe the appearance of 85 % of the images; with `describe_appearance=False`, of none.
     """
 
-    PHOTOS, ALL = 4, 160_000
+    IMAGES_PER_SUBJECT, SIZE = 4, 160_000
 
-    def __init__(self, count: int = ALL, held_out: bool = False, photos: int = PHOTOS, look: bool = True):
-        self.count, self.held_out, self.photos, self.look = count, held_out, photos, look
+    def __init__(
+        self,
+        count: int = SIZE,
+        *,
+        held_out: bool = False,
+        images_per_subject: int = IMAGES_PER_SUBJECT,
+        describe_appearance: bool = True,
+    ):
+        self.count, self.held_out = count, held_out
+        self.images_per_subject, self.describe_appearance = images_per_subject, describe_appearance
 
     def __len__(self) -> int:
         return self.count
 
     @cached_property
-    def _seeds(self) -> list[int]:
-        return [s.seed for s in islice(world.subjects(self.held_out), -(-self.count // self.photos))]
+    def _subject_seeds(self) -> list[int]:
+        subjects = world.iterate_subjects(held_out=self.held_out)
+        return [subject.seed for subject in islice(subjects, -(-self.count // self.images_per_subject))]
 
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < self.count:
             raise IndexError(i)
-        subject = world.subject(self._seeds[i // self.photos])
-        where = world.scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
+        subject = world.make_subject(self._subject_seeds[i // self.images_per_subject])
+        scene = world.make_scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
         rng = random.Random(f"mini {i}")
-        look = rng.random() >= 0.15 and self.look
-        text = world.caption(subject, where, rng) if look else world.photo_caption(subject, where, rng)
-        return Record(f"mini:{i}", _photograph(subject, where), text, subject=str(subject.seed))
+        sample_caption = world.sample_caption if rng.random() >= 0.15 and self.describe_appearance else world.sample_scene_caption
+        return Record(f"mini:{i}", _render_cached(subject, scene), sample_caption(subject, scene, rng), subject=str(subject.seed))
 
-    def subject_of(self, i: int) -> str:
-        """Whose photograph it is, without drawing it."""
-        return str(self._seeds[i // self.photos])
+    def get_subject(self, i: int) -> str:
+        """The subject of an image; nothing is rendered."""
+        return str(self._subject_seeds[i // self.images_per_subject])
 
 
-_photograph = lru_cache(4_096)(world.draw)  # of several photographs of a subject each is drawn after the others
+_render_cached = lru_cache(4_096)(world.render)  # by subject, every image is also a reference of several others

@@ -1,57 +1,62 @@
-"""What a record is, and the two shapes that data comes in: counted, or as a stream of shards."""
+"""A record, and the two kinds of datasets: with random access, or as a stream of shards."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from imprompt.utils.images import Picture
+from imprompt.utils.images import ImageInput
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example, nothing opened yet. Without references of its own, the target is its own reference."""
+    """One example whose files are not opened yet. Without `references`, the target image is its own reference."""
 
-    key: str  # names it in logs
-    target: Picture
-    text: str = ""
-    references: tuple[Picture, ...] = ()
-    mask: Picture | None = None
+    key: str  # identifies the record in logs
+    target: ImageInput
+    caption: str = ""
+    references: tuple[ImageInput, ...] = ()
+    mask: ImageInput | None = None
     subject: str | None = None
-    loss_weight: float = 1.0  # how much its loss counts
+    loss_weight: float = 1.0
 
 
 @runtime_checkable
-class Counted(Protocol):
-    """Records that can be had in any order: folders, lists, the mini world, a feature cache."""
+class MapRecords(Protocol):
+    """A dataset with random access: a folder, a list, the mini world, a feature cache."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Record: ...
 
 
 @runtime_checkable
-class Sharded(Protocol):
-    """Records that come one after the other out of shards."""
+class ShardRecords(Protocol):
+    """A dataset that is read shard by shard."""
 
     @property
-    def shards(self) -> Sequence[str]: ...
-    def read(self, shard: str) -> Iterator[Record]: ...
+    def shards(self) -> Sequence[str]:
+        """Files or URLs."""
+        ...
+
+    def read_shard(self, shard: str) -> Iterator[Record]:
+        """The records of one shard, in its order."""
+        ...
 
 
-class Without:
-    """Counted records, some of them left out."""
+class Subset:
+    """A dataset with random access without the records at some indices."""
 
-    def __init__(self, records: Counted, left_out: Sequence[int]):
+    def __init__(self, records: MapRecords, excluded: Sequence[int]):
         self._records = records
-        self._before = [n - k for k, n in enumerate(sorted(left_out))]  # how many that stay come before each one left out
+        self._remaining_before = [n - k for k, n in enumerate(sorted(excluded))]  # remaining records before each excluded one
 
     def __len__(self) -> int:
-        return len(self._records) - len(self._before)
+        return len(self._records) - len(self._remaining_before)
 
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._records[i + bisect_right(self._before, i)]
+        return self._records[i + bisect_right(self._remaining_before, i)]
 
 
-Records = Counted | Sharded
+Records = MapRecords | ShardRecords

@@ -1,7 +1,7 @@
-"""In which order records come: shuffled by seed, split among processes, resumable at any record.
+"""The order of training records: shuffled by seed, distributed over processes, resumable at any record.
 
-Everything follows from a few integers, so a training that was killed sees the same records, with the same random
-numbers, as one that was not.
+The order and all random numbers follow from a few integers, so that a resumed training continues with exactly the records and
+random numbers of an uninterrupted one.
 """
 
 import random
@@ -12,113 +12,114 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from imprompt.data.records import Counted, Record, Records, Sharded
+from imprompt.data.records import MapRecords, Record, Records, ShardRecords
 from imprompt.errors import UserError
 
-GROUP = 4  # shards that are mixed with each other
-BUFFER = 1000  # records held back for mixing within a group
+SHARDS_PER_GROUP = 4  # shards whose records are shuffled together
+SHUFFLE_BUFFER = 1000  # records in the shuffle buffer of a group
+
+RecordReader = Callable[[], Record]  # opens nothing until it is called
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the data a process stands: `done` records of this group of this epoch are behind it."""
+class SamplerState:
+    """The position of a process in the data: `offset` records of this group of this epoch are consumed."""
 
     epoch: int = 0
     group: int = 0
-    done: int = 0
+    offset: int = 0
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A record in its turn, read when asked; a seed of its own for all that is random about it; the place behind it."""
+class SampledRecord:
+    """The next record, read on demand; the seed of everything random about it; the position after it."""
 
-    read: Callable[[], Record]
+    read: RecordReader
     seed: int
-    after: Place
+    next_state: SamplerState
 
 
-def ordered(records: Records, seed: int, place: Place, rank: int = 0, ranks: int = 1) -> Iterator[Drawn]:
-    """Records without end from `place` on, for process `rank` of `ranks`.
+def iterate_shuffled(records: Records, seed: int, state: SamplerState, rank: int = 0, world_size: int = 1) -> Iterator[SampledRecord]:
+    """Endless shuffled records from `state` on, for process `rank` of `world_size`.
 
-    Counted records are dealt out one by one, so that two processes see together what one alone would. Shards are dealt
-    out whole.
+    Datasets with random access are distributed record by record, so that all processes together see the records that a single one
+    would see. Shards are distributed whole; UserError is raised for fewer shards than processes.
     """
-    if isinstance(records, Sharded):
-        return _from_shards(records, seed, place, rank, ranks)
-    return _from_counted(records, seed, place, rank, ranks)
+    if isinstance(records, ShardRecords):
+        return _iterate_shards(records, seed, state, rank, world_size)
+    return _iterate_map(records, seed, state, rank, world_size)
 
 
-def once(records: Records) -> Iterator[Callable[[], Record]]:
-    """Every record one time, in the order in which it lies there; read when asked."""
-    if isinstance(records, Sharded):
+def iterate_once(records: Records) -> Iterator[RecordReader]:
+    """Every record once, in the order of the dataset; read on demand."""
+    if isinstance(records, ShardRecords):
         for shard in records.shards:
-            for record in records.read(shard):
-                yield partial(itself, record)
+            yield from map(to_reader, records.read_shard(shard))
     else:
         for i in range(len(records)):
             yield partial(records.__getitem__, i)
 
 
-def _from_counted(records: Counted, seed: int, place: Place, rank: int, ranks: int) -> Iterator[Drawn]:
+def _iterate_map(records: MapRecords, seed: int, state: SamplerState, rank: int, world_size: int) -> Iterator[SampledRecord]:
     count = len(records)
-    at = place.epoch * count + place.done + rank
+    position = state.epoch * count + state.offset + rank
     while True:
-        epoch, i = divmod(at, count)
-        at += ranks
-        next_epoch, done = divmod(at - rank, count)
-        chosen = int(_permutation(seed, epoch, count)[i])
-        yield Drawn(partial(records.__getitem__, chosen), mixed_seed(seed, epoch, i), Place(next_epoch, 0, done))
+        epoch, i = divmod(position, count)
+        position += world_size
+        next_epoch, offset = divmod(position - rank, count)
+        index = int(_permute_epoch(seed, epoch, count)[i])
+        yield SampledRecord(partial(records.__getitem__, index), derive_seed(seed, epoch, i), SamplerState(next_epoch, 0, offset))
 
 
-def itself(record: Record) -> Record:
-    """A record that is read already, asked for like any other."""
-    return record
+def to_reader(record: Record) -> RecordReader:
+    """A reader of a record that is already read."""
+    return lambda: record
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-    return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(numbers)
+def _permute_epoch(seed: int, epoch: int, count: int) -> np.ndarray:
+    indices = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(indices)
 
 
-def _from_shards(records: Sharded, seed: int, place: Place, rank: int, ranks: int) -> Iterator[Drawn]:
-    if len(records.shards) < ranks:
-        raise UserError(f"{len(records.shards)} shards cannot be dealt out to {ranks} processes; expected at least one for each")
-    epoch, first, skip = place.epoch, place.group, place.done
+def _iterate_shards(records: ShardRecords, seed: int, state: SamplerState, rank: int, world_size: int) -> Iterator[SampledRecord]:
+    if len(records.shards) < world_size:
+        raise UserError(f"{len(records.shards)} shards cannot be distributed over {world_size} processes; expected at least one for each")
+    epoch, first_group, skip = state.epoch, state.group, state.offset
     while True:
-        shards = list(records.shards)
-        random.Random(f"{seed} {epoch}").shuffle(shards)
-        mine = shards[rank::ranks]
-        groups = [mine[i : i + GROUP] for i in range(0, len(mine), GROUP)]
-        seen = False
-        for group in range(first, len(groups)):
-            for done, record in enumerate(_mixed(records, groups[group], seed, epoch)):
-                seen = True
-                if done >= skip:
-                    own = mixed_seed(seed, epoch, zlib.crc32(record.key.encode()))
-                    yield Drawn(partial(itself, record), own, Place(epoch, group, done + 1))
+        shuffled = list(records.shards)
+        random.Random(f"{seed} {epoch}").shuffle(shuffled)
+        shards = shuffled[rank::world_size]
+        groups = [shards[i : i + SHARDS_PER_GROUP] for i in range(0, len(shards), SHARDS_PER_GROUP)]
+        empty = True
+        for group in range(first_group, len(groups)):
+            for n, record in enumerate(_shuffle_shards(records, groups[group], seed, epoch)):
+                empty = False
+                if n >= skip:
+                    record_seed = derive_seed(seed, epoch, zlib.crc32(record.key.encode()))
+                    yield SampledRecord(to_reader(record), record_seed, SamplerState(epoch, group, n + 1))
             skip = 0
-        if not seen and first == 0:
-            raise UserError(f"none of the {len(mine)} shards holds a record that can be read")
-        epoch, first = epoch + 1, 0
+        if empty and first_group == 0:
+            raise UserError(f"none of the {len(shards)} shards holds a record that can be read")
+        epoch, first_group = epoch + 1, 0
 
 
-def _mixed(records: Sharded, shards: list[str], seed: int, epoch: int) -> Iterator[Record]:
-    """The records of a few shards, through a buffer from which they are drawn at random."""
+def _shuffle_shards(records: ShardRecords, shards: list[str], seed: int, epoch: int) -> Iterator[Record]:
+    """The records of a group of shards, shuffled in a buffer."""
     rng = random.Random(f"{seed} {epoch} {shards[0]}")
     buffer: list[Record] = []
     for shard in shards:
-        for record in records.read(shard):
-            if len(buffer) < BUFFER:
+        for record in records.read_shard(shard):
+            if len(buffer) < SHUFFLE_BUFFER:
                 buffer.append(record)
                 continue
-            i = rng.randrange(BUFFER)
+            i = rng.randrange(SHUFFLE_BUFFER)
             buffer[i], record = record, buffer[i]
             yield record
     rng.shuffle(buffer)
     yield from buffer
 
 
-def mixed_seed(seed: int, epoch: int, i: int) -> int:
-    """One seed from three numbers: that of record i in an epoch."""
+def derive_seed(seed: int, epoch: int, i: int) -> int:
+    """The seed of record i in an epoch, in 0 … 2⁶³ − 1."""
     return int(np.random.SeedSequence((seed, epoch, i)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""From a record to an example: pictures opened, brought to size, cropped, flipped; references augmented."""
+"""From a record to a training example: images opened, resized, cropped and flipped; references augmented."""
 
 import math
 import random
@@ -13,175 +13,178 @@ from torch import Tensor
 
 from imprompt.data.records import Record
 from imprompt.errors import ImageError
-from imprompt.utils.images import Picture, fit, open_image
+from imprompt.utils.images import ImageInput, open_image, resize_to_square
 
-Pixels = Callable[[Sequence[Image.Image]], Tensor]  # an image encoder's own preparation
+Preprocess = Callable[[Sequence[Image.Image]], Tensor]  # images → pixel values of an image encoder
 
 
 @dataclass(frozen=True)
-class Framing:
-    """How pictures are brought to the model's size."""
+class TransformConfig:
+    """How images are brought to the resolution of the model, and which references they get."""
 
-    size: int = 512  # of the shorter side; with buckets the side of a square of the same area
-    crop: str = "centre"  # or random
-    flip: bool = False
-    buckets: bool = False  # several shapes of about the same area; a batch has one
-    multiple: int = 64  # the sides of buckets are multiples of this
-    own_crop: bool = False  # references are cropped on their own, not as the target is
-    augment: float = 0.0  # strength of the references' augmentation, 0 … 1
-    references: int = 1
-    fewest: int = 1  # of the references that are different ones; the others repeat them
-    least: int = 0  # pictures with a shorter side than this are too small
-    caption: str = ""  # of pictures that have none
+    resolution: int = 512  # side of a square in pixels; with buckets, of the square of the same area
+    center_crop: bool = True
+    random_flip: bool = False
+    aspect_ratio_bucketing: bool = False  # several shapes of about the same area, one per batch
+    size_multiple: int = 64  # the sides of buckets are multiples of this
+    independent_reference_crop: bool = False  # references are cropped independently of the target
+    reference_augmentation: float = 0.0  # strength, 0 … 1
+    num_references: int = 1
+    min_distinct_references: int = 1  # at least so many references are different images; the others repeat them
+    min_image_size: int = 0  # images with a shorter side in pixels are refused
+    default_caption: str = ""  # caption of images that have none
 
 
 class Example(NamedTuple):
     """What a training step needs of one record."""
 
-    pixels: Tensor  # (3, height, width), uint8
-    references: Tensor  # (references, 3, side, side), as the image encoder takes them
-    text: str
-    mask: Tensor | None  # (height, width), uint8: white where the loss counts
-    sizes: tuple[int, int, int, int]  # original height and width, top and left of the crop: SDXL is told these
+    pixel_values: Tensor  # (3, height, width), uint8
+    reference_pixel_values: Tensor  # (references, 3, side, side), preprocessed for the image encoder
+    caption: str
+    mask: Tensor | None  # (height, width), uint8, white where the loss counts
+    time_ids: tuple[int, int, int, int, int, int]  # SDXL: original height and width, crop top and left, target height and width
     seed: int
     key: str
     subject: str | None = None
-    counts: float = 1.0  # how much its loss counts
+    loss_weight: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.pixels.shape)
-
-    @property
-    def side(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.pixels.shape[1], self.pixels.shape[2]
+        """Examples of one batch have the same shape, (3, height, width)."""
+        return tuple(self.pixel_values.shape)
 
 
-def example(record: Record, seed: int, framing: Framing, prepare: Pixels) -> Example:
-    """Open and frame a record. All chance follows from `seed`. Raises ImageError for a picture that cannot be used."""
+def load_example(record: Record, seed: int, config: TransformConfig, preprocess: Preprocess) -> Example:
+    """Open and transform a record; everything random follows from `seed`. Raises ImageError for an unusable image."""
     rng = random.Random(seed)
-    whole = open_image(record.target)
-    if min(whole.size) < framing.least:
-        raise ImageError(f"{record.key} is {whole.width} × {whole.height} pixels; expected a shorter side of at least {framing.least}")
-    cut = Cut.choose(whole.size, framing, rng)
-    target = cut.apply(whole)
+    original = open_image(record.target)
+    if min(original.size) < config.min_image_size:
+        size = f"{original.width} × {original.height}"
+        raise ImageError(f"{record.key} is {size} pixels; expected a shorter side of at least {config.min_image_size}")
+    crop = CropParams.sample(original.size, config, rng)
+    target = crop.apply(original)
     if record.references:
-        references = _opened(record.references, framing, rng)
+        references = _open_references(record.references, config, rng)
     else:
-        references = [whole if framing.own_crop else target] * framing.references
-    squares = [fit(augmented(r, framing.augment, rng) if framing.augment else r) for r in references]
+        references = [original if config.independent_reference_crop else target] * config.num_references
+    strength = config.reference_augmentation
+    squares = [resize_to_square(augment_image(image, strength, rng) if strength else image) for image in references]
     mask = None
     if record.mask is not None:
-        mask = torch.from_numpy(np.array(cut.apply(open_image(record.mask).convert("L").resize(whole.size, Image.Resampling.NEAREST))))
-    pixels = torch.from_numpy(np.array(target)).permute(2, 0, 1).contiguous()
-    sizes = (whole.height, whole.width, cut.top, cut.left)
-    text = record.text or framing.caption
-    return Example(pixels, prepare(squares), text, mask, sizes, seed, record.key, record.subject, record.loss_weight)
+        full_mask = open_image(record.mask).convert("L").resize(original.size, Image.Resampling.NEAREST)
+        mask = torch.from_numpy(np.array(crop.apply(full_mask)))
+    pixel_values = torch.from_numpy(np.array(target)).permute(2, 0, 1).contiguous()
+    time_ids = (original.height, original.width, crop.top, crop.left, crop.height, crop.width)
+    caption = record.caption or config.default_caption
+    return Example(
+        pixel_values, preprocess(squares), caption, mask, time_ids, seed, record.key, record.subject, record.loss_weight
+    )  # fmt: skip
 
 
-def _opened(references: Sequence[Picture], framing: Framing, rng: random.Random) -> list[Image.Image]:
-    """References in random order, repeated where there are too few. One that is damaged is left out where there are others."""
-    found: list[Image.Image] = []
-    damaged: ImageError | None = None
-    count, order = spread(len(references), framing.references, framing.fewest, rng)
+def _open_references(references: Sequence[ImageInput], config: TransformConfig, rng: random.Random) -> list[Image.Image]:
+    """References in random order, repeated where there are too few. Damaged ones are skipped as long as another can be opened."""
+    images: list[Image.Image] = []
+    failure: ImageError | None = None
+    count, order = sample_reference_order(len(references), config.num_references, config.min_distinct_references, rng)
     for i in order:
         try:
-            found.append(open_image(references[i]))
+            images.append(open_image(references[i]))
         except ImageError as error:
-            damaged = error
-        if len(found) == count:
+            failure = error
+        if len(images) == count:
             break
-    if not found and damaged:
-        raise damaged
-    return found + [rng.choice(found) for _ in range(framing.references - len(found))]
+    if not images and failure:
+        raise failure
+    return images + [rng.choice(images) for _ in range(config.num_references - len(images))]
 
 
-def spread(there: int, references: int, fewest: int, rng: random.Random) -> tuple[int, list[int]]:
-    """How many different ones to take, at least `fewest`, and all that are there in the order in which to take them."""
-    count = rng.randint(min(fewest, references), references) if fewest < references else references
-    return min(count, there), rng.sample(range(there), there)
+def sample_reference_order(available: int, num_references: int, min_distinct: int, rng: random.Random) -> tuple[int, list[int]]:
+    """How many distinct references to use, at least `min_distinct` where so many are available, and all indices in random order."""
+    count = rng.randint(min(min_distinct, num_references), num_references) if min_distinct < num_references else num_references
+    return min(count, available), rng.sample(range(available), available)
 
 
-class Cut(NamedTuple):
-    """A resize, a crop and a flip: the same for a picture and for its mask."""
+class CropParams(NamedTuple):
+    """A resize, a crop and a horizontal flip that apply to an image and to its mask. All sizes in pixels."""
 
-    scaled: tuple[int, int]  # width, height
+    resized: tuple[int, int]  # width, height
     left: int
     top: int
     width: int
     height: int
-    mirrored: bool
+    flip: bool
 
     @classmethod
-    def choose(cls, size: tuple[int, int], framing: Framing, rng: random.Random) -> "Cut":
-        width, height = bucket(size, framing.size, framing.multiple) if framing.buckets else (framing.size, framing.size)
+    def sample(cls, size: tuple[int, int], config: TransformConfig, rng: random.Random) -> "CropParams":
+        """The parameters for an image of this size (width, height)."""
+        width = height = config.resolution
+        if config.aspect_ratio_bucketing:
+            width, height = select_bucket(size, config.resolution, config.size_multiple)
         ratio = max(width / size[0], height / size[1])
-        scaled = (max(width, round(size[0] * ratio)), max(height, round(size[1] * ratio)))
-        free = (scaled[0] - width, scaled[1] - height)
-        left, top = (rng.randint(0, n) for n in free) if framing.crop == "random" else (n // 2 for n in free)
-        return cls(scaled, left, top, width, height, framing.flip and rng.random() < 0.5)
+        resized = (max(width, round(size[0] * ratio)), max(height, round(size[1] * ratio)))
+        slack = (resized[0] - width, resized[1] - height)
+        left, top = (n // 2 if config.center_crop else rng.randint(0, n) for n in slack)
+        return cls(resized, left, top, width, height, config.random_flip and rng.random() < 0.5)
 
     def apply(self, image: Image.Image) -> Image.Image:
-        method = Image.Resampling.LANCZOS if self.scaled[0] < image.width else Image.Resampling.BICUBIC
-        if image.mode == "L":  # a mask: no ringing
+        """The resized, cropped and flipped image."""
+        method = Image.Resampling.LANCZOS if self.resized[0] < image.width else Image.Resampling.BICUBIC
+        if image.mode == "L":  # masks: no ringing
             method = Image.Resampling.BOX
-        box = (self.left, self.top, self.left + self.width, self.top + self.height)
-        cut = image if image.size == self.scaled else image.resize(self.scaled, method)
-        cut = cut.crop(box)
-        return ImageOps.mirror(cut) if self.mirrored else cut
+        resized = image if image.size == self.resized else image.resize(self.resized, method)
+        crop = resized.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        return ImageOps.mirror(crop) if self.flip else crop
 
 
-def bucket(size: tuple[int, int], side: int, multiple: int) -> tuple[int, int]:
-    """Of the shapes with about side² pixels and sides in multiples, the one whose aspect is nearest: (width, height)."""
-    aspect = math.log(size[0] / size[1])
-    return min(_buckets(side, multiple), key=lambda wh: abs(math.log(wh[0] / wh[1]) - aspect))
+def select_bucket(size: tuple[int, int], side: int, multiple: int) -> tuple[int, int]:
+    """The bucket (width, height) with the nearest aspect ratio; buckets have about side² pixels and sides that are multiples."""
+    log_ratio = math.log(size[0] / size[1])
+    return min(_list_buckets(side, multiple), key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - log_ratio))
 
 
-def _buckets(side: int, multiple: int) -> list[tuple[int, int]]:
-    most = side * side
+def _list_buckets(side: int, multiple: int) -> list[tuple[int, int]]:
     widths = range(max(multiple, side // 2 // multiple * multiple), 2 * side + 1, multiple)
-    return [(w, max(multiple, round(most / w / multiple) * multiple)) for w in widths]
+    return [(width, max(multiple, round(side * side / width / multiple) * multiple)) for width in widths]
 
 
-def augmented(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """A reference seen a little differently, so that the adapter learns the subject and not the pixels."""
-    keep = 1 - 0.35 * strength * rng.random()
-    width, height = round(image.width * keep), round(image.height * keep)
+def augment_image(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """A reference with random crop, flip, rotation and color jitter of this strength in 0 … 1, against memorization of its pixels."""
+    scale = 1 - 0.35 * strength * rng.random()
+    width, height = round(image.width * scale), round(image.height * scale)
     left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
     image = image.crop((left, top, left + width, top + height))
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     image = image.rotate(10 * strength * rng.uniform(-1, 1), Image.Resampling.BICUBIC, fillcolor=image.getpixel((0, 0)))
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = kind(image).enhance(1 + 0.3 * strength * rng.uniform(-1, 1))
+    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhancer(image).enhance(1 + 0.3 * strength * rng.uniform(-1, 1))
     return image
 
 
 class Batch(NamedTuple):
     """Examples of one shape, stacked."""
 
-    pixels: Tensor  # (batch, 3, height, width), uint8
-    references: Tensor  # (batch, references, 3, side, side)
-    texts: list[str]
+    pixel_values: Tensor  # (batch, 3, height, width), uint8
+    reference_pixel_values: Tensor  # (batch, references, 3, side, side)
+    captions: list[str]
     mask: Tensor | None  # (batch, 1, height, width), uint8
-    sizes: Tensor  # (batch, 6): original height and width, top, left, height, width
+    time_ids: Tensor  # (batch, 6)
     seeds: list[int]
-    counts: Tensor  # (batch,): how much each one's loss counts
+    loss_weights: Tensor  # (batch,)
 
 
-def stack(examples: Sequence[Example]) -> Batch:
-    """One batch. A missing mask counts everywhere."""
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack examples. Where only some have a mask, the mask of the others is white everywhere."""
     masks = None
     if any(e.mask is not None for e in examples):
-        full = torch.full(examples[0].shape[1:], 255, dtype=torch.uint8)
-        masks = torch.stack([full if e.mask is None else e.mask for e in examples])[:, None]
+        white = torch.full(examples[0].shape[1:], 255, dtype=torch.uint8)
+        masks = torch.stack([white if e.mask is None else e.mask for e in examples])[:, None]
     return Batch(
-        torch.stack([e.pixels for e in examples]),
-        torch.stack([e.references for e in examples]),
-        [e.text for e in examples],
+        torch.stack([e.pixel_values for e in examples]),
+        torch.stack([e.reference_pixel_values for e in examples]),
+        [e.caption for e in examples],
         masks,
-        torch.tensor([(*e.sizes, *e.shape[1:]) for e in examples]),
+        torch.tensor([e.time_ids for e in examples]),
         [e.seed for e in examples],
-        torch.tensor([e.counts for e in examples]),
+        torch.tensor([e.loss_weight for e in examples]),
     )

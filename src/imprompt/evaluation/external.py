@@ -1,4 +1,4 @@
-"""Other people's methods, as diffusers draws with them: one line of a table for each pipeline."""
+"""Diffusers pipelines with image prompts by other authors: each is one row of EXTERNAL_PIPELINES, generated under our protocol."""
 
 import inspect
 import os
@@ -18,290 +18,296 @@ from diffusers.pipelines import deprecated
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from imprompt.errors import UserError, brief
-from imprompt.evaluation.system import Case, How
-from imprompt.methods.shuffle import COARSE, moved
+from imprompt.errors import UserError, summarize_error
+from imprompt.evaluation.samples import EvalSample, SamplingParams
+from imprompt.methods.shuffle import FIELD_SIZE, warp_by_field
 from imprompt.models import hub
-from imprompt.models.base_pipelines import FILES
+from imprompt.models.base_pipelines import SINGLE_FILE_SUFFIXES
 from imprompt.utils.images import to_rgb
 
-MULTIPLE = 8  # pixels; every one of these pipelines wants a size in whole ones
+SIZE_MULTIPLE = 8  # pixels; all of these pipelines need multiples of it
 
 
-class Asked(NamedTuple):
-    """What is to be drawn at once: as many references as texts and generators."""
+class GenerationRequest(NamedTuple):
+    """What is generated in one call: as many references as prompts and generators."""
 
     references: list[Image.Image]
-    texts: list[str]
+    prompts: list[str]
     generators: list[torch.Generator]
-    how: How
+    params: SamplingParams
 
-    def usual(self) -> dict[str, Any]:
-        """The arguments that most pipelines name alike."""
-        width, height = (-(-n // MULTIPLE) * MULTIPLE for n in self.how.size)
-        return {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance, "width": width, "height": height}
+    @property
+    def common_kwargs(self) -> dict[str, Any]:
+        """The arguments that have the same names in most pipelines."""
+        width, height = (-(-n // SIZE_MULTIPLE) * SIZE_MULTIPLE for n in self.params.size)
+        steps, guidance_scale = self.params.num_inference_steps, self.params.guidance_scale
+        return {"num_inference_steps": steps, "guidance_scale": guidance_scale, "width": width, "height": height}
 
 
-# ------------------------------------------------------------------------------------- the words of each pipeline's call
+# ---------------------------------------------------------------------------------------- the arguments of each pipeline's call
 
 
-def image_variation(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """The model was trained on references squashed without antialiasing, and its card asks for the same; diffusers' processor smooths."""
+def image_variation_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """References are squashed to a square without antialiasing, as in training and as the model card asks; diffusers' processor smooths."""
     side, processor = pipe.image_encoder.config.image_size, pipe.feature_extractor
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    pixels = [F.interpolate(_pixels(picture), (side, side), mode="bicubic") for picture in asked.references]
-    return {"image": (torch.cat(pixels) - mean) / deviation, **asked.usual()}
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = [F.interpolate(_to_tensor(image), (side, side), mode="bicubic") for image in request.references]
+    return {"image": (torch.cat(pixels) - mean) / std, **request.common_kwargs}
 
 
-def stable_unclip(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """The text as usual, the picture in the time embedding, without noise."""
-    return {"image": asked.references, "prompt": asked.texts, **asked.usual()}
+def stable_unclip_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The prompt as usual; the image embedding, without noise, is added to the time embedding."""
+    return {"image": request.references, "prompt": request.prompts, **request.common_kwargs}
 
 
-def karlo(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """Decoder and super-resolution draw one size only, and hear no text."""
-    steps, guidance = asked.how.steps, asked.how.guidance
+def karlo_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Decoder and super-resolution have one fixed size and are not conditioned on text."""
+    steps, guidance_scale = request.params.num_inference_steps, request.params.guidance_scale
     if steps < 2:
-        raise UserError(f"steps: expected at least 2 with {type(pipe).__name__}, received {steps}")
-    return {"image": asked.references, "decoder_num_inference_steps": steps, "decoder_guidance_scale": guidance}
+        raise UserError(f"num_inference_steps: expected at least 2 with {type(pipe).__name__}, received {steps}")
+    return {"image": request.references, "decoder_num_inference_steps": steps, "decoder_guidance_scale": guidance_scale}
 
 
-def kandinsky_22(prior: Any, pipe: Any, asked: Asked) -> dict[str, Any]:
-    """The prior's `interpolate` of one picture at weight 1 is that picture's embedding; so its diffusion need not run."""
-    pixels = prior.image_processor(asked.references, return_tensors="pt").pixel_values
-    embedded = prior.image_encoder(pixels.to(prior.device, prior.image_encoder.dtype)).image_embeds
-    return {"image_embeds": embedded, "negative_image_embeds": prior.get_zero_embed(len(pixels)), **asked.usual()}
+def kandinsky_22_kwargs(prior: Any, pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The prior's `interpolate` of one image at weight 1 is that image's embedding, so its diffusion need not run."""
+    pixels = prior.image_processor(request.references, return_tensors="pt").pixel_values
+    image_embeds = prior.image_encoder(pixels.to(prior.device, prior.image_encoder.dtype)).image_embeds
+    return {"image_embeds": image_embeds, "negative_image_embeds": prior.get_zero_embed(len(pixels)), **request.common_kwargs}
 
 
-def kandinsky(prior: Any, pipe: Any, asked: Asked) -> dict[str, Any]:
-    """As 2.2, and the decoder hears the text too."""
-    return {"prompt": asked.texts, **kandinsky_22(prior, pipe, asked)}
+def kandinsky_kwargs(prior: Any, pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """As Kandinsky 2.2, but the decoder is also conditioned on the prompt."""
+    return {"prompt": request.prompts, **kandinsky_22_kwargs(prior, pipe, request)}
 
 
-def versatile(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """Unconditional is a grey picture; diffusers' own has values that today's processors scale down to black."""
-    grey = [Image.new("RGB", picture.size, (128, 128, 128)) for picture in asked.references]
-    return {"image": asked.references, "negative_prompt": grey, **asked.usual()}
+def versatile_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The unconditional image is gray; diffusers' default has values that current image processors scale down to black."""
+    gray = [Image.new("RGB", image.size, (128, 128, 128)) for image in request.references]
+    return {"image": request.references, "negative_prompt": gray, **request.common_kwargs}
 
 
-def blip(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """No word for what the reference shows or for what is to be drawn: a protocol of pictures and texts has none."""
-    none = [""] * len(asked.texts)
-    subjects = {"source_subject_category": none, "target_subject_category": none}
-    return {"prompt": asked.texts, "reference_image": asked.references, **subjects, **asked.usual()}
+def blip_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Empty categories for source and target subject: the evaluation has images and prompts only."""
+    empty = [""] * len(request.prompts)
+    subjects = {"source_subject_category": empty, "target_subject_category": empty}
+    return {"prompt": request.prompts, "reference_image": request.references, **subjects, **request.common_kwargs}
 
 
-def shuffle(pipe: Any, asked: Asked) -> dict[str, Any]:
-    """The hint is the reference, warped with the first numbers of the picture's generator."""
-    usual = asked.usual()
-    fitted = [ImageOps.fit(picture, (usual["width"], usual["height"])) for picture in asked.references]
-    hints = [shuffled(_pixels(picture), generator) for picture, generator in zip(fitted, asked.generators, strict=True)]
-    return {"prompt": asked.texts, "image": torch.cat(hints), "controlnet_conditioning_scale": asked.how.scale, **usual}
+def shuffle_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """The control image is the reference, warped with the first numbers of the image's generator."""
+    kwargs = request.common_kwargs
+    squares = [ImageOps.fit(image, (kwargs["width"], kwargs["height"])) for image in request.references]
+    hints = [shuffle_content(_to_tensor(image), generator) for image, generator in zip(squares, request.generators, strict=True)]
+    return {"prompt": request.prompts, "image": torch.cat(hints), "controlnet_conditioning_scale": request.params.scale, **kwargs}
 
 
-def shuffled(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """Content shuffle, as the ControlNet was trained on. (1, 3, height, width)"""
-    return moved(picture, torch.rand(1, 2, COARSE, COARSE, generator=generator))
+def shuffle_content(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Content shuffle as in the training of the ControlNet. (1, 3, height, width), 0 … 1."""
+    return warp_by_field(image, torch.rand(1, 2, FIELD_SIZE, FIELD_SIZE, generator=generator))
 
 
-def _pixels(picture: Image.Image) -> Tensor:
-    """(1, 3, height, width), 0 to 1."""
-    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+def _to_tensor(image: Image.Image) -> Tensor:
+    """(1, 3, height, width), 0 … 1."""
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
-# ---------------------------------------------------------------------------------------------- loading from one place or two
+# ------------------------------------------------------------------------------------------- loading from one location or two
 
 
-def alone(classes: list[str], places: list[str], dtype: torch.dtype) -> list[Any]:
+def load_single(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
     """The class that the index names."""
-    return [_loaded(classes[0], places[0], dtype)]
+    return [_load_pretrained(classes[0], locations[0], dtype)]
 
 
-def images_only(classes: list[str], places: list[str], dtype: torch.dtype) -> list[Any]:
-    """Of a Versatile Diffusion that draws after texts too, the half that draws after pictures."""
-    return [_loaded("VersatileDiffusionImageVariationPipeline", places[0], dtype)]
+def load_image_variation(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+    """The image variation pipeline of a Versatile Diffusion, which also has others."""
+    return [_load_pretrained("VersatileDiffusionImageVariationPipeline", locations[0], dtype)]
 
 
-def prior_and_decoder(classes: list[str], places: list[str], dtype: torch.dtype) -> list[Any]:
-    """Of the prior, its image encoder: the rest turns texts into embeddings, which nobody asks for here."""
+def load_prior_and_decoder(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+    """The decoder, and of the prior its image encoder: the rest maps text to embeddings, which is not needed here."""
     unused = dict.fromkeys(("prior", "text_encoder", "tokenizer", "scheduler"))
-    return [_loaded(classes[0], places[0], dtype, **unused), _loaded(classes[1], places[1], dtype)]
+    return [_load_pretrained(classes[0], locations[0], dtype, **unused), _load_pretrained(classes[1], locations[1], dtype)]
 
 
-def with_controlnet(classes: list[str], places: list[str], dtype: torch.dtype) -> list[Any]:
-    """A text-to-image model and the ControlNet beside it. Raises UserError for a ControlNet that copies the hint's layout."""
-    net = _loaded(classes[1], places[1], dtype)
-    if not net.config.global_pool_conditions:
+def load_with_controlnet(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+    """A text-to-image model with a ControlNet. Raises UserError for a ControlNet that keeps the layout of the control image."""
+    controlnet = _load_pretrained(classes[1], locations[1], dtype)
+    if not controlnet.config.global_pool_conditions:
         raise UserError(
-            f"{places[1]} is a ControlNet for the hint's layout; expected one with global_pool_conditions, "
+            f"{locations[1]} is a ControlNet that keeps the layout of its control image; expected one with global_pool_conditions, "
             "such as lllyasviel/control_v11e_sd15_shuffle"
         )
-    return [_loaded("StableDiffusionControlNetPipeline", places[0], dtype, controlnet=net)]
+    return [_load_pretrained("StableDiffusionControlNetPipeline", locations[0], dtype, controlnet=controlnet)]
 
 
-def mended_blip(classes: list[str], places: list[str], dtype: torch.dtype) -> list[Any]:
-    """diffusers' BLIP-Diffusion calls its parts as transformers 4 had them; here those of transformers 5 are taught to understand.
+def load_blip_compat(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+    """BLIP-Diffusion with hooks for transformers 5: diffusers calls its modules with the arguments of transformers 4.
 
-    The text encoder's causal mask came under a name of its own, which is ignored now. The Q-Former's attention took a mask of
-    heads in third place and answered with a tuple; two helpers for masks are gone.
+    The causal mask of the text encoder had an argument of its own, which is ignored now. The attention of the Q-Former took a
+    head mask as third argument and returned a tuple; two helper functions for masks were removed.
     """
 
-    def causal(encoder: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return (), {"inputs_embeds": call["inputs_embeds"], "attention_mask": call["causal_attention_mask"]}
+    def pass_causal_mask(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (), {"inputs_embeds": kwargs["inputs_embeds"], "attention_mask": kwargs["causal_attention_mask"]}
 
-    def by_name(attention: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def drop_head_mask(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
         return (), {name: value for name, value in zip(names, args, strict=False) if name != "head_mask"}
 
-    def paired(attention: nn.Module, args: Any, output: Any) -> Any:
+    def return_tuple(attention: nn.Module, args: Any, output: Any) -> Any:
         return output if isinstance(output, tuple) else (output, None)
 
-    [pipe] = alone(classes, places, dtype)
-    pipe.text_encoder.text_model.encoder.register_forward_pre_hook(causal, with_kwargs=True)
-    pipe.qformer.get_head_mask = pipe.qformer.invert_attention_mask = lambda *_: None  # no head and no patch is hidden
+    [pipe] = load_single(classes, locations, dtype)
+    pipe.text_encoder.text_model.encoder.register_forward_pre_hook(pass_causal_mask, with_kwargs=True)
+    pipe.qformer.get_head_mask = pipe.qformer.invert_attention_mask = lambda *_: None  # no head and no patch is masked
     for layer in pipe.qformer.encoder.layer:
         for attention in [layer.attention, *([layer.crossattention] if layer.has_cross_attention else [])]:
-            attention.register_forward_pre_hook(by_name, with_kwargs=True)
-            attention.register_forward_hook(paired)
+            attention.register_forward_pre_hook(drop_head_mask, with_kwargs=True)
+            attention.register_forward_hook(return_tuple)
     return [pipe]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a pipeline is called and loaded, and its parts that were trained to hear a picture."""
+class PipelineSpec:
+    """How a pipeline is called and loaded, and which of its modules were trained for image prompts."""
 
-    words: Callable[..., dict[str, Any]]
-    trained: tuple[str, ...] = ("unet",)
-    load: Callable[[list[str], list[str], torch.dtype], list[Any]] = alone
+    build_kwargs: Callable[..., dict[str, Any]]
+    trained_modules: tuple[str, ...] = ("unet",)
+    load: Callable[[list[str], list[str], torch.dtype], list[Any]] = load_single
 
 
-# By the classes of a source, written as the source is.
-KINDS = {
-    "StableDiffusionImageVariationPipeline": Kind(image_variation),
-    "StableUnCLIPImg2ImgPipeline": Kind(stable_unclip),
-    "UnCLIPImageVariationPipeline": Kind(karlo, ("decoder", "text_proj")),
-    "KandinskyPriorPipeline+KandinskyPipeline": Kind(kandinsky, load=prior_and_decoder),
-    "KandinskyV22PriorPipeline+KandinskyV22Pipeline": Kind(kandinsky_22, load=prior_and_decoder),
-    "VersatileDiffusionImageVariationPipeline": Kind(versatile, ("image_unet",)),
-    "VersatileDiffusionPipeline": Kind(versatile, ("image_unet",), images_only),
-    "BlipDiffusionPipeline": Kind(blip, ("unet", "text_encoder", "qformer"), mended_blip),
-    "StableDiffusionPipeline+ControlNetModel": Kind(shuffle, ("controlnet",), with_controlnet),
+# By the class names of a source, joined as the source is.
+EXTERNAL_PIPELINES = {
+    "StableDiffusionImageVariationPipeline": PipelineSpec(image_variation_kwargs),
+    "StableUnCLIPImg2ImgPipeline": PipelineSpec(stable_unclip_kwargs),
+    "UnCLIPImageVariationPipeline": PipelineSpec(karlo_kwargs, ("decoder", "text_proj")),
+    "KandinskyPriorPipeline+KandinskyPipeline": PipelineSpec(kandinsky_kwargs, load=load_prior_and_decoder),
+    "KandinskyV22PriorPipeline+KandinskyV22Pipeline": PipelineSpec(kandinsky_22_kwargs, load=load_prior_and_decoder),
+    "VersatileDiffusionImageVariationPipeline": PipelineSpec(versatile_kwargs, ("image_unet",)),
+    "VersatileDiffusionPipeline": PipelineSpec(versatile_kwargs, ("image_unet",), load_image_variation),
+    "BlipDiffusionPipeline": PipelineSpec(blip_kwargs, ("unet", "text_encoder", "qformer"), load_blip_compat),
+    "StableDiffusionPipeline+ControlNetModel": PipelineSpec(shuffle_kwargs, ("controlnet",), load_with_controlnet),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the contender
+# ------------------------------------------------------------------------------------------------------------------ the system
 
 
 @dataclass(frozen=True)
-class Outside:
-    """A diffusers pipeline under our protocol."""
+class ExternalPipeline:
+    """A diffusers pipeline as a system of an evaluation."""
 
     name: str
-    trainable: int
-    kind: Kind = field(repr=False)
-    pipes: tuple[Any, ...] = field(repr=False)  # the last one draws
+    trainable_params: int
+    spec: PipelineSpec = field(repr=False)
+    pipes: tuple[Any, ...] = field(repr=False)  # the last one generates the images
 
     @torch.no_grad()
-    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
-        """One picture for each case's first reference, all at once; in `how.size`, whatever size the pipeline draws.
+    def generate(
+        self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
+    ) -> list[Image.Image]:
+        """One image for each sample's first reference, all in one batch; resized to `params.size` where the pipeline has a fixed size.
 
-        A picture's randomness is its own, so it does not matter which pictures are drawn together. Raises UserError for
-        settings that the pipeline refuses.
+        Every image has a generator of its own, so it does not depend on the others of the batch. Raises UserError for
+        parameters that the pipeline rejects.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        asked = Asked([to_rgb(case.references[0]) for case in cases], list(texts), generators, how)
-        words = self.kind.words(*self.pipes, asked)
+        request = GenerationRequest([to_rgb(sample.references[0]) for sample in samples], list(prompts), generators, params)
+        kwargs = self.spec.build_kwargs(*self.pipes, request)
         try:
-            with _quiet():
-                drawn = self.pipes[-1](**words, generator=generators).images
-        except (NotImplementedError, TypeError, ValueError) as error:  # a type that a device lacks, more steps than there are
-            raise UserError(f"{self.name} does not draw with these settings ({brief(error)}); try float32, or fewer steps") from error
-        return [picture if picture.size == how.size else picture.resize(how.size, Image.Resampling.LANCZOS) for picture in drawn]
+            with _silence_third_party_warnings():
+                images = self.pipes[-1](**kwargs, generator=generators).images
+        except (NotImplementedError, TypeError, ValueError) as error:  # a dtype that the device does not support, too many steps
+            raise UserError(
+                f"{self.name} cannot generate with these settings ({summarize_error(error)}); try float32, or fewer steps"
+            ) from error
+        return [image if image.size == params.size else image.resize(params.size, Image.Resampling.LANCZOS) for image in images]
 
 
-def is_outside(source: str) -> bool:
-    """Whether a source can be nothing but pipelines: folders with an index, or hub ids. Asks nobody; `load_outside` says what is wrong."""
-    return all(_indexed(place) or _is_hub_id(place) for place in _places(source))
+def is_external(source: str) -> bool:
+    """Whether a source can only be pipelines: folders with an index, or hub ids. Does not access the hub; `load_external` checks them."""
+    return all(_has_index(location) or _is_hub_id(location) for location in _locations(source))
 
 
-def load_outside(source: str, device: str, dtype: torch.dtype) -> Outside:
-    """A contender from a hub id or a folder in diffusers' form; from two of them, with a + between, where KINDS has one too.
+def load_external(source: str, device: str, dtype: torch.dtype) -> ExternalPipeline:
+    """A system from a hub id or a folder in diffusers' form; from two, joined by +, where EXTERNAL_PIPELINES has two as well.
 
-    Raises UserError for a class that is not in KINDS, and for parts that are missing, damaged or of another kind.
+    Raises UserError for classes that are not in EXTERNAL_PIPELINES, and for modules that are missing, damaged or of another class.
     """
-    places, classes = _places(source), _classes(source)
-    if classes not in KINDS:
-        raise UserError(f"{source} is a {classes}; expected one of {', '.join(KINDS)}")
-    kind = KINDS[classes]
-    pipes = kind.load(classes.split("+"), places, dtype)
+    locations, class_names = _locations(source), _class_names(source)
+    if class_names not in EXTERNAL_PIPELINES:
+        raise UserError(f"{source} is a {class_names}; expected one of {', '.join(EXTERNAL_PIPELINES)}")
+    spec = EXTERNAL_PIPELINES[class_names]
+    pipes = spec.load(class_names.split("+"), locations, dtype)
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device)
-    trained = [item for part in kind.trained for item in getattr(pipes[-1], part).named_parameters()]
-    size = sum(p.numel() for name, p in trained if not name.startswith("visual_encoder."))  # a Q-Former holds its frozen eyes
-    return Outside("+".join(Path(place).name for place in places), size, kind, tuple(pipes))
+    trained = [item for module in spec.trained_modules for item in getattr(pipes[-1], module).named_parameters()]
+    num_params = sum(p.numel() for name, p in trained if not name.startswith("visual_encoder."))  # frozen, though part of a Q-Former
+    return ExternalPipeline("+".join(Path(location).name for location in locations), num_params, spec, tuple(pipes))
 
 
-def _places(source: str) -> list[str]:
+def _locations(source: str) -> list[str]:
     return [source] if os.path.isdir(source) else source.split("+")
 
 
-def _classes(source: str) -> str:
+def _class_names(source: str) -> str:
     """The classes that the indices of a source name. Raises UserError where one has no index."""
-    return "+".join(_class_at(place) for place in _places(source))
+    return "+".join(_class_name_at(location) for location in _locations(source))
 
 
-def _indexed(place: str) -> bool:
-    return any(os.path.isfile(os.path.join(place, name)) for name in ("model_index.json", "config.json"))
+def _has_index(location: str) -> bool:
+    return any(os.path.isfile(os.path.join(location, name)) for name in ("model_index.json", "config.json"))
 
 
-def _is_hub_id(place: str) -> bool:
-    return not os.path.isdir(place) and hub.may_be_id(place) and not place.endswith(FILES)
+def _is_hub_id(location: str) -> bool:
+    return not os.path.isdir(location) and hub.is_hub_id(location) and not location.endswith(SINGLE_FILE_SUFFIXES)
 
 
-def _class_at(place: str) -> str:
-    expected = f"no pipeline at {place}: expected a folder in diffusers' form, or a hub id; of an adapter, its file"
-    if not os.path.isdir(place) and not _is_hub_id(place):
+def _class_name_at(location: str) -> str:
+    expected = f"no pipeline at {location}: expected a folder in diffusers' form, or a hub id; of an adapter, its file"
+    if not os.path.isdir(location) and not _is_hub_id(location):
         raise UserError(expected)
-    reasons = []
-    for kind in (DiffusionPipeline, ControlNetModel):  # model_index.json, config.json
+    errors = []
+    for cls in (DiffusionPipeline, ControlNetModel):  # model_index.json, config.json
         try:
-            with _quiet():
-                return str(kind.load_config(place)["_class_name"])
+            with _silence_third_party_warnings():
+                return str(cls.load_config(location)["_class_name"])
         except Exception as error:
-            reasons.append(brief(error))
-    raise UserError(f"{expected} ({reasons[0]})")
+            errors.append(summarize_error(error))
+    raise UserError(f"{expected} ({errors[0]})")
 
 
-def _loaded(name: str, place: str, dtype: torch.dtype, **parts: Any) -> Any:
-    """A pipeline or a model of this class, with these parts instead of its own. Raises UserError where it cannot be had."""
-    kind = getattr(diffusers, name)
-    if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+def _load_pretrained(class_name: str, location: str, dtype: torch.dtype, **modules: Any) -> Any:
+    """A pipeline or a model of this class, with these modules in place of its own. Raises UserError where it does not load."""
+    cls = getattr(diffusers, class_name)
+    if "requires_safety_checker" in inspect.signature(cls.__init__).parameters:
+        modules |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        with _quiet(), _old_rooms():
-            return kind.from_pretrained(place, torch_dtype=dtype, **parts)
-    except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
-        raise UserError(f"the {name} at {place} cannot be loaded; get it anew ({brief(error)})") from error
+        with _silence_third_party_warnings(), _deprecated_modules():
+            return cls.from_pretrained(location, torch_dtype=dtype, **modules)
+    except Exception as error:  # for missing and damaged files the libraries raise nearly anything
+        raise UserError(f"the {class_name} at {location} cannot be loaded; download it again ({summarize_error(error)})") from error
 
 
 @contextmanager
-def _old_rooms() -> Iterator[None]:
-    """Published indices name modules where diffusers had them once; since it moved them, it does not find them itself."""
-    rooms = [room for room in ("unclip", "blip_diffusion") if not hasattr(pipelines, room)]
-    for room in rooms:
-        setattr(pipelines, room, getattr(deprecated, room))
+def _deprecated_modules() -> Iterator[None]:
+    """Make modules available under the names that published indices use: diffusers has moved them since, and does not find them."""
+    names = [name for name in ("unclip", "blip_diffusion") if not hasattr(pipelines, name)]
+    for name in names:
+        setattr(pipelines, name, getattr(deprecated, name))
     try:
         yield
     finally:
-        for room in rooms:
-            delattr(pipelines, room)
+        for name in names:
+            delattr(pipelines, name)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What diffusers, transformers and the hub say to each other about names to come is not for the user."""
+def _silence_third_party_warnings() -> Iterator[None]:
+    """Hide deprecation warnings of diffusers, transformers and the hub about each other."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype, which newer diffusers call dtype and older ones do not know
+        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype is called dtype in newer versions, but not in older ones
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""What looks at the pictures. None of it may be what conditions the models that are compared."""
+"""Feature extractors of the metrics. None may be a model that conditions the systems under comparison."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,72 +9,74 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from imprompt.errors import UserError, brief
-from imprompt.mini.judge import Judge, pixels
-from imprompt.models.clip_score import Similarity
+from imprompt.config.evaluation import MetricsConfig
+from imprompt.errors import UserError, summarize_error
+from imprompt.mini.attribute_classifier import AttributeClassifier, images_to_tensor
+from imprompt.models.clip_score import CLIPScorer
 
-Look = Callable[[Sequence[Image.Image]], dict[str, Tensor]]
+FeatureFn = Callable[[Sequence[Image.Image]], dict[str, Tensor]]
 
 
-class Eyes:
-    """Pictures → features: `clip` for CLIP-I, CLIP-T and CMMD; `features` for FID and KID; `classes` for the Inception
-    Score; `patches` for self-similarity.
+class FeatureExtractors:
+    """The models that an evaluation's metrics need, on one device.
 
-    judge: a CLIP model. features: mini (the judge's classifier), clip, inception (an extra), or an image model.
+    Features by name: `clip_embeds` for CLIP-I, CLIP-T and CMMD; `features` for Fréchet and kernel distance and feature cosine;
+    `class_probs` for the Inception Score; `patches` for self-similarity distance.
     """
 
-    def __init__(self, judge: str, features: str, device: str = "cpu", lpips: bool = False):
-        self.similarity = Similarity.load(judge)
-        self.similarity.model.to(device)
-        self.names = {"CLIP-I, CLIP-T, CMMD": judge, "FID, KID": features, "device": device}
-        self._look = _look(features, device)
-        self.lpips = _lpips(device) if lpips else None
+    def __init__(self, metrics: MetricsConfig, device: str = "cpu"):
+        assert metrics.clip_model is not None and metrics.feature_extractor is not None
+        self.clip = CLIPScorer.load(metrics.clip_model)
+        self.clip.model.to(device)
+        self._extract_features = _load_feature_fn(metrics.feature_extractor, device)
+        self.lpips = _load_lpips(device) if metrics.lpips else None
 
     @torch.no_grad()
-    def see(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """A row for each picture."""
-        clip = self.similarity.images(images).float().cpu()
-        more = {"features": clip} if self._look is None else self._look(images)
-        return {"clip": clip} | {name: value.float().cpu() for name, value in more.items()}
+    def extract(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Features by name, a row for each image, in float32 on the CPU."""
+        clip_embeds = self.clip.embed_images(images).float().cpu()
+        others = {"features": clip_embeds} if self._extract_features is None else self._extract_features(images)
+        return {"clip_embeds": clip_embeds} | {name: value.float().cpu() for name, value in others.items()}
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> Tensor:
-        """(texts, width), of length 1: for CLIP-T."""
-        return self.similarity.texts(texts).float().cpu()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """(prompts, width), at unit length: for CLIP-T."""
+        return self.clip.embed_prompts(prompts).float().cpu()
 
 
-def _look(features: str, device: str) -> Look | None:
-    match features:
+def _load_feature_fn(feature_extractor: str, device: str) -> FeatureFn | None:
+    """mini, inception or an image model; None for clip, whose embeddings are the features."""
+    match feature_extractor:
         case "clip":
             return None
         case "mini":
-            return _mini()
+            return _load_mini()
         case "inception":
-            return _inception(device)
-    return _model(features, device)
+            return _load_inception(device)
+    return _load_image_model(feature_extractor, device)
 
 
-def _mini() -> Look:
-    """The judge: its pooled features, and what kind and colour it sees as one posterior of 90 classes."""
-    judge = Judge()
-    model: Any = judge.classifier
-    groups = {name: judge.columns(name) for name in ("kind", "colour")}
+def _load_mini() -> FeatureFn:
+    """Mini's attribute classifier: its pooled features, and the joint posterior of category and color, 90 classes."""
+    classifier = AttributeClassifier()
+    model: Any = classifier.model
+    category_indices, color_indices = (classifier.logit_indices(name) for name in ("category", "color"))
 
-    def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        seen = model.resnet(pixels(images), output_hidden_states=True)
-        logits = model.classifier(seen.pooler_output)
-        kind, colour = (logits[:, groups[name]].softmax(1) for name in ("kind", "colour"))
+    def extract(images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        output = model.resnet(images_to_tensor(images), output_hidden_states=True)
+        logits = model.classifier(output.pooler_output)
+        category, color = logits[:, category_indices].softmax(1), logits[:, color_indices].softmax(1)
         return {
-            "features": F.normalize(seen.pooler_output.flatten(1), dim=1) * seen.pooler_output.shape[1] ** 0.5,
-            "classes": (kind[:, :, None] * colour[:, None]).flatten(1),
-            "patches": seen.hidden_states[-2].flatten(2).transpose(1, 2),
+            "features": F.normalize(output.pooler_output.flatten(1), dim=1) * output.pooler_output.shape[1] ** 0.5,
+            "class_probs": (category[:, :, None] * color[:, None]).flatten(1),
+            "patches": output.hidden_states[-2].flatten(2).transpose(1, 2),
         }
 
-    return look
+    return extract
 
 
-def _inception(device: str) -> Look:
-    """Inception v3 as publications use it, for figures that compare with theirs."""
+def _load_inception(device: str) -> FeatureFn:
+    """Inception-v3 with the weights that publications use for FID, KID and Inception Score."""
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -82,36 +84,36 @@ def _inception(device: str) -> Look:
     except (ImportError, ModuleNotFoundError) as error:
         raise UserError("Inception needs torch-fidelity; install it with: pip install 'imprompt[inception]'") from error
 
-    def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        found = [
-            model(torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1)[None].to(device)) for i in images
-        ]  # references differ in size
-        seen, logits = (torch.cat(column) for column in zip(*found, strict=True))
-        return {"features": seen, "classes": logits.softmax(1)}
+    def extract(images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        tensors = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] for image in images]
+        outputs = [model(tensor.to(device)) for tensor in tensors]  # one by one: references differ in size
+        features, logits = (torch.cat(column) for column in zip(*outputs, strict=True))
+        return {"features": features, "class_probs": logits.softmax(1)}
 
-    return look
+    return extract
 
 
-def _lpips(device: str) -> Callable[[Sequence[Image.Image], Sequence[Image.Image]], Tensor]:
-    """Perceptual distance of pairs of pictures (arXiv:1801.03924), by torchmetrics: (pairs,), 0 …, lower is more alike."""
+def _load_lpips(device: str) -> Callable[[Sequence[Image.Image], Sequence[Image.Image]], Tensor]:
+    """LPIPS (arXiv:1801.03924) of pairs of images, by torchmetrics: (pairs,), 0 …, lower is more similar."""
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        measure = LearnedPerceptualImagePatchSimilarity("alex", reduction="none").to(device)
+        metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none").to(device)
     except (ImportError, RuntimeError) as error:
         raise UserError("LPIPS needs a torchvision that works; install it with: pip install 'imprompt[inception]'") from error
 
-    def distance(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
-        size = a[0].size
-        left, right = (torch.cat([pixels([i], size) for i in images]).to(device) for images in (a, [i.resize(size) for i in b]))
-        found = measure(left, right).float().cpu().reshape(-1)
-        measure.reset()  # it would keep every value
-        return found
+    def compute(images: Sequence[Image.Image], targets: Sequence[Image.Image]) -> Tensor:
+        size = images[0].size
+        pairs = (images, [target.resize(size) for target in targets])
+        a, b = (torch.cat([images_to_tensor([image], size) for image in side]).to(device) for side in pairs)
+        distances = metric(a, b).float().cpu().reshape(-1)
+        metric.reset()  # it would keep every value
+        return distances
 
-    return distance
+    return compute
 
 
-def _model(source: str, device: str) -> Look:
+def _load_image_model(source: str, device: str) -> FeatureFn:
     """Any image model of transformers: its class token (DINO), else its pooled output, else the mean of its patches."""
     from transformers import AutoImageProcessor, AutoModel
 
@@ -119,16 +121,16 @@ def _model(source: str, device: str) -> Look:
         processor, model = AutoImageProcessor.from_pretrained(source), AutoModel.from_pretrained(source).to(device).eval()
     except Exception as error:  # for missing, damaged and other models the library raises nearly anything
         raise UserError(
-            f"features: no image model at {source} ({brief(error)}); expected mini, clip, inception, a folder or hub id"
+            f"feature_extractor: no image model at {source} ({summarize_error(error)}); expected mini, clip, inception, a folder or hub id"
         ) from error
 
-    classed = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
+    has_class_token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
 
-    def look(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        seen = model(**processor(images=list(images), return_tensors="pt").to(device))
-        states = seen.last_hidden_state
-        patches = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, 1:] if classed else states
-        summary = states[:, 0] if classed and states.ndim == 3 else getattr(seen, "pooler_output", None)
-        return {"features": patches.mean(1) if summary is None else summary.flatten(1), "patches": patches}
+    def extract(images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        output = model(**processor(images=list(images), return_tensors="pt").to(device))
+        states = output.last_hidden_state
+        patches = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, 1:] if has_class_token else states
+        pooled = states[:, 0] if has_class_token and states.ndim == 3 else getattr(output, "pooler_output", None)
+        return {"features": patches.mean(1) if pooled is None else pooled.flatten(1), "patches": patches}
 
-    return look
+    return extract

@@ -1,61 +1,107 @@
-"""Who is in a picture, for encoders of identity. None may be the one that conditions what is compared: it would score itself.
+"""Identity encoders, and the gallery of subjects that generated images are compared with.
 
-The figures (`centroid`, `likeness`, `recognised`, `threshold`) are in metrics.py.
+None may be the encoder that conditions a system under comparison: it would measure its own output. The metrics are in metrics.py.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
-from imprompt.errors import UserError, brief
-from imprompt.mini.judge import pixels
+from imprompt.errors import ImageError, UserError, summarize_error
+from imprompt.evaluation.metrics import identity_centroid
+from imprompt.evaluation.samples import SubjectEvalSet
+from imprompt.mini.attribute_classifier import images_to_tensor
 from imprompt.models.face_encoders import FaceNet, InsightFace
-from imprompt.models.hub import MINI
+from imprompt.models.hub import MINI_PATH
+from imprompt.utils.files import atomic_path
+
+MAX_GALLERY_IMAGES = 16  # of each subject
 
 
-class Identity(Protocol):
-    """Pictures → who is in them."""
+class IdentityEncoder(Protocol):
+    """Embeds the identity that an image shows."""
 
     name: str
 
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Embeddings (n, width) of length 1, zeros where nobody was found; and whether someone was, (n,) bool. On the CPU."""
+        """Embeddings (n, width) at unit length, zeros where no identity was detected; and whether one was, (n,) bool. On the CPU."""
         ...
 
 
-def load_identity(source: str, device: str = "cpu") -> Identity:
-    """`mini` for mini's subjects; for faces `insightface` or `facenet`, which need packages and fetch their models.
+def load_identity_encoder(source: str, device: str = "cpu") -> IdentityEncoder:
+    """`mini` for mini's subjects; for faces `insightface` or `facenet`, which need packages and download their models.
 
-    UserError for any other source, for missing packages (with the line that installs them) and for models that do not load.
+    Raises UserError for any other source, for missing packages (with the line that installs them) and for models that do not load.
     """
-    sources: dict[str, Callable[[str], Identity]] = {"mini": Subjects, "insightface": InsightFace, "facenet": FaceNet}
-    if source not in sources:
-        raise UserError(f"identity: expected one of {', '.join(sources)}, received {source!r}")
-    return sources[source](device)
+    encoders: dict[str, Callable[[str], IdentityEncoder]] = {"mini": MiniIdentityEncoder, "insightface": InsightFace, "facenet": FaceNet}
+    if source not in encoders:
+        raise UserError(f"identity_encoder: expected one of {', '.join(encoders)}, received {source!r}")
+    return encoders[source](device)
 
 
-class Subjects:
-    """Mini's own (imprompt.recipes.identity). A picture of mini's world holds a subject, so someone is always found."""
+class MiniIdentityEncoder:
+    """The encoder of mini's subjects (imprompt.recipes.identity). Every image of mini's world has one, so it is always detected."""
 
     name = "mini identity"
 
     def __init__(self, device: str = "cpu"):
         self.device = device
-        place, remedy = MINI / "identity", "reinstall imprompt, or build mini anew with: imprompt mini make --install"
-        if not place.is_dir():  # else taken for a name on the hub
-            raise UserError(f"identity: mini's encoder is not there; expected it in {place}: {remedy}")
+        path, remedy = MINI_PATH / "identity", "reinstall imprompt, or build mini again with: imprompt mini build --install"
+        if not path.is_dir():  # transformers would take it for a hub id
+            raise UserError(f"identity_encoder: mini's encoder is not there; expected it in {path}: {remedy}")
         try:
-            model = ResNetForImageClassification.from_pretrained(place, dtype=torch.float32)
+            model = ResNetForImageClassification.from_pretrained(path, dtype=torch.float32)
         except Exception as error:  # for damaged files the library raises nearly anything
-            raise UserError(f"identity: mini's encoder in {place} does not load ({brief(error)}): {remedy}") from error
+            raise UserError(f"identity_encoder: mini's encoder in {path} does not load ({summarize_error(error)}): {remedy}") from error
         self.model = model.to(device).eval()
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        parts = [self.model(pixel_values=part.to(self.device)).logits for part in pixels(images).split(100)]
-        return F.normalize(torch.cat(parts), dim=1).cpu(), torch.ones(len(images), dtype=torch.bool)
+        logits = [self.model(pixel_values=batch.to(self.device)).logits for batch in images_to_tensor(images).split(100)]
+        return F.normalize(torch.cat(logits), dim=1).cpu(), torch.ones(len(images), dtype=torch.bool)
+
+
+class IdentityGallery(NamedTuple):
+    """The subjects of an evaluation, by their real images."""
+
+    centroids: Tensor  # (subjects, width): the mean embedding of a subject's images, at unit length; zeros without one
+    has_embedding: Tensor  # (subjects,) bool: whether the identity was detected in any of them
+
+
+@torch.no_grad()
+def build_gallery(encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> IdentityGallery:
+    """Embed at most MAX_GALLERY_IMAGES images of each subject that are no targets. Raises UserError where no identity is detected."""
+    centroids: dict[int, Tensor] = {}
+    for subject in range(len(eval_set.subjects)):
+        with suppress(ImageError):  # none of its images can be opened
+            embeddings, detected = encoder.embed(eval_set.gallery_images(subject, MAX_GALLERY_IMAGES))
+            if detected.any():
+                centroids[subject] = identity_centroid(embeddings, detected)
+    if not centroids:
+        raise UserError("no identity was detected in any image; expected other data, or another --identity-encoder")
+    zeros = torch.zeros_like(next(iter(centroids.values())))
+    stacked = torch.stack([centroids.get(subject, zeros) for subject in range(len(eval_set.subjects))])
+    return IdentityGallery(stacked.float(), stacked.any(1))
+
+
+def load_or_build_gallery(path: Path, encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> IdentityGallery:
+    """The gallery from its file; built anew where the images or the encoder are others."""
+    metadata = {"built from": f"{encoder.name} {eval_set.fingerprint} {len(eval_set.subjects)}"}
+    if not path.is_file() or _read_metadata(path) != metadata:
+        with atomic_path(path) as partial:
+            safetensors.torch.save_file(build_gallery(encoder, eval_set)._asdict(), partial, metadata)
+    return IdentityGallery(**safetensors.torch.load_file(path))
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})

@@ -1,7 +1,6 @@
-"""An evaluation as tables and as one page that opens offline."""
+"""The report of an evaluation: tables, and one page that opens offline."""
 
 import csv
-import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,216 +10,193 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from imprompt.config import Evaluate
-from imprompt.evaluation.metrics import Interval
-from imprompt.evaluation.runner import Row, Studio, rows_of
-from imprompt.evaluation.scoring import COLUMNS, Score, Seen, scored
-from imprompt.evaluation.store import Shelf
-from imprompt.evaluation.systems import REAL
+from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.scoring import METRICS, NEGATIVE_MARK, NEGATIVE_NOTE, RowScore, compute_metrics, metric_of
+from imprompt.evaluation.store import RowStore
+from imprompt.evaluation.systems import NOT_GENERATED
 from imprompt.utils.files import atomic_path, write_file
-from imprompt.utils.html import inline, table, write_page
-from imprompt.utils.images import sheet
+from imprompt.utils.html import render_html, write_page
+from imprompt.utils.images import make_contact_sheet
+from imprompt.utils.plots import plot_panels
+from imprompt.utils.statistics import Interval
 
-SHOWN = 8  # prompts of which pictures are shown
-Cells = Sequence[Sequence[str]]  # a table, line by line; the first is its head
+MAX_PREVIEW_PROMPTS = 8  # in an image strip
+TableCells = Sequence[Sequence[str]]  # a table, line by line; the first is its header
+
+_BODY = """\
+{{ results_table(results) }}
+<p><small>{{ legend }}</small></p>
+<h2>Images</h2>
+<p>One column for each prompt.</p>
+{{ image_table(strips) }}
+{% if curve %}
+<h2>Image prompt scale λ</h2>
+<p>Prompt: the caption of another image. CLIP-T: similarity to that prompt.</p>
+{{ inline_image(curve) }}
+{% endif %}
+<h2>Protocol</h2>
+{{ key_value_table(protocol) }}
+"""
 
 
-def scores(choice: Evaluate) -> Iterable[Score]:
-    """The figures of every row of a finished evaluation, one after the other."""
-    choice = choice.settled()
-    studio, out = Studio(choice), Path(choice.out)
-    for row in rows_of(choice, studio.cases):
-        yield score_row(studio, row, out)
+def score_rows(worker: EvaluationWorker) -> Iterable[RowScore]:
+    """The metrics of every row of a finished evaluation, one after the other."""
+    return (score_row(worker, row) for row in worker.rows)
 
 
-def score_row(studio: Studio, row: Row, out: Path) -> Score:
-    """The figures of one row. They are kept beside its chunks, and read back where nothing can have changed."""
-    kept = Shelf(out, row.name).score
-    choice = studio.choice
-    if kept.is_file():
-        found = json.loads(kept.read_text("utf-8"))
-        if found.pop("resamples") == choice.resamples:
-            return Score(**{**found, "figures": {name: Interval(*value) for name, value in found["figures"].items()}})
-    copy = next(r for r in rows_of(choice, studio.cases) if r.source == "copy")
-    seen, real = Seen(out, row.name, studio.chunks(row)), Seen(out, copy.name, studio.chunks(copy))
-    prompts, lost = seen.column("prompt"), seen.lost
-    count = 0 if prompts is None else len(prompts)
-    figures = {}
-    if count:
-        figures = scored(seen, real, choice.resamples, row.samples, not row.curve, studio.gallery, bool(choice.subjects))
-    trainable = None if row.source in REAL else studio.contender(row.source).trainable
-    score = Score(row.name, count, count // row.samples, len(lost), trainable, seen.seconds / max(count, 1), row.scale, row.curve, figures)
-    write_file(kept, json.dumps(asdict(score) | {"resamples": choice.resamples}))
+def score_row(worker: EvaluationWorker, row: EvalRow) -> RowScore:
+    """The metrics of a finished row. They are stored next to its chunks, and read back while nothing has changed."""
+    path, num_bootstrap_samples = worker.store(row).score_path, worker.metrics.bootstrap_samples
+    if path.is_file():
+        stored = json.loads(path.read_text("utf-8"))
+        if stored.pop("bootstrap_samples") == num_bootstrap_samples:
+            return RowScore(**stored | {"metrics": {name: Interval(*ends) for name, ends in stored["metrics"].items()}})
+    score = _compute_score(worker, row)
+    write_file(path, json.dumps(asdict(score) | {"bootstrap_samples": num_bootstrap_samples}))
     return score
 
 
-def write(choice: Evaluate, found: Sequence[Score], protocol: dict[str, Any]) -> Path:
-    """table.md, table.csv, table.json and index.html; the page's path."""
-    out = Path(choice.out)
-    rows = [score for score in found if not score.curve]
-    write_file(out / "table.md", markdown(rows) + "\n" + "\n".join(f"- {name}: {value}" for name, value in protocol.items()) + "\n")
-    write_file(out / "table.csv", as_csv(found))
-    write_file(out / "table.json", json.dumps({"protocol": protocol, "rows": [as_dict(s) for s in found]}, indent=1, ensure_ascii=False))
-    points = [score for score in found if score.curve]
-    body = as_html(cells(rows)) + f"<p><small>{html.escape(legend(rows, bool(choice.subjects)))}</small></p>"
-    strips = {score.name: strip(out, score.name) for score in rows}
+def _compute_score(worker: EvaluationWorker, row: EvalRow) -> RowScore:
+    features, targets = worker.load_features(row), worker.load_features(next(r for r in worker.rows if r.source == "copy"))
+    num_images = len(column) if (column := features.column("prompt_index")) is not None else 0
+    return RowScore(
+        row.name,
+        num_images,
+        num_images // row.num_samples,
+        num_skipped=len(features.skipped),
+        trainable_params=None if row.source in NOT_GENERATED else worker.load_system(row.source).trainable_params,
+        seconds_per_image=features.generation_seconds / max(num_images, 1),
+        scale=row.scale,
+        sweep_of=row.sweep_of,
+        metrics=compute_metrics(
+            features, targets, worker.metrics, num_samples=row.num_samples, compare_sets=not row.sweep_of, gallery=worker.gallery,
+            by_subject=worker.by_subject,
+        ) if num_images else {},
+    )  # fmt: skip
+
+
+def write_report(worker: EvaluationWorker, scores: Sequence[RowScore]) -> Path:
+    """Write table.md, table.csv, table.json, images and index.html. Returns the path of the page."""
+    out, protocol = worker.output_dir, worker.protocol
+    rows, points = [score for score in scores if not score.sweep_of], [score for score in scores if score.sweep_of]
+    legend = metric_legend(rows, by_subject=worker.by_subject)
+    facts = "\n".join(f"- {name}: {value}" for name, value in protocol.items())
+    write_file(out / "table.md", f"{scores_to_markdown(rows)}\n{legend}\n\n{facts}\n")
+    write_file(out / "table.csv", scores_to_csv(scores))
+    table = {"protocol": protocol, "rows": [score_to_json(score) for score in scores]}
+    write_file(out / "table.json", json.dumps(table, indent=1, ensure_ascii=False))
+    strips = {score.name: image_strip(out, score.name) for score in rows}
     with atomic_path(out / "sheet.png") as partial:
-        below(strips).save(partial)
-    body += f"<h2>Pictures</h2><p>One column for each prompt.</p>{html_strips(strips)}"
-    if points:
-        curve = curves(points)
+        stack_strips(strips).save(partial)
+    curve = plot_scale_sweep(points) if points else None
+    if curve:
         write_file(out / "curve.png", curve)
-        body += f"<h2>The weight of the image, λ</h2><p>Text: another prompt's caption. CLIP-T: with that text.</p>{inline(curve)}"
-    body += f"<h2>Protocol</h2>{table(protocol)}"
-    write_page(out / "index.html", "Evaluation", body, f"Image prompts on {choice.base}")
+    body = render_html(_BODY, results=score_cells(rows), legend=legend, strips=strips, curve=curve, protocol=protocol)
+    write_page(out / "index.html", "Evaluation", body, f"Image prompts on {worker.loader.pipeline.model}")
     return out / "index.html"
 
 
-def as_dict(score: Score) -> dict[str, Any]:
-    """For JSON: each figure with its interval."""
-    return asdict(score) | {"figures": {name: dict(value._asdict()) for name, value in score.figures.items()}}
+def score_to_json(score: RowScore) -> dict[str, Any]:
+    """A row for JSON, every metric with its interval."""
+    return asdict(score) | {"metrics": {label: interval._asdict() for label, interval in score.metrics.items()}}
 
 
-def columns_of(rows: Sequence[Score]) -> list[str]:
-    return [name for name in COLUMNS if any(name in score.figures for score in rows)]
+def metric_columns(scores: Sequence[RowScore]) -> list[str]:
+    """The labels of all metrics of these rows, in the order of METRICS."""
+    labels = dict.fromkeys(label for score in scores for label in score.metrics)
+    return sorted(labels, key=lambda label: list(METRICS).index(metric_of(label)))
 
 
-def cell(value: Interval | None) -> str:
-    """A figure and half the width of its interval."""
-    if value is None:
+def format_interval(interval: Interval | None) -> str:
+    """A value and half the width of its interval."""
+    if interval is None:
         return "–"
-    half = (value.high - value.low) / 2
-    digits = 3 if abs(value.value) < 10 else 1
-    return f"{value.value:.{digits}f} ± {half:.{digits}f}"
+    digits = 3 if abs(interval.value) < 10 else 1
+    return f"{interval.value:.{digits}f} ± {interval.half_width:.{digits}f}"
 
 
-def millions(score: Score) -> str:
-    return "–" if score.trainable is None else f"{score.trainable / 1e6:.2f} M" if score.trainable else "0"
+def format_millions(num_params: int | None) -> str:
+    """A number of parameters in millions."""
+    return "–" if num_params is None else f"{num_params / 1e6:.2f} M" if num_params else "0"
 
 
-def counted(score: Score) -> str:
-    """How many pictures there are, and how many prompts were left out."""
-    return f"{score.pictures:,}" + (f" ({score.lost} prompts left out)" if score.lost else "")
+def format_image_count(score: RowScore) -> str:
+    """The number of images, and of the prompts that were skipped."""
+    return f"{score.num_images:,}" + (f" ({score.num_skipped} prompts skipped)" if score.num_skipped else "")
 
 
-def cells(rows: Sequence[Score]) -> Cells:
-    """Every figure with half of its 95 % interval."""
-    names = columns_of(rows)
-    lines = [["", "trainable", *names, "pictures"]]
-    for score in rows:
-        lines.append([score.name, millions(score), *(cell(score.figures.get(name)) for name in names), counted(score)])
+def score_cells(scores: Sequence[RowScore]) -> TableCells:
+    """A table of every metric with half of its 95 % interval."""
+    labels = metric_columns(scores)
+    lines = [["", "trainable params", *labels, "images"]]
+    for score in scores:
+        values = [format_interval(score.metrics.get(label)) + NEGATIVE_MARK * _is_negative_distance(score, label) for label in labels]
+        lines.append([score.name, format_millions(score.trainable_params), *values, format_image_count(score)])
     return lines
 
 
-def as_markdown(lines: Cells) -> str:
-    """A table of Markdown."""
+def _is_negative_distance(score: RowScore, label: str) -> bool:
+    """Whether an unbiased estimate of a squared distance is below zero by more than its interval."""
+    return metric_of(label) in ("KD × 1000", "CMMD") and label in score.metrics and score.metrics[label].high < 0
+
+
+def table_to_markdown(lines: TableCells) -> str:
+    """A table in Markdown."""
     head, *rows = ("| " + " | ".join(line).lstrip() + " |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rows]) + "\n"
 
 
-def as_html(lines: Cells) -> str:
-    """A table of HTML, each interval below its figure."""
-    (head, *rows), found = lines, []
-    for first, *rest in rows:
-        figures = "".join("<td>" + html.escape(text).replace(" ± ", "<br><small>± ") for text in rest)
-        found.append(f"<tr><th>{html.escape(first)}{figures}")
-    return f"<table class=figures><tr>{''.join(f'<th>{html.escape(text)}' for text in head)}{''.join(found)}</table>"
+def scores_to_markdown(scores: Sequence[RowScore]) -> str:
+    """The metrics of these rows in Markdown."""
+    return table_to_markdown(score_cells(scores))
 
 
-def markdown(rows: Sequence[Score]) -> str:
-    """The figures of these rows as Markdown."""
-    return as_markdown(cells(rows))
-
-
-def as_csv(rows: Sequence[Score]) -> str:
-    """Every figure with both ends of its interval."""
-    names = columns_of(rows)
+def scores_to_csv(scores: Sequence[RowScore]) -> str:
+    """Every metric with both ends of its interval."""
+    labels = metric_columns(scores)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["row", "trainable", "pictures", "prompts", "lost", "scale", "seconds"] + [f"{n}{e}" for n in names for e in ("", " low", " high")]
-    )
-    for s in rows:
-        figures = ["" if x is None else f"{x:.6f}" for n in names for x in s.figures.get(n, (None, None, None))]
-        writer.writerow([s.name, s.trainable, s.pictures, s.prompts, s.lost, s.scale, f"{s.seconds:.4f}", *figures])
+    head = ["row", "trainable params", "images", "prompts", "skipped", "scale", "seconds per image"]
+    writer.writerow(head + [f"{label}{end}" for label in labels for end in ("", " low", " high")])
+    for s in scores:
+        ends = [end for label in labels for end in s.metrics.get(label, (None, None, None))]
+        counts = (s.trainable_params, s.num_images, s.num_prompts, s.num_skipped, s.scale, f"{s.seconds_per_image:.4f}")
+        writer.writerow([s.name, *counts, *("" if end is None else f"{end:.6f}" for end in ends)])
     return buffer.getvalue()
 
 
-def html_strips(strips: Mapping[str, Image.Image]) -> str:
-    """Every row's pictures beside its name."""
-    return "<table class=figures>" + "".join(f"<tr><th>{html.escape(n)}<td>{inline(strip, n)}" for n, strip in strips.items()) + "</table>"
+def metric_legend(scores: Sequence[RowScore], *, by_subject: bool) -> str:
+    """What the columns of these rows mean, as plain text: what intervals are over, and what images are compared with."""
+    unit, target = ("subject", "target image") if by_subject else ("prompt", "reference image")
+    labels = metric_columns(scores)
+    meanings = "; ".join(f"{label}: {METRICS[metric_of(label)].format(target=target)}" for label in labels)
+    note = f" {NEGATIVE_NOTE}" if any(_is_negative_distance(score, label) for score in scores for label in labels) else ""
+    return f"± half of the 95 % interval over {unit}s. {meanings}.{note}"
 
 
-def legend(rows: Sequence[Score], by_subject: bool = False) -> str:
-    """What the columns of these rows mean, as plain text: what intervals are over, and what pictures are compared with."""
-    over, target = ("subjects", "photograph to be drawn") if by_subject else ("prompts", "reference")
-    meanings = "; ".join(f"{name}: {COLUMNS[name].format(target=target)}" for name in columns_of(rows))
-    return f"± half of the 95 % interval over {over}. {meanings}."
-
-
-def strip(out: Path, name: str, prompts: Sequence[int] = range(SHOWN)) -> Image.Image:
-    """The first pictures of a row, one for each of these prompts, side by side."""
+def image_strip(output_dir: Path, row_name: str, prompts: Sequence[int] = range(MAX_PREVIEW_PROMPTS)) -> Image.Image:
+    """The first images of a row side by side, one for each of these prompts."""
     blank = Image.new("RGB", (64, 64), "white")
-    return sheet([], [picture or blank for picture in Shelf(out, name).pictures(prompts[:SHOWN])], columns=SHOWN, cell=96)
+    images = [image or blank for image in RowStore(output_dir, row_name).load_images(prompts[:MAX_PREVIEW_PROMPTS])]
+    return make_contact_sheet([], images, columns=MAX_PREVIEW_PROMPTS, cell_size=96)
 
 
-def below(strips: Mapping[str, Image.Image]) -> Image.Image:
-    """Strips one below the other, each after its name."""
+def stack_strips(strips: Mapping[str, Image.Image]) -> Image.Image:
+    """Image strips below each other, with their names to the left."""
     font = ImageFont.load_default(15)
     margin = 24 + max(round(font.getlength(name)) for name in strips)
-    whole = Image.new("RGB", (margin + max(s.width for s in strips.values()), sum(s.height for s in strips.values())), "white")
-    pen, top = ImageDraw.Draw(whole), 0
-    for name, picture in strips.items():
-        pen.text((12, top + picture.height // 2), name, "#222", font, anchor="lm")
-        whole.paste(picture, (margin, top))
-        top += picture.height
-    return whole
+    sheet = Image.new("RGB", (margin + max(s.width for s in strips.values()), sum(s.height for s in strips.values())), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for name, strip in strips.items():
+        draw.text((12, top + strip.height // 2), name, "#222", font, anchor="lm")
+        sheet.paste(strip, (margin, top))
+        top += strip.height
+    return sheet
 
 
-Line = list[tuple[float, Interval]]
-
-
-def curves(points: Sequence[Score]) -> bytes:
-    """λ against CLIP-I and CLIP-T, one line for each adapter."""
-    names = dict.fromkeys(p.curve for p in points)
-    panels = {column: {c: [(p.scale, p.figures[column]) for p in points if p.curve == c] for c in names} for column in ("CLIP-I", "CLIP-T")}
-    return plotted(panels, "λ")
-
-
-def plotted(panels: Mapping[str, Mapping[str, Line]], across: str, ticks: Sequence[float] = ()) -> bytes:
-    """Panels side by side: title → line → points with their intervals. As a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
-    alike = len({tuple(lines) for lines in panels.values()}) == 1
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        width = max((x for line in lines.values() for x, _ in line), default=0.0)
-        for place, (name, line) in enumerate(lines.items()):
-            values = [value for _, value in line]
-            ends = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
-            aside = (place - (len(lines) - 1) / 2) * 0.008 * width  # so that no interval hides another
-            axis.errorbar(
-                [x + aside for x, _ in line],
-                [v.value for v in values],
-                ends,
-                marker="o",
-                markersize=3,
-                linewidth=1.2,
-                elinewidth=0.7,
-                label=name,
-            )
-        axis.set(title=title, xlabel=across)
-        if ticks:
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.grid(alpha=0.25)
-        if not alike:
-            axis.legend(frameon=False, fontsize="small")
-    if alike:
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+def plot_scale_sweep(points: Sequence[RowScore]) -> bytes:
+    """CLIP-I and CLIP-T over λ, one curve for each adapter, as a PNG."""
+    names = dict.fromkeys(point.sweep_of for point in points)
+    labels = [label for label in metric_columns(points) if metric_of(label) in ("CLIP-I", "CLIP-T")]
+    panels = {label: {name: [(p.scale, p.metrics[label]) for p in points if p.sweep_of == name] for name in names} for label in labels}
+    return plot_panels(panels, "λ")

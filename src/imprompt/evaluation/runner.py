@@ -1,7 +1,7 @@
-"""The evaluation: every row draws after the same prompts with the same seeds, and is scored by the same eyes.
+"""The evaluation: every row is generated from the same samples with the same seeds, and measured by the same feature extractors.
 
-Work is cut into chunks of prompts that are the same whatever the number of processes, and whatever was done before an
-interruption; so are the pictures and the table.
+The work is divided into chunks of prompts that do not depend on the number of processes, nor on what was finished before an
+interruption; neither do the images and the table.
 """
 
 import time
@@ -12,358 +12,390 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from imprompt.config import PERSONAL, Evaluate
-from imprompt.data.dreambooth import named as spoken
-from imprompt.data.loader import UNREADABLE
-from imprompt.data.readers import is_mini
-from imprompt.errors import ImageError, UserError, brief
+from imprompt.config import PER_SUBJECT_METHODS, EvaluateConfig
+from imprompt.config.training import is_mini_data
+from imprompt.data.loader import READ_ERRORS
+from imprompt.errors import ImageError, UserError, summarize_error
 from imprompt.evaluation import metrics
-from imprompt.evaluation.features import Eyes
-from imprompt.evaluation.gallery import Gallery, kept_gallery
-from imprompt.evaluation.identity import Identity, load_identity
-from imprompt.evaluation.samples import Cases, SubjectCases, open_cases
-from imprompt.evaluation.store import Shelf, agree, folder_of
-from imprompt.evaluation.system import Case, Contender, How
-from imprompt.evaluation.systems import REAL, SHOWN, Learner, WithMethod, check_source, load_contender, named, taken_apart
-from imprompt.evaluation.workers import pool
+from imprompt.evaluation.features import FeatureExtractors
+from imprompt.evaluation.identity import IdentityEncoder, IdentityGallery, load_identity_encoder, load_or_build_gallery
+from imprompt.evaluation.samples import EvalSample, SamplingParams, SubjectEvalSet, load_eval_set
+from imprompt.evaluation.scoring import RowFeatures
+from imprompt.evaluation.store import ImageId, RowStore, check_or_write_protocol, folder_name
+from imprompt.evaluation.systems import (
+    BUILT_IN_ROWS,
+    NOT_GENERATED,
+    MethodSystem,
+    PerSubjectSystem,
+    System,
+    SystemLoader,
+    check_source,
+    parse_label,
+    split_aggregation,
+)
+from imprompt.evaluation.workers import process_pool
+from imprompt.methods.prompt_templates import insert_subject_token
 from imprompt.models import hub
-from imprompt.models.base_pipelines import check_size, claim_device, load_base, own_size, pick_dtype, scheduled
-from imprompt.utils.files import writable_folder
+from imprompt.models.base_pipelines import check_size, native_resolution, use_scheduler
+from imprompt.utils.files import check_or_write_manifest, ensure_writable_folder
 
-SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SWEEP_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """One row of the table."""
 
-    name: str
+    name: str  # its label
     source: str
-    text: str  # none, caption, or other: another prompt's caption
-    samples: int
-    prompts: int
+    prompt_mode: str  # none, caption, or other: the caption of another sample
+    num_samples: int  # images for each prompt
+    num_prompts: int
     scale: float = 1.0
-    curve: str = ""  # the row whose curve of λ this is a point of
-    references: int = 0  # how many of a subject's are heard; 0 for all that there are
+    sweep_of: str = ""  # the row whose scale sweep this is a point of
+    num_references: int = 0  # references of a subject that are used; 0 for all
 
 
-class Progress(NamedTuple):
-    """How far an evaluation is."""
+class EvaluationProgress(NamedTuple):
+    """Progress of an evaluation."""
 
     row: str
     done: int  # chunks
     total: int
-    pictures_per_second: float
+    images_per_second: float
 
 
-class Task(NamedTuple):
-    """A chunk of a row."""
-
-    row: Row
-    number: int
-
-
-def rows_of(choice: Evaluate, cases: Cases) -> list[Row]:
-    """What stands in the table, from top to bottom, and the points of the curves."""
-    count = len(cases)
-    rows = [Row("copy", "copy", "none", 1, count)]
-    if cases.has_others:
-        rows.append(Row("real", "real", "none", 1, count))
-    if choice.subjects:  # else the copy is the reference itself
-        rows.append(Row("reference", "reference", "none", 1, count))
-    rows.append(Row("text", "text", "caption", choice.samples, count))
-    drawn = list(dict.fromkeys([*choice.adapter, *choice.against]))
-    for source in drawn:
-        if source not in SHOWN:
-            rows.append(Row(named(source)[0], source, choice.text, choice.samples, count, choice.scale))
-    names = [folder_of(row.name) for row in rows]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two rows are called {twice[0]!r}; name them: --adapter NAME=FILE")
-    for source in dict.fromkeys(choice.adapter) if choice.curve else ():
-        rows += curve_of(source, min(choice.curve, count))
-    return rows
+def built_in_row(source: str, num_prompts: int, num_samples: int = 1) -> EvalRow:
+    """A row of BUILT_IN_ROWS."""
+    prompt_mode = "none" if source in NOT_GENERATED else "caption"
+    return EvalRow(BUILT_IN_ROWS[source], source, prompt_mode, num_samples, num_prompts)
 
 
-def curve_of(source: str, prompts: int) -> list[Row]:
-    """The points of an adapter's curve of λ, with another prompt's caption as text."""
-    name = named(source)[0]
-    return [Row(f"{name} λ {scale}", source, "other", 1, prompts, scale, name) for scale in SCALES]
+def scale_sweep_rows(source: str, num_prompts: int) -> list[EvalRow]:
+    """The points of an adapter's scale sweep, with the caption of another sample as prompt."""
+    name = parse_label(source)[0]
+    return [EvalRow(f"{name} λ {scale}", source, "other", 1, num_prompts, scale, name) for scale in SWEEP_SCALES]
 
 
-class Studio:
-    """What one process works with: the prompts, the eyes, and the contender of the row it is at."""
+class EvaluationWorker:
+    """What one process needs to evaluate rows: samples, feature extractors, and the system of the current row."""
 
-    def __init__(self, choice: Evaluate):
-        self.choice, self.out = choice, Path(choice.out)
-        self.cases = open_cases(choice)
-        self._at: tuple[str, Contender] | None = None
+    def __init__(self, config: EvaluateConfig):
+        self.dataset, self.sampling, self.metrics = config.dataset, config.sampling, config.metrics
+        self.sources, self.swept_sources = (*config.adapter, *config.baseline), config.adapter if config.sampling.scale_sweep else ()
+        self.loader, self.output_dir = SystemLoader.from_config(config), Path(config.output_dir)
+        self.eval_set = load_eval_set(config.dataset)
+        self._current: tuple[str, System] | None = None
 
     @cached_property
-    def eyes(self) -> Eyes:
-        assert self.choice.judge is not None
-        return Eyes(self.choice.judge, self.choice.features, claim_device(self.choice.device), self.choice.lpips)
-
-    @cached_property
-    def identity(self) -> Identity | None:
-        """What tells subjects apart, where there are some."""
-        if self.choice.identity == "none" or not self.cases.subjects:
-            return None
-        return load_identity(self.choice.identity, claim_device(self.choice.device))
-
-    @cached_property
-    def gallery(self) -> Gallery | None:
-        """Every subject as its photographs show it: looked at once, and kept."""
-        if self.identity is None:
-            return None
-        assert isinstance(self.cases, SubjectCases)
-        return kept_gallery(self.out / "gallery.safetensors", self.identity, self.cases)
+    def rows(self) -> list[EvalRow]:
+        """The rows of the table, from top to bottom, and the points of the scale sweeps. Raises UserError for equal names."""
+        num_prompts, num_samples = len(self.eval_set), self.sampling.num_images_per_prompt
+        built_in = ["copy", *["real"] * self.eval_set.has_other_images, *["reference"] * self.by_subject]
+        rows = [built_in_row(source, num_prompts) for source in built_in]
+        rows.append(built_in_row("text", num_prompts, num_samples))
+        for source in dict.fromkeys(self.sources):
+            if source not in BUILT_IN_ROWS:
+                name = parse_label(source)[0]
+                rows.append(EvalRow(name, source, self.sampling.prompt_mode, num_samples, num_prompts, self.sampling.scale))
+        folders = [folder_name(row.name) for row in rows]
+        if duplicates := [row.name for row, folder in zip(rows, folders, strict=True) if folders.count(folder) > 1]:
+            raise UserError(f"two rows are called {duplicates[0]!r}; name them: --adapter NAME=FILE")
+        for source in dict.fromkeys(self.swept_sources):
+            rows += scale_sweep_rows(source, min(self.sampling.scale_sweep, num_prompts))
+        return rows
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the base computes in."""
-        return pick_dtype(self.choice.dtype, torch.device(claim_device(self.choice.device)).type, self.choice.base == "mini")
-
-    @property
-    def pipe(self) -> Any:
-        return load_base(self.choice.base, claim_device(self.choice.device), self.dtype)
+    def by_subject(self) -> bool:
+        """Whether samples have several images of a subject, one of which is the target."""
+        return self.dataset.min_images_per_subject is not None
 
     @cached_property
-    def size(self) -> int:
-        side = self.choice.size or own_size(self.pipe)
-        check_size(self.pipe, side, side)
+    def extractors(self) -> FeatureExtractors:
+        """The feature extractors of the metrics."""
+        return FeatureExtractors(self.metrics, self.loader.device)
+
+    @cached_property
+    def identity_encoder(self) -> IdentityEncoder | None:
+        """The encoder of the identity metrics; None where there are none."""
+        source = self.metrics.identity_encoder
+        return load_identity_encoder(source, self.loader.device) if source not in (None, "none") and self.eval_set.subjects else None
+
+    @cached_property
+    def gallery(self) -> IdentityGallery | None:
+        """The embedded subjects, stored with the evaluation; None without identity metrics."""
+        if self.identity_encoder is None:
+            return None
+        assert isinstance(self.eval_set, SubjectEvalSet)
+        return load_or_build_gallery(self.output_dir / "gallery.safetensors", self.identity_encoder, self.eval_set)
+
+    @cached_property
+    def resolution(self) -> int:
+        """The side of the images in pixels."""
+        side = self.sampling.resolution or native_resolution(self.loader.pipe)
+        check_size(self.loader.pipe, side, side)
         return side
 
-    def contender(self, source: str) -> Contender:
-        """The row's contender. The last one is kept in memory."""
-        if self._at is None or self._at[0] != source:
-            self._at = None
-            self._at = source, load_contender(source, self.choice)
-        return self._at[1]
+    def load_system(self, source: str) -> System:
+        """The system of a row. The last one stays in memory."""
+        if self._current is None or self._current[0] != source:
+            self._current = None
+            self._current = source, self.loader.load(source)
+        return self._current[1]
 
-    def rehearse(self, rows: Sequence[Row]) -> None:
-        """Load and look once, so that whatever does not fit is said before any work. Raises UserError."""
-        blank = Image.new("RGB", (self.size, self.size))
-        self.eyes.see([blank])
+    def store(self, row: EvalRow) -> RowStore:
+        """The files of a row."""
+        return RowStore(self.output_dir, row.name)
+
+    def load_features(self, row: EvalRow) -> RowFeatures:
+        """The features of a row that is finished."""
+        return RowFeatures(self.store(row), self.num_chunks(row))
+
+    def check_before_run(self, rows: Sequence[EvalRow]) -> None:
+        """Load every model once, so that what does not fit is reported before any work. Raises UserError."""
+        self.extractors.extract([Image.new("RGB", (self.resolution, self.resolution))])
         _ = self.gallery
-        for source in dict.fromkeys(row.source for row in rows if row.source not in REAL):
-            contender = self.contender(source)
-            if isinstance(contender, WithMethod):
-                contender.rehearse(self.choice.identity if self.cases.subjects else "none")
-        if any(row.source not in REAL for row in rows):
-            with scheduled(self.pipe, self.choice.scheduler, self.choice.steps):  # as many steps as the scheduler can take
-                pass
+        sources = dict.fromkeys(row.source for row in rows if row.source not in NOT_GENERATED)
+        for source in sources:
+            system = self.load_system(source)
+            if isinstance(system, MethodSystem):
+                system.check_before_run((self.metrics.identity_encoder or "none") if self.eval_set.subjects else "none")
+        if sources:
+            with use_scheduler(self.loader.pipe, self.sampling.scheduler, self.sampling.num_inference_steps):
+                pass  # the scheduler has so many steps
 
-    def how(self, row: Row) -> How:
-        return How(self.choice.steps, self.choice.guidance or 0.0, (self.size, self.size), row.scale)
+    def write_manifests(self, rows: Sequence[EvalRow]) -> None:
+        """Record what the evaluation and its rows are. Raises UserError where the folder holds something else."""
+        check_or_write_protocol(self.output_dir, self.protocol)
+        for row in rows:
+            path = self.store(row).folder / "row.json"
+            check_or_write_manifest(path, row_manifest(row), f"row {row.name} in {self.output_dir}")
 
-    def chunks(self, row: Row) -> int:
-        return -(-row.prompts // self.step(row))
+    def num_chunks(self, row: EvalRow) -> int:
+        """Number of chunks that a row is divided into."""
+        return -(-row.num_prompts // self.prompts_per_chunk(row))
 
-    def step(self, row: Row) -> int:
-        """Prompts in a chunk; all of a subject are in the same one, as far as every subject has as many."""
-        together = self.choice.targets
-        return max(1, self.choice.batch // row.samples // together) * together
+    def prompts_per_chunk(self, row: EvalRow) -> int:
+        """Number of prompts in a chunk. Those of one subject share a chunk where every subject has as many targets."""
+        targets, batch_size = self.dataset.targets_per_subject, self.sampling.batch_size
+        assert batch_size is not None
+        return max(1, batch_size // row.num_samples // targets) * targets
 
-    def work(self, task: Task) -> int:
-        """Draw a chunk, look at it and keep both. How many pictures there were."""
-        row, step = task.row, self.step(task.row)
-        shelf, found, lost = Shelf(self.out, row.name), list[tuple[int, Case, Image.Image | None]](), dict[str, str]()
-        if row.source not in REAL:
-            self.contender(row.source)  # loading it is not drawing
-        for i in range(task.number * step, min(row.prompts, (task.number + 1) * step)):
+    def run_chunk(self, row: EvalRow, chunk: int) -> int:
+        """Generate the images of a chunk, extract their features and store both. Returns the number of images."""
+        if row.source not in NOT_GENERATED:
+            self.load_system(row.source)  # not part of the time below
+        samples, skipped = self._load_samples(row, chunk)
+        if not samples:
+            self.store(row).write_chunk(chunk, {}, skipped)
+            return 0
+        image_ids = [self._image_id(prompt, sample) for prompt in samples for sample in range(row.num_samples)]
+        start, finetuned_before = time.perf_counter(), self._finetune_seconds()
+        images = self._real_images(row, samples) if row.source in NOT_GENERATED else self._generate(row, samples, image_ids)
+        finetune_seconds = self._finetune_seconds() - finetuned_before
+        generation_seconds = time.perf_counter() - start - finetune_seconds
+        tensors = self._extract(row, samples, images, image_ids)
+        tensors |= {"generation_seconds": torch.tensor([generation_seconds]), "finetune_seconds": torch.tensor([finetune_seconds])}
+        self.store(row).save_images(images, image_ids)
+        self.store(row).write_chunk(chunk, tensors, skipped)
+        return len(images)
+
+    def _load_samples(self, row: EvalRow, chunk: int) -> tuple[dict[int, EvalSample], dict[str, str]]:
+        """The samples of a chunk, by index, with the references that the row uses; and the reasons why others are skipped."""
+        samples, skipped, size = dict[int, EvalSample](), dict[str, str](), self.prompts_per_chunk(row)
+        for i in range(chunk * size, min(row.num_prompts, (chunk + 1) * size)):
             try:
-                case = self.cases[i]
-                shown = self._shown(row, i, case)
-            except UNREADABLE as error:
-                lost[str(i)] = brief(error)
+                sample = self.eval_set[i]
+                if row.source == "real":
+                    sample = sample._replace(references=(self.eval_set.another_image(i),))
+            except READ_ERRORS as error:
+                skipped[str(i)] = summarize_error(error)
                 continue
             try:
-                found.append((i, self._heard(row, case), shown))
+                samples[i] = self._select_references(row, sample)
             except ImageError as error:
-                lost[str(i)] = brief(error)
-        if not found:
-            shelf.write(task.number, {}, lost)
-            return 0
-        places = [(i, s, self.choice.seed + i * self.choice.samples + s) for i, *_ in found for s in range(row.samples)]
-        repeated = [case for _, case, _ in found for _ in range(row.samples)]
-        learning, began = self._learning(row), time.perf_counter()
-        drawn = [self._resized(picture) for *_, picture in found if picture] or self._drawn(row, repeated, places)
-        learning = self._learning(row) - learning
-        seconds = time.perf_counter() - began - learning
-        seen = self._scored(row, drawn, repeated, places)
-        shelf.keep(drawn, places)
-        shelf.write(task.number, seen | {"seconds": torch.tensor([seconds]), "learning": torch.tensor([learning])}, lost)
-        return len(drawn)
+                skipped[str(i)] = summarize_error(error)
+        return samples, skipped
 
-    def _shown(self, row: Row, i: int, case: Case) -> Image.Image | None:
-        """The photograph that stands in a row that is not drawn; None where one is to be drawn."""
-        match row.source:
-            case "copy":
-                return case.target
-            case "real":
-                return self.cases.other(i)
-            case "reference":  # for each of a subject's targets another one
-                return case.references[i % self.choice.targets % len(case.references)]
-        return None
+    def _select_references(self, row: EvalRow, sample: EvalSample) -> EvalSample:
+        """The sample with the references that the row uses. Raises ImageError where it can use none."""
+        sample = sample._replace(references=sample.references[: row.num_references or None])
+        system = None if row.source in NOT_GENERATED else self.load_system(row.source)
+        return system.keep_usable_references(sample) if isinstance(system, MethodSystem) else sample
 
-    def _heard(self, row: Row, case: Case) -> Case:
-        """The case with those of its references that the row is to hear. Raises ImageError where it can hear none."""
-        case = case._replace(references=case.references[: row.references or None])
-        contender = None if row.source in REAL else self.contender(row.source)
-        return contender.heard(case) if isinstance(contender, WithMethod) else case
+    def _image_id(self, prompt: int, sample: int) -> ImageId:
+        return ImageId(prompt, sample, self.sampling.seed + prompt * self.sampling.num_images_per_prompt + sample)
 
-    def _learning(self, row: Row) -> float:
-        """Seconds that the row's contender has spent so far on learning its subjects."""
-        at = self._at[1] if row.source not in REAL and self._at else None
-        return at.learning if isinstance(at, Learner) else 0.0
+    def _finetune_seconds(self) -> float:
+        """The time that the current system has spent on fine-tuning."""
+        system = self._current[1] if self._current else None
+        return system.finetune_seconds if isinstance(system, PerSubjectSystem) else 0.0
 
-    def _resized(self, picture: Image.Image) -> Image.Image:
-        return picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
+    def _real_images(self, row: EvalRow, samples: dict[int, EvalSample]) -> list[Image.Image]:
+        """The images of a row that is not generated: targets, or references, another one for each target of a subject."""
+        index = {i: i % self.dataset.targets_per_subject % len(sample.references) for i, sample in samples.items()}
+        images = [sample.target if row.source == "copy" else sample.references[index[i]] for i, sample in samples.items()]
+        return [image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS) for image in images]
 
-    def _drawn(self, row: Row, cases: list[Case], places: list[tuple[int, int, int]]) -> list[Image.Image]:
-        texts, seeds = [self._text(row, i) for i, _, _ in places], [seed for _, _, seed in places]
-        return self.contender(row.source).draw(cases, texts, seeds, self.how(row))
+    def _generate(self, row: EvalRow, samples: dict[int, EvalSample], image_ids: Sequence[ImageId]) -> list[Image.Image]:
+        steps, guidance_scale = self.sampling.num_inference_steps, self.sampling.guidance_scale or 0.0
+        params = SamplingParams(steps, guidance_scale, (self.resolution, self.resolution), row.scale)
+        prompts, seeds = [self._prompt(row, image_id.prompt) for image_id in image_ids], [image_id.seed for image_id in image_ids]
+        return self.load_system(row.source).generate([samples[image_id.prompt] for image_id in image_ids], prompts, seeds, params)
 
-    def _text(self, row: Row, i: int) -> str:
-        """What the row is told, or, for the curve, what another prompt's caption says."""
-        match row.text:
+    def _prompt(self, row: EvalRow, i: int) -> str:
+        """The text prompt of sample i in this row."""
+        prompts = self.eval_set.prompts
+        match row.prompt_mode:
             case "none":
                 return ""
             case "caption":
-                return self.cases.texts[i]
-        texts = self.cases.texts
-        return next((texts[(i + n) % len(texts)] for n in range(1, len(texts)) if texts[(i + n) % len(texts)] != texts[i]), texts[i])
+                return prompts[i]
+        others = (prompts[(i + n) % len(prompts)] for n in range(1, len(prompts)))
+        return next((other for other in others if other != prompts[i]), prompts[i])
 
-    def _scored(self, row: Row, drawn: list[Image.Image], cases: list[Case], places: list[tuple[int, int, int]]) -> dict[str, Any]:
-        seen = self.eyes.see(drawn)
-        wanted = self.eyes.see([case.target for case in cases[:: row.samples]])
-        wanted = {name: value.repeat_interleave(row.samples, 0) for name, value in wanted.items()}
-        said = self.eyes.read([self._text(row, i) if row.text == "other" else self.cases.texts[i] for i, _, _ in places])
-        scores = {"CLIP-I": metrics.cosines(seen["clip"], wanted["clip"]), "CLIP-T": metrics.cosines(seen["clip"], said)}
-        scores["likeness"] = metrics.cosines(seen["features"], wanted["features"])
-        if "patches" in seen:
-            scores["structure"] = metrics.structure_distance(seen.pop("patches"), wanted.pop("patches"))
-        if self.eyes.lpips:
-            scores["LPIPS"] = self.eyes.lpips(drawn, [case.target for case in cases])
-        index = {"prompt": torch.tensor([i for i, _, _ in places]), "seed": torch.tensor([seed for _, _, seed in places])}
-        index["group"] = torch.tensor([self.cases.group(i) for i, _, _ in places])
-        if self.identity is not None:
-            seen["identity"], seen["found"] = self.identity.embed(drawn)
-        return {f"score.{name}": value for name, value in scores.items()} | seen | index
+    def _extract(
+        self, row: EvalRow, samples: dict[int, EvalSample], images: list[Image.Image], image_ids: Sequence[ImageId]
+    ) -> dict[str, Tensor]:
+        """Features of generated images, their scores, and which prompt, seed and group each belongs to."""
+        features = self.extractors.extract(images)
+        targets = self.extractors.extract([sample.target for sample in samples.values()])
+        targets = {name: value.repeat_interleave(row.num_samples, 0) for name, value in targets.items()}
+        compared_prompts = [self._prompt(row, i) if row.prompt_mode == "other" else self.eval_set.prompts[i] for i, _, _ in image_ids]
+        text_embeds = self.extractors.encode_text(compared_prompts)
+        scores = {
+            "CLIP-I": metrics.cosine_similarity(features["clip_embeds"], targets["clip_embeds"]),
+            "CLIP-T": metrics.cosine_similarity(features["clip_embeds"], text_embeds),
+            "feature cosine": metrics.cosine_similarity(features["features"], targets["features"]),
+        }
+        if "patches" in features:
+            scores["self-sim. distance"] = metrics.self_similarity_distance(features.pop("patches"), targets.pop("patches"))
+        if self.extractors.lpips:
+            scores["LPIPS"] = self.extractors.lpips(images, [samples[i].target for i, _, _ in image_ids])
+        if self.identity_encoder is not None:
+            features["id_embeds"], features["has_id_embed"] = self.identity_encoder.embed(images)
+        index = {"prompt_index": [i for i, _, _ in image_ids], "seed": [seed for _, _, seed in image_ids]}
+        index["group"] = [self.eval_set.group(i) for i, _, _ in image_ids]
+        tensors = {name: torch.tensor(values) for name, values in index.items()}
+        return {f"score.{name}": value for name, value in scores.items()} | features | tensors
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """Everything that all rows have in common and that changes metrics: printed with every table."""
+        dataset, sampling, pipeline = self.dataset, self.sampling, self.loader.pipeline
+        return {
+            "model": pipeline.model, "model files": model_fingerprint(pipeline.model),
+            "data": dataset.data if is_mini_data(dataset.data) else str(Path(dataset.data).absolute()),
+            "prompts": len(self.eval_set), "captions and images": self.eval_set.fingerprint,
+            "images per prompt": sampling.num_images_per_prompt, "references": "square, center crop", "first seed": sampling.seed,
+            "seed": "first seed + prompt × images per prompt + sample", "resolution": self.resolution, "scheduler": sampling.scheduler,
+            "inference steps": sampling.num_inference_steps, "guidance scale": sampling.guidance_scale,
+            "prompt mode": sampling.prompt_mode, "scale": sampling.scale, "batch size": sampling.batch_size,
+            "dtype": str(self.loader.dtype).removeprefix("torch."), "device": torch.device(self.loader.device).type,
+            "image encoder": self.loader.image_encoder or "each adapter's own", "CLIP model": self.metrics.clip_model,
+            "feature extractor": self.metrics.feature_extractor, "LPIPS": self.metrics.lpips, "CLIP-T": "cosine, not clamped, × 1",
+            **(self._subject_protocol() if self.by_subject else {}),
+            **{name: version(name) for name in ("imprompt", "torch", "diffusers", "transformers", "torchmetrics")},
+        }  # fmt: skip
+
+    def _subject_protocol(self) -> dict[str, object]:
+        """The part of the protocol that concerns data by subject."""
+        dataset, finetuning = self.dataset, self.loader.finetuning
+        num_class_images = finetuning.num_class_images
+        return {
+            "subjects": len(self.eval_set.subjects), "references per subject": dataset.num_references,
+            "targets per subject": dataset.targets_per_subject, "subject split": dataset.subject_split or "none",
+            "class noun": dataset.class_noun or "none", "identity encoder": self.metrics.identity_encoder,
+            "fine-tuning steps": finetuning.finetune_steps or "each method's own",
+            "class images": "each method's own" if num_class_images is None else num_class_images,
+        }  # fmt: skip
 
 
-_studio: Studio | None = None
+def run_evaluation(config: EvaluateConfig) -> Iterator[EvaluationProgress]:
+    """Generate and measure every chunk that is missing. Raises UserError for unusable settings, before any work."""
+    config = config.with_defaults()
+    ensure_writable_folder(config.output_dir)
+    _check_sources((*config.adapter, *config.baseline), by_subject=config.dataset.min_images_per_subject is not None)
+    worker = EvaluationWorker(config)
+    _check_sample_counts(worker)
+    _check_per_subject_prompts(worker)
+    rows = worker.rows
+    worker.check_before_run(rows)
+    worker.write_manifests(rows)
+    chunks = [(row, chunk) for row in rows for chunk in range(worker.num_chunks(row))]
+    missing = [(row, chunk) for row, chunk in chunks if not worker.store(row).has_chunk(chunk)]
+    done, num_images, start = len(chunks) - len(missing), 0, time.monotonic()
+    for row_name, count in _run_chunks(config, worker, missing):
+        done, num_images = done + 1, num_images + count
+        yield EvaluationProgress(row_name, done, len(chunks), num_images / (time.monotonic() - start))
 
 
-def _begin(choice: Evaluate) -> None:
-    global _studio
-    _studio = Studio(choice)
-
-
-def _work(task: Task) -> tuple[str, int]:
-    assert _studio is not None
-    return task.row.name, _studio.work(task)
-
-
-def draw(choice: Evaluate) -> Iterator[Progress]:
-    """Draw and look at everything that is not there yet. Raises UserError for what the user can mend, before any work."""
-    choice = choice.settled()
-    out = writable_folder(choice.out)
-    for source in (*choice.adapter, *choice.against):
+def _check_sources(sources: Sequence[str], *, by_subject: bool) -> None:
+    """Raise UserError for sources that cannot be rows of this evaluation."""
+    for source in sources:
         check_source(source)
-        if source == "reference" and not choice.subjects:
-            raise UserError("reference: after single pictures the row copy gives it back; this row is for --subjects")
-        if named(source)[1] in PERSONAL and not choice.subjects:
-            raise UserError(f"{source} learns a subject from several photographs: say how many each has at least, --subjects 10")
-    studio = Studio(choice)
-    if len(studio.cases) < 2:
-        raise UserError(f"expected at least 2 prompts, of which an interval can be told; received {len(studio.cases)}")
-    if choice.subjects and len(studio.cases.subjects) < 2:
-        raise UserError("expected at least 2 subjects, of which an interval can be told and one recognised; received 1")
-    _check_texts(choice, studio.cases)
-    rows = rows_of(choice, studio.cases)
-    studio.rehearse(rows)
-    agree(out / "protocol.json", protocol(choice, studio), f"the evaluation in {out}")
-    for row in rows:
-        agree(Shelf(out, row.name).folder / "row.json", facts(row), f"row {row.name} in {out}")
-    tasks = [Task(row, n) for row in rows for n in range(studio.chunks(row))]
-    missing = [task for task in tasks if not Shelf(out, task.row.name).has(task.number)]
-    done, pictures, began = len(tasks) - len(missing), 0, time.monotonic()
-    for name, count in _results(choice, studio, missing):
-        done, pictures = done + 1, pictures + count
-        yield Progress(name, done, len(tasks), pictures / (time.monotonic() - began))
+        if source == "reference" and not by_subject:
+            raise UserError(
+                "the row 'reference' exists only with --min-images-per-subject; without it, each target is its own reference, "
+                "and the row 'copy' is the same"
+            )
+        if parse_label(source)[1] in PER_SUBJECT_METHODS and not by_subject:
+            raise UserError(
+                f"{source} is fine-tuned on several images of a subject: say how many each has at least, --min-images-per-subject 10"
+            )
 
 
-def _check_texts(choice: Evaluate, cases: Cases) -> None:
-    """Raise UserError, before anything is learned, where a method that learns a subject could not be told of it."""
-    learners = [source for source in (*choice.adapter, *choice.against) if named(source)[1] in PERSONAL]
-    if not learners or not isinstance(cases, SubjectCases):
+def _check_sample_counts(worker: EvaluationWorker) -> None:
+    """Raise UserError where there are too few samples for confidence intervals."""
+    if len(worker.eval_set) < 2:
+        raise UserError(f"expected at least 2 prompts (a confidence interval needs two), received {len(worker.eval_set)}")
+    if worker.by_subject and len(worker.eval_set.subjects) < 2:
+        raise UserError("expected at least 2 subjects (a confidence interval and identification need two), received 1")
+
+
+def _check_per_subject_prompts(worker: EvaluationWorker) -> None:
+    """Raise UserError, before any fine-tuning, where a prompt does not name the subject that a per-subject method generates."""
+    per_subject = [source for source in worker.sources if parse_label(source)[1] in PER_SUBJECT_METHODS]
+    if not per_subject or not isinstance(worker.eval_set, SubjectEvalSet):
         return
-    if choice.text == "none":
-        raise UserError(f"{learners[0]} is told by the text that its subject is meant: --text caption")
-    if not choice.noun and not is_mini(choice.data):
-        raise UserError(f"noun: {learners[0]} has to know what the subjects are, such as person; received nothing")
-    for i, text in enumerate(cases.texts):
-        spoken(text, cases.noun(i), "sks")
+    if worker.sampling.prompt_mode == "none":
+        raise UserError(f"{per_subject[0]} needs a prompt that names the subject: add --prompt-mode caption")
+    if not worker.dataset.class_noun and not is_mini_data(worker.dataset.data):
+        raise UserError(f"class_noun: {per_subject[0]} needs to know what the subjects are, such as person; received nothing")
+    for i, prompt in enumerate(worker.eval_set.prompts):
+        insert_subject_token(prompt, worker.eval_set.class_noun(i), "sks")
 
 
-def _results(choice: Evaluate, studio: Studio, tasks: list[Task]) -> Iterator[tuple[str, int]]:
-    if choice.processes == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task.row.name, studio.work(task)
+def _run_chunks(config: EvaluateConfig, worker: EvaluationWorker, chunks: list[tuple[EvalRow, int]]) -> Iterator[tuple[str, int]]:
+    """Run chunks here, or in several processes with workers of their own; yields the row's name and the number of images."""
+    if config.num_processes == 1 or len(chunks) < 2:
+        for row, chunk in chunks:
+            yield row.name, worker.run_chunk(row, chunk)
         return
-    with pool(min(choice.processes, len(tasks)), _begin, choice) as processes:
-        waiting = {processes.submit(_work, task) for task in tasks}
-        while waiting:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                yield future.result()
+    with process_pool(min(config.num_processes, len(chunks)), EvaluationWorker, config) as processes:
+        pending = {processes.submit(EvaluationWorker.run_chunk, row, chunk): row.name for row, chunk in chunks}
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                yield pending.pop(future), future.result()
 
 
-def protocol(choice: Evaluate, studio: Studio) -> dict[str, Any]:
-    """Everything that decides a figure and is not a row: printed with every table."""
-    data = choice.data if is_mini(choice.data) else str(Path(choice.data).absolute())
-    return {
-        "base": choice.base, "base's files": fingerprint(choice.base), "data": data,
-        "prompts": len(studio.cases), "captions and pictures": studio.cases.fingerprint, "samples": choice.samples,
-        "references": "square, cut from the middle", "first seed": choice.seed, "seed": "first seed + prompt × samples + sample",
-        "size": studio.size, "scheduler": choice.scheduler, "steps": choice.steps, "guidance": choice.guidance, "text given": choice.text,
-        "scale": choice.scale, "batch": choice.batch, "dtype": str(studio.dtype).removeprefix("torch."),
-        "device": torch.device(claim_device(choice.device)).type, "image encoder": choice.encoder or "each adapter's own",
-        "CLIP-I, CLIP-T, CMMD by": choice.judge, "FID, KID, likeness by": choice.features, "LPIPS": choice.lpips,
-        "CLIP-T": "cosine, not clamped, × 1", **by_subject(choice, studio),
-        **{name: version(name) for name in ("imprompt", "torch", "diffusers", "transformers", "torchmetrics")},
-    }  # fmt: skip
-
-
-def by_subject(choice: Evaluate, studio: Studio) -> dict[str, Any]:
-    """What is said of subjects where there are some."""
-    if not choice.subjects:
-        return {}
-    return {
-        "subjects": len(studio.cases.subjects), "photographs to draw after": choice.references, "to be drawn of each": choice.targets,
-        "split": choice.split or "none", "noun": choice.noun or "none",
-        "identity by": choice.identity, "learning": choice.learning or "each method's own steps",
-        "pictures to keep": choice.prior if choice.prior >= 0 else "each method's own number",
-    }  # fmt: skip
-
-
-def fingerprint(base: str) -> str:
-    """Of a local folder's files, by their names and sizes."""
-    files = sorted(p for p in Path(base).rglob("*") if p.is_file()) if Path(base).is_dir() else []
+def model_fingerprint(model: str) -> str:
+    """A checksum of the names and sizes of a local folder's files; "by name" for other models."""
+    files = sorted(p for p in Path(model).rglob("*") if p.is_file()) if Path(model).is_dir() else []
     return f"{zlib.crc32(' '.join(f'{p.name} {p.stat().st_size}' for p in files).encode()):08x}" if files else "by name"
 
 
-def facts(row: Row) -> dict[str, Any]:
-    """What a row is; the file's checksum stands for its content."""
-    source, how = taken_apart(named(row.source)[1])
-    path = hub.find_adapter(source)[0] if source in hub.EMBEDDED else Path(source)
-    known = {"source": path.name, "checksum": zlib.crc32(path.read_bytes())} if path.is_file() else {"source": source}
-    known |= {"combine": how} if how else {}
-    heard = {"references": row.references} if row.references else {}
-    return known | {"text": row.text, "samples": row.samples, "prompts": row.prompts, "scale": row.scale} | heard
+def row_manifest(row: EvalRow) -> dict[str, object]:
+    """What identifies a row; a file is identified by its checksum."""
+    source, aggregation = split_aggregation(parse_label(row.source)[1])
+    path = hub.resolve_adapter(source)[0] if source in hub.BUNDLED_ADAPTERS else Path(source)
+    manifest: dict[str, object] = {"source": path.name, "checksum": zlib.crc32(path.read_bytes())} if path.is_file() else {"source": source}
+    manifest |= {"aggregation": aggregation} if aggregation else {}
+    manifest |= {"prompt mode": row.prompt_mode, "images per prompt": row.num_samples, "prompts": row.num_prompts, "scale": row.scale}
+    return manifest | ({"references": row.num_references} if row.num_references else {})

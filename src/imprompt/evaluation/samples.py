@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: reference pictures with their captions, in a fixed order."""
+"""What an evaluation generates from: reference images with their prompts, in a fixed order, and the sampling parameters."""
 
 import json
 import os
@@ -7,247 +7,281 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from imprompt.config import Evaluate
-from imprompt.data.loader import UNREADABLE
-from imprompt.data.readers import Mini, open_data
-from imprompt.data.records import Counted, Record
-from imprompt.data.subjects import Identities
-from imprompt.errors import ImageError, UserError, brief
-from imprompt.evaluation.system import Case
-from imprompt.mini import judge as judging
+from imprompt.config.evaluation import EvaluationDataConfig
+from imprompt.data.loader import READ_ERRORS
+from imprompt.data.readers import MiniWorld, open_data
+from imprompt.data.records import MapRecords, Record
+from imprompt.data.subjects import SubjectDataset
+from imprompt.errors import ImageError, UserError, summarize_error
 from imprompt.mini import world
-from imprompt.utils.images import Picture, fit, open_image
+from imprompt.mini.held_out import make_held_out_samples
+from imprompt.utils.images import ImageInput, open_image, resize_to_square
 
-MOST = 5_000  # prompts, unless told otherwise: the paper's number
-MINI_MOST = 1_000
+MAX_PROMPTS = 5_000  # by default: as many as in IP-Adapter (Ye et al., 2023, arXiv:2308.06721)
+MAX_MINI_PROMPTS = 1_000
 
 
-class Cases(Protocol):
-    """Prompts in order. Opening one raises ImageError where its picture cannot be read."""
+class EvalSample(NamedTuple):
+    """One prompt of an evaluation."""
+
+    key: str
+    prompt: str
+    references: tuple[Image.Image, ...]  # square
+    target: Image.Image  # generated images are compared with it: the reference itself, or another image of the subject
+    subject: str = ""
+    class_noun: str = ""  # what the prompt calls the subject
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The parameters with which every system generates."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    size: tuple[int, int]  # width and height in pixels; images of a pipeline with a fixed size are resized to it
+    scale: float = 1.0  # λ, for systems that have one
+
+
+class EvalSet(Protocol):
+    """Samples in a fixed order. Loading one raises ImageError where its image cannot be read."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> Case: ...
-    def other(self, i: int) -> Image.Image:
-        """Another real picture of the same subject. Raises ImageError where there is none."""
+    def __getitem__(self, i: int) -> EvalSample: ...
+    def another_image(self, i: int) -> Image.Image:
+        """Another real image of the subject of sample i. Raises ImageError where there is none."""
         ...
 
     @property
-    def texts(self) -> Sequence[str]: ...
+    def prompts(self) -> Sequence[str]:
+        """The prompt of each sample."""
+        ...
+
     @property
     def fingerprint(self) -> str:
-        """Changes when captions or pictures are others."""
+        """A checksum of prompts and images."""
         ...
 
     @property
-    def has_others(self) -> bool: ...
+    def has_other_images(self) -> bool:
+        """Whether `another_image` has one for any sample."""
+        ...
+
     @property
     def subjects(self) -> Sequence[str]:
-        """Whose identity is measured; none where each prompt stands for itself."""
+        """The subjects whose identity is measured; empty where samples are independent."""
         ...
 
     def group(self, i: int) -> int:
-        """Which prompts belong together, as those of one subject do: by number."""
+        """Index of the group of sample i, such as its subject: samples of one group are resampled together."""
         ...
 
 
-class MiniCases:
-    """The embedded world: subjects that nothing was trained on, in combinations that nothing was trained on."""
+class MiniEvalSet:
+    """Mini's held-out images: no part of mini was trained on these subjects, nor on these combinations of attributes."""
 
-    has_others = True
+    has_other_images = True
     subjects: Sequence[str] = ()
 
-    def __init__(self, count: int):
-        self._cases = judging.cases(count)
-        self.texts = [case.text for case in self._cases]
-        self.fingerprint = _fingerprint(self.texts)
+    def __init__(self, num_prompts: int):
+        self._samples = make_held_out_samples(num_prompts)
+        self.prompts = [sample.caption for sample in self._samples]
+        self.fingerprint = _checksum(self.prompts)
 
     def __len__(self) -> int:
-        return len(self._cases)
+        return len(self._samples)
 
-    def __getitem__(self, i: int) -> Case:
-        photo = self._cases[i].photo
-        return Case(f"mini:{i}", self.texts[i], (photo,), photo)
+    def __getitem__(self, i: int) -> EvalSample:
+        image = self._samples[i].image
+        return EvalSample(f"mini:{i}", self.prompts[i], (image,), image)
 
     def group(self, i: int) -> int:
         return i
 
-    def other(self, i: int) -> Image.Image:
-        case = self._cases[i]
-        return world.draw(case.subject, world.scene(case.scene.seed + judging.ELSEWHERE))
+    def another_image(self, i: int) -> Image.Image:
+        return self._samples[i].other_image
 
 
-class DataCases:
-    """Records of any data that can be trained on: the first reference is the prompt."""
+class RecordEvalSet:
+    """Records of any training data. The first reference of each, or the image itself, is both image prompt and target."""
 
     subjects: Sequence[str] = ()
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
-        self.texts = [record.text for record in records]
-        self.fingerprint = _fingerprint([*self.texts, *(f"{r.key} {_bytes(r.target)}" for r in records)])
+        self.prompts = [record.caption for record in records]
+        self.fingerprint = _checksum([*self.prompts, *(f"{r.key} {_num_bytes(r.target)}" for r in records)])
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> Case:
+    def __getitem__(self, i: int) -> EvalSample:
         record = self.records[i]
-        picture = fit(open_image(record.references[0] if record.references else record.target))
-        return Case(record.key, record.text, (picture,), picture)
+        image = resize_to_square(open_image(record.references[0] if record.references else record.target))
+        return EvalSample(record.key, record.caption, (image,), image)
 
     def group(self, i: int) -> int:
         return i
 
-    def other(self, i: int) -> Image.Image:
+    def another_image(self, i: int) -> Image.Image:
         record = self.records[i]
-        shown = record.references[0] if record.references else record.target
-        pictures = [self.records[n].target for n in self._subjects[record.subject]] if record.subject else []
-        pictures = [record.target, *pictures]  # where the reference is another one, the target is the nearest real picture
-        alike = [p for n, p in enumerate(pictures) if p != shown and p not in pictures[:n]]
-        if not alike:
-            raise ImageError(f"{record.key} has no other picture of its subject")
-        return fit(open_image(alike[0 if record.references else i % len(alike)]))
+        reference = record.references[0] if record.references else record.target
+        same_subject = [self.records[n].target for n in self._by_subject[record.subject]] if record.subject else []
+        images = [record.target, *same_subject]  # with a separate reference, the record's own target is the closest real image
+        others = [image for n, image in enumerate(images) if image != reference and image not in images[:n]]
+        if not others:
+            raise ImageError(f"{record.key} has no other image of its subject")
+        return resize_to_square(open_image(others[0 if record.references else i % len(others)]))
 
     @property
-    def has_others(self) -> bool:
-        return any(len(found) > 1 for found in self._subjects.values()) or any(record.references for record in self.records)
+    def has_other_images(self) -> bool:
+        return any(len(indices) > 1 for indices in self._by_subject.values()) or any(record.references for record in self.records)
 
     @cached_property
-    def _subjects(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = defaultdict(list)
+    def _by_subject(self) -> dict[str, list[int]]:
+        indices: dict[str, list[int]] = defaultdict(list)
         for i, record in enumerate(self.records):
             if record.subject:
-                found[record.subject].append(i)
-        return found
+                indices[record.subject].append(i)
+        return indices
 
 
-class SubjectCases:
-    """Pictures by subject: after some photographs of each, others of the same are drawn.
+class SubjectEvalSet:
+    """Images by subject: some images of each subject are references, others are the targets that are to be generated.
 
-    Of every subject the last `targets` of its photographs, in an order that follows from its name, are what is to be drawn;
-    of the others the first `references` are the references, again from the first where there are too few. Photographs that
-    cannot be opened are passed over among the references.
+    Of every subject the last `targets_per_subject` images, in an order that depends on its name alone, are the targets; the first
+    `num_references` of the rest are the references, repeated from the first where there are too few. References that cannot be
+    opened are skipped.
     """
 
-    has_others = True
+    has_other_images = True
 
-    def __init__(self, identities: Identities, references: int, targets: int, limit: int = 0, noun: str = "", caption: str = ""):
-        self._records, self._references = identities.records, references
+    def __init__(self, identities: SubjectDataset, dataset: EvaluationDataConfig):
+        self._records, self._num_references = identities.records, dataset.num_references
         self.subjects = list(identities.subjects)
-        self._nouns = [noun or _kind(identities.records, name) for name in self.subjects]
-        self._galleries: list[list[int]] = []
-        self._prompts: list[tuple[int, int]] = []  # subject, place of the target
-        for number, name in enumerate(self.subjects):
-            places = random.Random(_seed(f"photographs of {name}")).sample(identities.subjects[name], len(identities.subjects[name]))
-            count = min(targets, len(places) - 1)
-            self._galleries.append(places[: len(places) - count])
-            self._prompts += [(number, place) for place in places[len(places) - count :]]
-        self._prompts = self._prompts[: limit or None]
-        self.subjects = self.subjects[: self._prompts[-1][0] + 1]
-        told = [self._records[place].text or caption for _, place in self._prompts]
-        self.texts = [text or f"a photo of a {self._nouns[n]}" for text, (n, _) in zip(told, self._prompts, strict=True)]
-        shown = [n for gallery in self._galleries[: len(self.subjects)] for n in gallery] + [place for _, place in self._prompts]
-        self.fingerprint = _fingerprint([*self.texts, *(f"{self._records[n].key} {_bytes(self._records[n].target)}" for n in shown)])
+        self._class_nouns = [dataset.class_noun or _default_class_noun(identities.records, name) for name in self.subjects]
+        self._galleries: list[list[int]] = []  # of each subject, the records that are no targets
+        self._targets: list[tuple[int, int]] = []  # of each sample: subject, record
+        for subject, name in enumerate(self.subjects):
+            indices = identities.subjects[name]
+            order = random.Random(_seed_bytes(f"photographs of {name}")).sample(indices, len(indices))
+            num_targets = min(dataset.targets_per_subject, len(order) - 1)
+            self._galleries.append(order[: len(order) - num_targets])
+            self._targets += [(subject, index) for index in order[len(order) - num_targets :]]
+        self._targets = self._targets[: dataset.num_prompts or MAX_MINI_PROMPTS]
+        self.subjects = self.subjects[: self._targets[-1][0] + 1]
+        captions = [self._records[index].caption or dataset.default_caption for _, index in self._targets]
+        self.prompts = [text or f"a photo of a {self._class_nouns[n]}" for text, (n, _) in zip(captions, self._targets, strict=True)]
+        used = [n for gallery in self._galleries[: len(self.subjects)] for n in gallery] + [index for _, index in self._targets]
+        self.fingerprint = _checksum([*self.prompts, *(f"{self._records[n].key} {_num_bytes(self._records[n].target)}" for n in used)])
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._targets)
 
-    def __getitem__(self, i: int) -> Case:
-        number, place = self._prompts[i]
-        record, found = self._records[place], self.gallery(number, self._references)
-        references = tuple(found[n % len(found)] for n in range(self._references))
-        return Case(record.key, self.texts[i], references, fit(open_image(record.target)), self.subjects[number], self._nouns[number])
+    def __getitem__(self, i: int) -> EvalSample:
+        subject, index = self._targets[i]
+        record, images = self._records[index], self.gallery_images(subject, self._num_references)
+        references = tuple(images[n % len(images)] for n in range(self._num_references))
+        target = resize_to_square(open_image(record.target))
+        return EvalSample(record.key, self.prompts[i], references, target, self.subjects[subject], self._class_nouns[subject])
 
-    def other(self, i: int) -> Image.Image:
-        """The subject's next target, which is not in the gallery either; where there is only one, a photograph of the gallery,
+    def another_image(self, i: int) -> Image.Image:
+        """The subject's next target, which is not in the gallery either; where there is only one, an image of the gallery,
         one that is no reference if there are enough."""
-        number, place = self._prompts[i]
-        mine = [at for whose, at in self._prompts if whose == number]
-        if len(mine) == 1:
-            return self.gallery(number, self._references + 1)[-1]
-        return fit(open_image(self._records[mine[(mine.index(place) + 1) % len(mine)]].target))
+        subject, index = self._targets[i]
+        targets = [n for owner, n in self._targets if owner == subject]
+        if len(targets) == 1:
+            return self.gallery_images(subject, self._num_references + 1)[-1]
+        return resize_to_square(open_image(self._records[targets[(targets.index(index) + 1) % len(targets)]].target))
 
     def group(self, i: int) -> int:
-        return self._prompts[i][0]
+        return self._targets[i][0]
 
-    def noun(self, i: int) -> str:
-        """What the subject is, as its text calls it."""
-        return self._nouns[self._prompts[i][0]]
+    def class_noun(self, i: int) -> str:
+        """What the prompt of sample i calls the subject."""
+        return self._class_nouns[self._targets[i][0]]
 
-    def gallery(self, number: int, most: int) -> list[Image.Image]:
-        """A subject's photographs that are not targets, those that can be opened. Raises ImageError where none can."""
-        found: list[Image.Image] = []
-        for place in self._galleries[number]:
-            with suppress(*UNREADABLE):
-                found.append(fit(open_image(self._records[place].target)))
-            if len(found) == most:
+    def gallery_images(self, subject: int, max_images: int) -> list[Image.Image]:
+        """Up to `max_images` images of a subject that are no targets and can be opened. Raises ImageError where none can."""
+        images: list[Image.Image] = []
+        for index in self._galleries[subject]:
+            with suppress(*READ_ERRORS):
+                images.append(resize_to_square(open_image(self._records[index].target)))
+            if len(images) == max_images:
                 break
-        if not found:
-            raise ImageError(f"no photograph of {self.subjects[number]} can be opened")
-        return found
+        if not images:
+            raise ImageError(f"no image of {self.subjects[subject]} can be opened")
+        return images
 
 
-def _seed(text: str) -> bytes:
-    """For `random`, which takes no name of a folder that is not UTF-8."""
+def _seed_bytes(text: str) -> bytes:
+    """A seed for `random`, which accepts no text with the name of a folder that is not UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def _kind(records: Counted, subject: str) -> str:
-    """What a subject of mini is; of others nothing is known."""
-    return world.subject(int(subject)).kind if isinstance(records, Mini) else "subject"
+def _default_class_noun(records: MapRecords, subject: str) -> str:
+    """The category of a subject of mini; "subject" for other data, of which nothing is known."""
+    return world.make_subject(int(subject)).category if isinstance(records, MiniWorld) else "subject"
 
 
-def _fingerprint(words: Sequence[str]) -> str:
-    return f"{zlib.crc32(chr(10).join(words).encode('utf-8', 'surrogatepass')):08x}"
+def _checksum(texts: Sequence[str]) -> str:
+    return f"{zlib.crc32(chr(10).join(texts).encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _bytes(picture: Picture) -> int:
-    if isinstance(picture, bytes):
-        return len(picture)
-    return os.path.getsize(picture) if isinstance(picture, (str, Path)) and os.path.exists(picture) else 0
+def _num_bytes(image: ImageInput) -> int:
+    if isinstance(image, bytes):
+        return len(image)
+    return os.path.getsize(image) if isinstance(image, (str, Path)) and os.path.exists(image) else 0
 
 
-def open_cases(choice: Evaluate) -> Cases:
-    """The first `limit` prompts of the data; 0 for as many as the protocol has. Raises UserError where there are none."""
-    data, limit = choice.data, choice.limit
-    if choice.subjects:
-        return _by_subject(choice)
-    if data == "mini":
-        return MiniCases(limit or MINI_MOST)
-    records, most = open_data(data), limit or MOST
-    if isinstance(records, Counted):
-        found = [records[i] for i in range(min(most, len(records)))]
+def load_eval_set(dataset: EvaluationDataConfig) -> EvalSet:
+    """The first `num_prompts` samples of the data. Raises UserError where there are none."""
+    if dataset.min_images_per_subject:
+        return _load_subjects(dataset)
+    if dataset.data == "mini":
+        return MiniEvalSet(dataset.num_prompts or MAX_MINI_PROMPTS)
+    records, limit = open_data(dataset.data), dataset.num_prompts or MAX_PROMPTS
+    if isinstance(records, MapRecords):
+        selected = [records[i] for i in range(min(limit, len(records)))]
     else:
-        found = list(islice((r for shard in records.shards for r in records.read(shard)), most))
-    if not found:
-        raise UserError(f"no pictures in {data} to evaluate on")
-    return DataCases(found)
+        selected = list(islice((r for shard in records.shards for r in records.read_shard(shard)), limit))
+    if not selected:
+        raise UserError(f"no images in {dataset.data} to evaluate on")
+    return RecordEvalSet(selected)
 
 
-def _by_subject(choice: Evaluate) -> SubjectCases:
-    limit = choice.limit or MINI_MOST
-    if choice.data == "mini":
-        photos = max(choice.subjects, choice.references + choice.targets)
-        count = -(-limit // choice.targets) * photos
-        records: Counted = Mini(count, held_out=True, photos=photos, look=False)
+def _load_subjects(dataset: EvaluationDataConfig) -> SubjectEvalSet:
+    assert dataset.min_images_per_subject is not None
+    if dataset.data == "mini":
+        images_per_subject = max(dataset.min_images_per_subject, dataset.num_references + dataset.targets_per_subject)
+        num_subjects = -(-(dataset.num_prompts or MAX_MINI_PROMPTS) // dataset.targets_per_subject)
+        records: MapRecords = MiniWorld(
+            num_subjects * images_per_subject, held_out=True, images_per_subject=images_per_subject, describe_appearance=False
+        )
     else:
-        opened = open_data(choice.data)
-        if not isinstance(opened, Counted):
-            raise UserError("subjects: in shards, read as a stream, a subject's pictures are far apart; expected a folder or a list")
+        opened = open_data(dataset.data)
+        if not isinstance(opened, MapRecords):
+            raise UserError(
+                "min_images_per_subject: shards are read as a stream, in which the images of a subject are far apart; "
+                "expected a folder or a list"
+            )
         records = opened
-    chosen = None if choice.split is None else tested(choice.split)
-    return SubjectCases(Identities(records, choice.subjects, chosen), choice.references, choice.targets, limit, choice.noun, choice.caption)
+    subjects = None if dataset.subject_split is None else load_test_subjects(dataset.subject_split)
+    return SubjectEvalSet(SubjectDataset(records, dataset.min_images_per_subject, subjects), dataset)
 
 
-def tested(path: str) -> list[str]:
-    """The subjects that a training left for testing. Raises UserError where the file does not tell."""
+def load_test_subjects(path: str) -> list[str]:
+    """The subjects that a training run held out. Raises UserError where the file does not name them."""
     try:
         return list(json.loads(Path(path).read_text("utf-8"))["test"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"split: expected the subjects.json of a training, received {path} ({brief(error)})") from error
+        raise UserError(
+            f"subject_split: expected the subjects.json of a training run, received {path} ({summarize_error(error)})"
+        ) from error

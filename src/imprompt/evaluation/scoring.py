@@ -1,5 +1,7 @@
-"""From what was seen to figures, row by row, with intervals."""
+"""From the features of a row's images to its metrics, with confidence intervals and labels that name the model behind each."""
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,123 +9,183 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imprompt.config.evaluation import MetricsConfig
 from imprompt.evaluation import metrics
-from imprompt.evaluation.gallery import Gallery
-from imprompt.evaluation.metrics import Interval
-from imprompt.evaluation.store import Shelf
+from imprompt.evaluation.identity import IdentityGallery
+from imprompt.evaluation.store import RowStore
+from imprompt.utils.statistics import Interval, jackknife_interval, mean_interval
 
-# Column → how its figures are read. Arrows: which way is better. {target}: what a picture is compared with.
-COLUMNS = {
-    "CLIP-I": "↑ cosine with the {target}",
-    "CLIP-T": "↑ cosine with the caption (of the curve: with the text given)",
-    "likeness": "↑ cosine with the {target}, in the features that FID looks at",
-    "structure": "↓ distance of self-similarities to those of the {target} (Splice)",
+# Metric → how its values are read. Arrows: which way is better. {target}: what generated images are compared with.
+METRICS = {
+    "CLIP-I": "↑ cosine similarity to the {target}",
+    "CLIP-T": "↑ cosine similarity to the caption (in a scale sweep: to the prompt used)",
+    "feature cosine": "↑ cosine similarity to the {target}, of the features that the Fréchet distance uses",
+    "self-sim. distance": "↓ distance of the patches' self-similarities to those of the {target} (Splice)",
     "LPIPS": "↓ to the {target}",
-    "FID": "↓ to the whole set of that; the fewer pictures, the higher, below some 10 000",
-    "KID × 1000": "↓ to the same set; ± holds the chance of its subsets too",
+    "FD": "↓ Fréchet distance to the set of all {target}s; the fewer images, the higher, below some 10 000",
+    "KD × 1000": "↓ kernel distance to the same set; ± includes the randomness of its subsets",
     "CMMD": "↓ to the same set",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
-    "identity": "↑ cosine with the subject's photographs that are not to be drawn (row reference shows one), by an encoder of identity",
-    "recognised": "↑ share nearest to its own subject of all",
-    "no face": "↓ share in which the encoder of identity found nobody",
+    "ID similarity": "↑ cosine similarity to the subject's images that are no targets (one of which the row of a returned reference "
+    "shows), by an identity encoder",
+    "rank-1 ID acc.": "↑ share of images whose most similar subject of all is their own",
+    "detection failures": "↓ share of images in which the identity encoder detected none",
 }
+NEGATIVE_MARK = " †"
+NEGATIVE_NOTE = (
+    "† KD, KID and CMMD are unbiased estimates of a squared distance between independent sets, so values around zero can be negative. "
+    "Here the sets are paired: every image belongs to one of the targets that it is compared with. The term between the sets contains "
+    "these similar pairs and the terms within the sets do not, which pushes the estimate below zero, most of all for the row of the "
+    "targets themselves. Read a negative value as no measurable distance, and compare rows with each other."
+)
+
+KD_SUBSET_SIZE = 1_000  # rows
+MIN_PROMPTS_FOR_SET_METRICS = 4
+
+_CLIP_VIT_L = "openai/clip-vit-large-patch14"
+_PUBLISHED_CLIP_MODELS = {"CLIP-I": _CLIP_VIT_L, "CLIP-T": _CLIP_VIT_L, "CMMD": f"{_CLIP_VIT_L}-336"}
+_INCEPTION_LABELS = {"FD": "FID", "KD × 1000": "KID × 1000", "IS": "IS"}
+
+
+def metric_label(metric: str, config: MetricsConfig) -> str:
+    """The label of a metric, with the model that computed it: `CLIP-I (mini)`, `KD (mini) × 1000`, `FD (facebook/dinov2-base)`.
+
+    Without the model only where it is the one that the name stands for in publications: CLIP ViT-L/14 for CLIP-I and CLIP-T, the
+    same at 336 pixels for CMMD, and Inception-v3 for FID, KID and IS.
+    """
+    if metric in _INCEPTION_LABELS:
+        if config.feature_extractor == "inception":
+            return _INCEPTION_LABELS[metric]
+        model = f"CLIP {_model_name(config.clip_model)}" if config.feature_extractor == "clip" else _model_name(config.feature_extractor)
+    elif metric in _PUBLISHED_CLIP_MODELS and config.clip_model != _PUBLISHED_CLIP_MODELS[metric]:
+        model = _model_name(config.clip_model)
+    else:
+        return metric
+    name, times, factor = metric.partition(" × ")
+    return f"{name} ({model}){times}{factor}"
+
+
+def _model_name(source: str | None) -> str:
+    """mini, a hub id, or the name of a local folder."""
+    return Path(str(source)).name if os.path.isdir(str(source)) else str(source)
+
+
+def metric_of(label: str) -> str:
+    """The metric, a key of METRICS, of a label."""
+    metric = re.sub(r" \(.*\)", "", label)
+    return {name: metric for metric, name in _INCEPTION_LABELS.items()}.get(metric, metric)
 
 
 @dataclass(frozen=True)
-class Score:
-    """One row of the table."""
+class RowScore:
+    """The metrics of one row."""
 
     name: str
-    pictures: int
-    prompts: int
-    lost: int  # prompts whose picture could not be read
-    trainable: int | None = None
-    seconds: float = 0.0  # for a picture, on one process
+    num_images: int
+    num_prompts: int
+    num_skipped: int  # prompts whose image could not be read
+    trainable_params: int | None = None
+    seconds_per_image: float = 0.0  # in one process
     scale: float = 1.0
-    curve: str = ""
-    figures: dict[str, Interval] = field(default_factory=dict)
+    sweep_of: str = ""  # the row whose scale sweep this is a point of
+    metrics: dict[str, Interval] = field(default_factory=dict)  # by label
 
 
-class Seen:
-    """What was seen in a row's pictures, chunk by chunk; pictures themselves are not opened again."""
+class RowFeatures:
+    """Features and scores of a row's images, from its chunks; the images themselves are not opened again."""
 
-    def __init__(self, out: Path, name: str, chunks: int):
-        self.shelf, self.chunks = Shelf(out, name), chunks
+    def __init__(self, store: RowStore, num_chunks: int):
+        self.store, self.num_chunks = store, num_chunks
 
     def column(self, name: str) -> Tensor | None:
-        """One tensor over all chunks, or None where it was not looked for."""
-        parts = [seen[name] for seen, _ in self._all() if name in seen]
+        """One tensor over all chunks, or None where the evaluation does not compute it."""
+        parts = [tensors[name] for tensors, _ in self._chunks() if name in tensors]
         return torch.cat(parts) if parts else None
 
-    @property
-    def lost(self) -> dict[str, str]:
-        return {key: why for _, lost in self._all() for key, why in lost.items()}
+    def __getitem__(self, name: str) -> Tensor:
+        """The column of this name. Raises KeyError where there is none."""
+        column = self.column(name)
+        if column is None:
+            raise KeyError(name)
+        return column
 
     @property
-    def seconds(self) -> float:
-        return sum(float(seen["seconds"]) for seen, _ in self._all() if "seconds" in seen)
+    def skipped(self) -> dict[str, str]:
+        """Index of each prompt that could not be evaluated → reason."""
+        return {prompt: reason for _, skipped in self._chunks() for prompt, reason in skipped.items()}
 
-    def _all(self) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-        return (self.shelf.read(number) for number in range(self.chunks))
+    @property
+    def generation_seconds(self) -> float:
+        """The time that generating all images took."""
+        return sum(float(tensors["generation_seconds"]) for tensors, _ in self._chunks() if tensors)
+
+    def _chunks(self) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+        return (self.store.read_chunk(chunk) for chunk in range(self.num_chunks))
 
 
-def scored(
-    seen: Seen, real: Seen, resamples: int, samples: int, sets: bool = True, gallery: Gallery | None = None, by_subject: bool = False
-) -> dict[str, Interval]:  # fmt: skip
-    """The figures of a row. `sets` adds those that compare whole sets of pictures, which need many: none below FEW prompts.
+def compute_metrics(
+    row: RowFeatures,
+    targets: RowFeatures,
+    config: MetricsConfig,
+    *,
+    num_samples: int,
+    compare_sets: bool = True,
+    gallery: IdentityGallery | None = None,
+    by_subject: bool = False,
+) -> dict[str, Interval]:
+    """The metrics of a row by label; none for fewer than 2 groups. `targets`: the features of the target images.
 
-    With a gallery of subjects it is told how often who was drawn is recognised. by_subject: intervals are over subjects, not prompts.
+    With `compare_sets` also those that compare whole sets of images, from MIN_PROMPTS_FOR_SET_METRICS prompts on; with a gallery of
+    subjects also identity. Intervals are over subjects with `by_subject`, otherwise over prompts.
     """
-    groups = seen.column("group" if by_subject else "prompt")
-    assert groups is not None
-    found: dict[str, Interval] = {}
+    groups = row["group" if by_subject else "prompt_index"]
     if len(groups.unique()) < 2:
-        return found
-    for name in ("CLIP-I", "CLIP-T", "likeness", "structure", "LPIPS"):
-        values = seen.column(f"score.{name}")
-        if values is not None:
-            found[name] = metrics.mean_interval(values, groups, resamples)
-    clip = seen.column("clip")
-    if samples > 1 and clip is not None:
-        spread = metrics.diversity(clip.unflatten(0, (-1, samples)))
-        found["diversity"] = metrics.mean_interval(spread, groups[::samples], resamples)
+        return {}
+    scores = {name: values for name in METRICS if (values := row.column(f"score.{name}")) is not None}
+    intervals = {name: mean_interval(values, groups, config.bootstrap_samples) for name, values in scores.items()}
+    if num_samples > 1:
+        diversity = metrics.pairwise_diversity(row["clip_embeds"].unflatten(0, (-1, num_samples)))
+        intervals["diversity"] = mean_interval(diversity, groups[::num_samples], config.bootstrap_samples)
     if gallery is not None:
-        found |= identified(seen, gallery, groups, resamples)
-    if not sets or len(groups.unique()) < FEW:
-        return found
-    pairs = [(seen.column(name), real.column(name)) for name in ("features", "clip")]
-    (mine, theirs), (drawn, wanted) = pairs
-    numbers = real.column("prompt")
-    assert mine is not None and theirs is not None and drawn is not None and wanted is not None and numbers is not None
-    if seen.lost:  # what the row left out is not held against it
-        kept = torch.tensor([str(number) not in seen.lost for number in numbers.tolist()])
-        theirs, wanted = theirs[kept], wanted[kept]
-    found["FID"] = metrics.jackknife(lambda rows: metrics.fid(theirs, mine[rows]), groups)
-    size = min(len(theirs), KERNEL)
-    found["KID × 1000"] = metrics.jackknife(lambda rows: 1000 * metrics.kid(theirs, mine[rows], subsets=20, subset_size=size), groups)
-    found["CMMD"] = metrics.jackknife(lambda rows: metrics.cmmd(wanted, drawn[rows]), groups, folds=10)
-    classes = seen.column("classes")
-    if classes is not None:
-        logits = classes.clamp(min=1e-12).log()
-        found["IS"] = metrics.jackknife(lambda rows: metrics.inception_score(logits[rows], splits=1), groups)
-    return found
+        intervals |= identity_metrics(row, gallery, groups, config.bootstrap_samples)
+    if compare_sets and len(groups.unique()) >= MIN_PROMPTS_FOR_SET_METRICS:
+        intervals |= set_metrics(row, targets, groups)
+    return {metric_label(name, config): interval for name, interval in intervals.items()}
 
 
-def identified(seen: Seen, gallery: Gallery, groups: Tensor, resamples: int) -> dict[str, Interval]:
-    """Whether each picture shows its subject. Pictures in which nobody was found count as not recognised, and have no likeness."""
-    embedded, there = seen.column("identity"), seen.column("found")
-    assert embedded is not None and there is not None
-    right = metrics.recognised(embedded, groups, gallery.centroids)
-    found = {"recognised": metrics.mean_interval(right.double(), groups, resamples)}
-    if not there.all():
-        found["no face"] = metrics.mean_interval((~there).double(), groups, resamples)
-    known = there & gallery.found[groups]
-    if len(groups[known].unique()) > 1:
-        alike = metrics.cosines(embedded[known], gallery.centroids[groups[known]])
-        found["identity"] = metrics.mean_interval(alike, groups[known], resamples)
-    return found
+def set_metrics(row: RowFeatures, targets: RowFeatures, groups: Tensor) -> dict[str, Interval]:
+    """Metrics of the row's whole set of images, compared with the targets of the prompts that it did not skip."""
+    skipped = row.skipped
+    kept = torch.tensor([str(prompt) not in skipped for prompt in targets["prompt_index"].tolist()])
+    features, target_features = row["features"], targets["features"][kept]
+    clip_embeds, target_embeds = row["clip_embeds"], targets["clip_embeds"][kept]
+    size = min(len(target_features), KD_SUBSET_SIZE)
+
+    def kernel_distance(rows: Tensor) -> float:
+        return 1000 * metrics.kernel_distance(target_features, features[rows], subsets=20, subset_size=size)
+
+    intervals = {
+        "FD": jackknife_interval(lambda rows: metrics.frechet_distance(target_features, features[rows]), groups),
+        "KD × 1000": jackknife_interval(kernel_distance, groups),
+        "CMMD": jackknife_interval(lambda rows: metrics.clip_mmd(target_embeds, clip_embeds[rows]), groups, folds=10),
+    }
+    class_probs = row.column("class_probs")
+    if class_probs is not None:
+        logits = class_probs.clamp(min=1e-12).log()
+        intervals["IS"] = jackknife_interval(lambda rows: metrics.inception_score(logits[rows], splits=1), groups)
+    return intervals
 
 
-KERNEL = 1_000  # rows in a subset for KID
-FEW = 4  # prompts
+def identity_metrics(row: RowFeatures, gallery: IdentityGallery, groups: Tensor, resamples: int) -> dict[str, Interval]:
+    """Whether images show their subject. Without a detected identity an image is not identified, and has no similarity."""
+    embeds, detected = row["id_embeds"], row["has_id_embed"]
+    identified = metrics.rank1_identification(embeds, groups, gallery.centroids)
+    intervals = {"rank-1 ID acc.": mean_interval(identified.double(), groups, resamples)}
+    if not detected.all():
+        intervals["detection failures"] = mean_interval((~detected).double(), groups, resamples)
+    comparable = detected & gallery.has_embedding[groups]
+    if len(groups[comparable].unique()) > 1:
+        similarity = metrics.cosine_similarity(embeds[comparable], gallery.centroids[groups[comparable]])
+        intervals["ID similarity"] = mean_interval(similarity, groups[comparable], resamples)
+    return intervals

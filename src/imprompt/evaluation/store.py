@@ -1,88 +1,97 @@
-"""Where an evaluation keeps its work: one folder for each row, one file for each chunk of prompts. Whole, or not there.
+"""The files of an evaluation: a folder for each row, a file for each chunk of prompts. Every file is complete, or does not exist.
 
-OUT/protocol.json                      what every row has in common
-OUT/rows/NAME/row.json                 what this row is
-OUT/rows/NAME/chunk-00012.safetensors  what was seen in the pictures of its prompts
-OUT/rows/NAME/score.json               the figures that were made of all chunks
-OUT/rows/NAME/pictures/00192-2-770.png prompt 192, sample 2, seed 770
+OUT/protocol.json                      what all rows have in common, and the version of this layout
+OUT/rows/NAME/row.json                 what identifies the row
+OUT/rows/NAME/chunk-00012.safetensors  features and scores of the images of a chunk of prompts
+OUT/rows/NAME/score.json               the metrics of all chunks
+OUT/rows/NAME/images/00192-2-770.png   prompt 192, sample 2, seed 770
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import safetensors.torch
 from PIL import Image
 from torch import Tensor
 
 from imprompt.errors import UserError
-from imprompt.utils.files import atomic_path, write_file
+from imprompt.utils.files import atomic_path, check_or_write_manifest
+
+FORMAT = 2  # version of this layout, of the manifests' keys and of the tensors' names
 
 
-class Shelf:
-    """One row's folder."""
+class ImageId(NamedTuple):
+    """What identifies an image of a row."""
 
-    def __init__(self, out: Path, name: str):
-        self.folder = out / "rows" / folder_of(name)
+    prompt: int  # index of its prompt
+    sample: int  # index among the images of the prompt
+    seed: int
 
-    def chunk(self, number: int) -> Path:
-        return self.folder / f"chunk-{number:05}.safetensors"
 
-    def has(self, number: int) -> bool:
-        return self.chunk(number).is_file()
+class RowStore:
+    """The folder of one row."""
+
+    def __init__(self, output_dir: Path, row_name: str):
+        self.folder = output_dir / "rows" / folder_name(row_name)
+
+    def chunk_path(self, chunk: int) -> Path:
+        return self.folder / f"chunk-{chunk:05}.safetensors"
+
+    def has_chunk(self, chunk: int) -> bool:
+        return self.chunk_path(chunk).is_file()
 
     @property
-    def score(self) -> Path:
+    def score_path(self) -> Path:
         return self.folder / "score.json"
 
-    def write(self, number: int, seen: Mapping[str, Tensor], lost: Mapping[str, str]) -> None:
-        """Keep what was seen; a chunk with its final name is complete. Figures of what was there before are let go."""
-        self.score.unlink(missing_ok=True)
-        with atomic_path(self.chunk(number)) as partial:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in seen.items()}, partial, {"lost": json.dumps(dict(lost))})
+    def write_chunk(self, chunk: int, tensors: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
+        """Store features and scores; a chunk with its final name is complete. Metrics of earlier chunks are no longer valid.
 
-    def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What was seen, and which prompts were lost and why."""
+        skipped: index of a prompt that could not be evaluated → reason.
+        """
+        self.score_path.unlink(missing_ok=True)
+        with atomic_path(self.chunk_path(chunk)) as partial:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            safetensors.torch.save_file(contiguous, partial, {"skipped": json.dumps(dict(skipped))})
+
+    def read_chunk(self, chunk: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and skipped prompts of a chunk. Raises UserError for a damaged file."""
+        path = self.chunk_path(chunk)
         try:
-            with safetensors.safe_open(self.chunk(number), "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {}).get("lost", "{}"))  # noqa: SIM118
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, json.loads((file.metadata() or {}).get("skipped", "{}"))
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.chunk(number)} is damaged; delete it and run the same command again") from error
+            raise UserError(f"{path} is damaged; delete it and run the same command again") from error
 
-    def picture(self, prompt: int, sample: int, seed: int) -> Path:
-        return self.folder / "pictures" / f"{prompt:05}-{sample}-{seed}.png"
+    def image_path(self, image_id: ImageId) -> Path:
+        return self.folder / "images" / f"{image_id.prompt:05}-{image_id.sample}-{image_id.seed}.png"
 
-    def keep(self, pictures: Sequence[Image.Image], places: Sequence[tuple[int, int, int]]) -> None:
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-        for picture, place in zip(pictures, places, strict=True):
-            picture.save(self.picture(*place))
+    def save_images(self, images: Sequence[Image.Image], image_ids: Sequence[ImageId]) -> None:
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        for image, image_id in zip(images, image_ids, strict=True):
+            image.save(self.image_path(image_id))
 
-    def pictures(self, prompts: Sequence[int]) -> list[Image.Image | None]:
-        """The first sample of these prompts."""
-        found = []
-        for prompt in prompts:
-            paths = sorted((self.folder / "pictures").glob(f"{prompt:05}-0-*.png"))
-            found.append(Image.open(paths[0]).convert("RGB") if paths else None)
-        return found
+    def load_images(self, prompts: Iterable[int]) -> list[Image.Image | None]:
+        """The first image of each of these prompts; None where the prompt was skipped."""
+        paths = [next(iter(sorted((self.folder / "images").glob(f"{prompt:05}-0-*.png"))), None) for prompt in prompts]
+        return [Image.open(path).convert("RGB") if path else None for path in paths]
 
 
-def folder_of(name: str) -> str:
-    """A row's name as that of a folder."""
-    return re.sub(r"[^\w.+ -]+|^\.+", "-", name)
+def folder_name(row_name: str) -> str:
+    """The name of a row's folder."""
+    return re.sub(r"[^\w.+]+", "-", row_name).strip("-.") or "-"
 
 
-def agree(path: Path, facts: Mapping[str, Any], what: str) -> None:
-    """Write facts, or raise UserError where others stand there already."""
-    wanted = json.loads(json.dumps(dict(facts)))
-    if path.is_file():
-        found = json.loads(path.read_text("utf-8"))
-        for name in dict.fromkeys([*wanted, *found]):
-            if wanted.get(name) != found.get(name):
-                raise UserError(
-                    f"{what} was begun with {name} = {found.get(name)!r}, and now it is {wanted.get(name)!r}; "
-                    "go on with the settings it was begun with, or choose another --out"
-                )
-        return
-    write_file(path, json.dumps(wanted, indent=1, ensure_ascii=False))
+def check_or_write_protocol(output_dir: Path, protocol: Mapping[str, object]) -> None:
+    """Write the protocol of an evaluation, or raise UserError where the folder holds one with another protocol or format."""
+    path = output_dir / "protocol.json"
+    if path.is_file() and (version := json.loads(path.read_text("utf-8")).get("format", 1)) != FORMAT:
+        raise UserError(
+            f"{output_dir} holds an evaluation in format {version}, and this version of imprompt reads and writes format {FORMAT}; "
+            "choose another --output-dir"
+        )
+    check_or_write_manifest(path, {"format": FORMAT, **protocol}, f"the evaluation in {output_dir}")

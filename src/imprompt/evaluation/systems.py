@@ -1,191 +1,260 @@
-"""Rows of a comparison from what a user names: an adapter, a method's file, a pipeline, `text`, `copy`, `real`."""
+"""The systems of a comparison, from what a user names: an adapter, a checkpoint, a diffusers pipeline, or a built-in row."""
 
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Protocol, Self
 
 import torch
 from PIL import Image
 
-from imprompt.config import COMBINE, MANY, PERSONAL, READS, Evaluate, Train
+from imprompt.config import METHODS, MULTI_REFERENCE_METHODS, PER_SUBJECT_METHODS, TRAINING_FREE_AGGREGATIONS, TrainConfig
+from imprompt.config.common import PipelineConfig
+from imprompt.config.evaluation import EvaluateConfig, EvaluationFinetuningConfig, EvaluationSamplingConfig
 from imprompt.errors import ImageError, UserError
-from imprompt.evaluation.external import is_outside, load_outside
-from imprompt.evaluation.system import Case, Contender, How
-from imprompt.methods import Method, create
+from imprompt.evaluation.external import is_external, load_external
+from imprompt.evaluation.samples import EvalSample, SamplingParams
+from imprompt.methods import Method, build_method
 from imprompt.methods.dreambooth import DreamBooth
-from imprompt.methods.inversion import Inversion
+from imprompt.methods.inversion import TextualInversion
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.methods.loading import load_method
 from imprompt.models import checkpoints, hub
-from imprompt.models.base_pipelines import claim_device, drawing, load_base, pick_dtype, scheduled
+from imprompt.models.base_pipelines import load_pipeline, resolve_dtype, sample_images, set_device, use_scheduler
 from imprompt.models.face_encoders import FaceEncoder
+from imprompt.utils.protocols import UNetPipeline
 
-REAL = ("copy", "real", "reference")  # rows that are not drawn
-SHOWN = (*REAL, "text")  # rows that need no contender of their own
+BUILT_IN_ROWS = {  # source of a row → its label
+    "copy": "target (upper bound)",
+    "real": "another real image",
+    "reference": "one reference, returned",
+    "text": "text only",
+}
+NOT_GENERATED = ("copy", "real", "reference")  # these rows contain real images
+
+
+class System(Protocol):
+    """One row of a comparison: generates images from reference images and prompts."""
+
+    @property
+    def name(self) -> str:
+        """The label of its row."""
+        ...
+
+    @property
+    def trainable_params(self) -> int | None:
+        """Number of parameters that were trained for image prompts; None where it is unknown."""
+        ...
+
+    def generate(
+        self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
+    ) -> list[Image.Image]:
+        """One image for each sample, with its prompt and seed. An image does not depend on the others of the call."""
+        ...
 
 
 @dataclass(frozen=True)
-class Text:
-    """The base model with text alone: what is there without any image prompt."""
+class TextOnlyBaseline:
+    """The base model without an image prompt."""
 
-    pipe: Any = field(repr=False)
+    pipe: UNetPipeline = field(repr=False)
     scheduler: str
-    name: str = "text"
-    trainable: int | None = 0
+    name: str = BUILT_IN_ROWS["text"]
+    trainable_params: int | None = 0
 
-    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
-        with scheduled(self.pipe, self.scheduler, how.steps):
-            return drawing(self.pipe, texts, how.steps, seeds, (how.size[1], how.size[0]), how.guidance)
+    def generate(
+        self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
+    ) -> list[Image.Image]:
+        with use_scheduler(self.pipe, self.scheduler, params.num_inference_steps):
+            return _sample(self.pipe, prompts, seeds, params)
 
 
 @dataclass(frozen=True)
-class WithMethod:
-    """A method of ours, trained, on a base model."""
+class MethodSystem:
+    """A trained method of this package on a base model."""
 
-    pipe: Any = field(repr=False)
+    pipe: UNetPipeline = field(repr=False)
     method: Method = field(repr=False)
     scheduler: str
     name: str
-    trainable: int | None
-    say: Callable[[str], str] = field(default=str, repr=False)  # how a text is put to it
+    trainable_params: int | None
+    format_prompt: Callable[[str], str] = field(default=str, repr=False)  # inserts the subject into a prompt
 
-    def rehearse(self, judge: str) -> None:
-        """Raise UserError where what it hears cannot be had, or where `judge` of identity is what conditions it."""
+    def check_before_run(self, identity_encoder: str) -> None:
+        """Raise UserError where its image encoder is not installed, or where the identity metric uses the same one."""
         encoder = self.method.encoder
         if not isinstance(encoder, FaceEncoder):
             return
-        if judge == "insightface":
+        if identity_encoder == "insightface":
             raise UserError(
-                f"identity: InsightFace tells {self.name} who it is to draw, so it would score itself; "
-                "expected another judge: --identity facenet, or none"
+                f"identity_encoder: {self.name} is conditioned on InsightFace embeddings, so InsightFace cannot measure its identity; "
+                "expected another encoder: --identity-encoder facenet, or none"
             )
-        encoder.found([Image.new("RGB", (64, 64))])
+        encoder.has_face([Image.new("RGB", (64, 64))])
 
-    def heard(self, case: Case) -> Case:
-        """The case with the references that can be heard, again from the first where some cannot. Raises ImageError where none can.
+    def keep_usable_references(self, sample: EvalSample) -> EvalSample:
+        """The sample with the references that the encoder can use, repeated from the first. Raises ImageError where there is none.
 
-        In evaluation a photograph in which no face is found is passed over as one that cannot be opened is.
+        In an evaluation a reference in which no face is detected is skipped, as one that cannot be opened is.
         """
         encoder = self.method.encoder
         if not isinstance(encoder, FaceEncoder):
-            return case
-        kept = [picture for picture, there in zip(case.references, encoder.found(case.references), strict=True) if there]
-        if not kept:
-            raise ImageError(f"no face was found in the {len(case.references)} reference(s) of {case.key}")
-        return case._replace(references=tuple(kept[n % len(kept)] for n in range(len(case.references))))
+            return sample
+        usable = [image for image, has_face in zip(sample.references, encoder.has_face(sample.references), strict=True) if has_face]
+        if not usable:
+            raise ImageError(f"no face was found in the {len(sample.references)} reference(s) of {sample.key}")
+        return sample._replace(references=tuple(usable[n % len(usable)] for n in range(len(sample.references))))
 
     @torch.no_grad()
-    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
+    def generate(
+        self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
+    ) -> list[Image.Image]:
         method, device = self.method, self.pipe.unet.device
-        count = len(cases[0].references) if method.name in MANY else 1
-        pictures = [picture for case in cases for picture in case.references[:count]]
-        features = method.encoder.encode(pictures, method.grid).unflatten(0, (-1, count)).to(device)
+        num_references = len(samples[0].references) if method.name in MULTI_REFERENCE_METHODS else 1
+        images = [image for sample in samples for image in sample.references[:num_references]]
+        features = method.encoder.encode_images(images, patches=method.uses_patch_features).unflatten(0, (-1, num_references)).to(device)
         with (
-            method.attached(self.pipe, features, method.null()[None].to(device), how.scale),
-            scheduled(self.pipe, self.scheduler, how.steps),
+            method.apply_to(self.pipe, features, method.uncond_features()[None].to(device), params.scale),
+            use_scheduler(self.pipe, self.scheduler, params.num_inference_steps),
         ):
-            return drawing(self.pipe, [self.say(t) for t in texts], how.steps, seeds, (how.size[1], how.size[0]), how.guidance)
+            return _sample(self.pipe, [self.format_prompt(prompt) for prompt in prompts], seeds, params)
 
 
-class Learner:
-    """A method that learns each subject from its photographs before it draws: DreamBooth, Textual Inversion.
+def _sample(pipe: UNetPipeline, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams) -> list[Image.Image]:
+    width, height = params.size
+    return sample_images(pipe, prompts, params.num_inference_steps, seeds, (height, width), params.guidance_scale)
 
-    What it learned is let go once the subject is drawn. `learning` is the time that it has spent so far, in seconds of one process.
+
+class PerSubjectSystem:
+    """A method that is fine-tuned on the references of each subject before it generates: DreamBooth, Textual Inversion.
+
+    The weights are discarded once the subject's images are generated. `finetune_seconds` is the time spent on fine-tuning so far.
     """
 
-    def __init__(self, method: str, name: str, choice: Evaluate, pipe: Any):
-        self.method, self.name, self.choice, self.pipe = method, name, choice, pipe
-        self.learning = 0.0
-        self.trainable: int | None = sum(p.numel() for p in create(method, pipe).module.parameters())
+    def __init__(self, method: str, name: str, loader: "SystemLoader"):
+        self.method, self.name, self.loader = method, name, loader
+        self.finetune_seconds = 0.0
+        self.trainable_params: int | None = sum(p.numel() for p in build_method(method, loader.pipe).module.parameters())
 
-    def draw(self, cases: Sequence[Case], texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
-        drawn: dict[int, Image.Image] = {}
-        for subject in dict.fromkeys(case.subject for case in cases):
-            places = [n for n, case in enumerate(cases) if case.subject == subject]
+    def generate(
+        self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
+    ) -> list[Image.Image]:
+        images: dict[int, Image.Image] = {}
+        for subject in dict.fromkeys(sample.subject for sample in samples):
+            indices = [n for n, sample in enumerate(samples) if sample.subject == subject]
             with TemporaryDirectory() as folder:
-                known = self.learned(cases[places[0]], Path(folder))
-                pictures = known.draw([cases[n] for n in places], [texts[n] for n in places], [seeds[n] for n in places], how)
-            drawn |= dict(zip(places, pictures, strict=True))
-        return [drawn[n] for n in range(len(cases))]
+                system = self.finetune(samples[indices[0]], Path(folder))
+                generated = system.generate(
+                    [samples[n] for n in indices], [prompts[n] for n in indices], [seeds[n] for n in indices], params
+                )
+            images |= dict(zip(indices, generated, strict=True))
+        return [images[n] for n in range(len(samples))]
 
-    def learned(self, case: Case, folder: Path) -> WithMethod:
-        """The method after its training on a case's references. Its seed follows from the subject's name."""
-        from imprompt.training import train
+    def finetune(self, sample: EvalSample, folder: Path) -> MethodSystem:
+        """The method after fine-tuning on a sample's references. The seed of the training depends on the subject's name."""
+        from imprompt.training import train_adapter
 
-        (folder / "photographs").mkdir()
-        for n, picture in enumerate(case.references):
-            picture.save(folder / "photographs" / f"{n:03}.png")
-        chance = zlib.crc32(case.subject.encode("utf-8", "surrogateescape")) % 10_000
-        choice = Train(
-            data=str(folder / "photographs"), base=self.choice.base, method=self.method, noun=case.noun, out=str(folder / "run"),
-            seed=self.choice.seed + chance, device=self.choice.device, workers=1, steps=self.choice.learning,
-            prior=self.choice.prior, prior_folder=str(Path(self.choice.out) / "class"),
+        loader = self.loader
+        (folder / "references").mkdir()
+        for n, image in enumerate(sample.references):
+            image.save(folder / "references" / f"{n:03}.png")
+        subject_seed = zlib.crc32(sample.subject.encode("utf-8", "surrogateescape")) % 10_000
+        config = TrainConfig.from_options(
+            data=str(folder / "references"), model=loader.pipeline.model, method=self.method, class_noun=sample.class_noun,
+            output_dir=str(folder / "run"), seed=loader.sampling.seed + subject_seed, device=loader.pipeline.device,
+            dataloader_num_workers=1, max_train_steps=loader.finetuning.finetune_steps,
+            num_class_images=loader.finetuning.num_class_images, class_data_dir=loader.class_data_dir,
         )  # fmt: skip
-        began = time.perf_counter()
-        for _ in train(choice):
+        start = time.perf_counter()
+        for _ in train_adapter(config):
             pass
-        self.learning += time.perf_counter() - began
-        return with_file(str(folder / "run" / "adapter.safetensors"), self.name, self.pipe, self.choice)
+        self.finetune_seconds += time.perf_counter() - start
+        return loader.load_checkpoint(str(folder / "run" / "adapter.safetensors"), self.name)
 
 
-def load_contender(source: str, choice: Evaluate) -> Contender:
-    """What a row's name stands for. Raises UserError for what is none of the kinds.
+@dataclass(frozen=True)
+class SystemLoader:
+    """Loads systems onto the base model of an evaluation."""
 
-    `source` may begin with a name of its own, NAME=SOURCE, and of an adapter end in how it brings references
-    together: SOURCE@average.
-    """
-    name, source = named(source)
-    source, how = taken_apart(source)
-    device = claim_device(choice.device)
-    dtype = pick_dtype(choice.dtype, torch.device(device).type, choice.base == "mini")
-    if source in PERSONAL:
-        return Learner(source, name, choice, load_base(choice.base, device, dtype))
-    if source != "text" and source not in READS and not Path(source).is_file() and source not in hub.EMBEDDED and is_outside(source):
-        return load_outside(source, device, dtype)
-    pipe = load_base(choice.base, device, dtype)
-    if source == "text":
-        return Text(pipe, choice.scheduler, name)
-    found = with_file(source, name, pipe, choice)
-    if how:
-        if not isinstance(found.method, IPAdapter):
-            raise UserError(f"{source} is no IP-Adapter; expected one before @{how}")
-        found.method.bring_together(how)
-    return found
+    pipeline: PipelineConfig
+    sampling: EvaluationSamplingConfig
+    finetuning: EvaluationFinetuningConfig
+    image_encoder: str | None  # of adapters; None for each one's own
+    class_data_dir: str  # class images for prior preservation, shared by all subjects
+
+    @classmethod
+    def from_config(cls, config: EvaluateConfig) -> Self:
+        """The loader of an evaluation, with the parts of its configuration that concern systems."""
+        return cls(config.pipeline, config.sampling, config.finetuning, config.image_encoder, str(Path(config.output_dir) / "class"))
+
+    @cached_property
+    def device(self) -> str:
+        """The device of this process."""
+        return set_device(self.pipeline.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the base model."""
+        return resolve_dtype(self.sampling.dtype, torch.device(self.device).type, is_mini=self.pipeline.is_mini)
+
+    @cached_property
+    def pipe(self) -> UNetPipeline:
+        """The base model, loaded once and shared by all systems."""
+        return load_pipeline(self.pipeline.model, self.device, self.dtype, self.pipeline.model_config)
+
+    def load(self, source: str) -> System:
+        """The system that a source names. Raises UserError for a source that names none.
+
+        `source` may begin with a label, NAME=SOURCE, and that of an adapter may end in an aggregation: SOURCE@average.
+        """
+        name, source = parse_label(source)
+        source, aggregation = split_aggregation(source)
+        if source == "text":
+            return TextOnlyBaseline(self.pipe, self.sampling.scheduler, name)
+        if source in PER_SUBJECT_METHODS:
+            return PerSubjectSystem(source, name, self)
+        if source not in METHODS and source not in hub.BUNDLED_ADAPTERS and not Path(source).is_file() and is_external(source):
+            return load_external(source, self.device, self.dtype)
+        system = self.load_checkpoint(source, name)
+        if aggregation:
+            if not isinstance(system.method, IPAdapter):
+                raise UserError(f"{source} is no IP-Adapter; expected one before @{aggregation}")
+            system.method.set_aggregator(aggregation)
+        return system
+
+    def load_checkpoint(self, source: str, name: str) -> MethodSystem:
+        """A method with its weights."""
+        method = load_method(source, self.pipe, self.pipeline.model, self.image_encoder)
+        num_params = sum(p.numel() for p in method.module.parameters())
+        format_prompt = method.format_prompt if isinstance(method, (DreamBooth, TextualInversion)) else str
+        return MethodSystem(self.pipe, method, self.sampling.scheduler, name, num_params, format_prompt)
 
 
-def with_file(source: str, name: str, pipe: Any, choice: Evaluate) -> WithMethod:
-    """A method with its weights, ready to draw."""
-    method = load_method(source, pipe, choice.base, choice.encoder)
-    trainable = sum(p.numel() for p in method.module.parameters())
-    return WithMethod(pipe, method, choice.scheduler, name, trainable, method.said if isinstance(method, (DreamBooth, Inversion)) else str)
-
-
-def named(source: str) -> tuple[str, str]:
-    """NAME=SOURCE taken apart; without a name, one made from the source."""
-    name, sign, rest = source.partition("=")
-    if sign and name and "/" not in name and not Path(source).exists():
+def parse_label(source: str) -> tuple[str, str]:
+    """(label, source) of NAME=SOURCE; without a name, a label made from the source."""
+    name, equals, rest = source.partition("=")
+    if equals and name and "/" not in name and not Path(source).exists():
         return name, rest
-    plain, how = taken_apart(source)
-    path = Path(plain)
-    if path.suffix in checkpoints.FORMATS:
-        return ((path.parent.name or path.stem) if path.stem in ("adapter", "best") else path.stem) + (f"@{how}" if how else ""), source
-    return source.rsplit("/", 1)[-1] or source, source
+    file, aggregation = split_aggregation(source)
+    path = Path(file)
+    if path.suffix in checkpoints.ADAPTER_SUFFIXES:
+        label = (path.parent.name or path.stem) if path.stem in ("adapter", "best") else path.stem
+        return label + (f"@{aggregation}" if aggregation else ""), source
+    return BUILT_IN_ROWS.get(source) or source.rsplit("/", 1)[-1] or source, source
 
 
-def taken_apart(source: str) -> tuple[str, str]:
-    """An adapter and how it brings several references together, one of config.COMBINE; the latter empty for its own way."""
-    rest, _, how = source.rpartition("@")
-    return (rest, how) if how in COMBINE else (source, "")
+def split_aggregation(source: str) -> tuple[str, str]:
+    """(adapter, aggregation) of ADAPTER@AGGREGATION; the aggregation is empty where the adapter's own is used."""
+    adapter, _, aggregation = source.rpartition("@")
+    return (adapter, aggregation) if aggregation in TRAINING_FREE_AGGREGATIONS else (source, "")
 
 
 def check_source(source: str) -> None:
-    """Raise UserError early for a name that stands for nothing."""
-    source, _ = taken_apart(named(source)[1])
-    if source in SHOWN or source in hub.EMBEDDED or source == "reference-only" or source in PERSONAL or Path(source).is_file():
-        return
-    if source in READS:
+    """Raise UserError for a method that was not trained yet; other sources are checked when they are loaded."""
+    source, _ = split_aggregation(parse_label(source)[1])
+    if source in METHODS and source not in ("reference-only", *PER_SUBJECT_METHODS) and not Path(source).is_file():
         raise UserError(f"{source} is a method; train it first (imprompt train --method {source}), then name its adapter.safetensors")

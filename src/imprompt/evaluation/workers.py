@@ -1,51 +1,78 @@
-"""Processes side by side, for work that is cut into pieces, each of which is either kept whole or done again."""
+"""Worker processes for work that is divided into small tasks, each of which is either stored completely or done again."""
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
 from imprompt.errors import UserError
-from imprompt.models.base_pipelines import hide_progress
+from imprompt.models.base_pipelines import hide_loading_progress
+
+Worker = TypeVar("Worker")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+class WorkerPool(Generic[Worker]):
+    """Processes that each hold one worker, an object."""
+
+    def __init__(self, executor: ProcessPoolExecutor):
+        self._executor = executor
+
+    def submit(
+        self, task: Callable[Concatenate[Worker, Arguments], Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> "Future[Result]":
+        """Schedule `task(worker, *args, **kwargs)` in one of the processes, such as an unbound method of the worker. Must be picklable."""
+        return self._executor.submit(_run_task, task, *args, **kwargs)
 
 
 @contextmanager
-def pool(processes: int, begin: Callable[..., None], *words: Any) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, each of which begins with `begin(*words)`, a function of a module.
+def process_pool(
+    num_processes: int, make_worker: Callable[Arguments, Worker], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Iterator[WorkerPool[Worker]]:
+    """A pool of processes, each with a worker from `make_worker(*args, **kwargs)`, which must be picklable.
 
-    Where the block is left by an error or an interruption they are ended at once: a piece may take an hour. Raises UserError
-    where one of them is ended from outside.
+    Where the block is left by an error or an interruption the processes are terminated at once: a task may take an hour. Raises
+    UserError where one of them is killed from outside.
     """
     others = set(active_children())
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (begin, words)) as made:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), _start_process, (make_worker, args, kwargs)) as executor:
         try:
-            yield made
+            yield WorkerPool(executor)
         except BrokenProcessPool as error:
-            remedy = "probably for want of memory; the same command goes on, best with fewer --processes"
-            raise UserError(f"a process was ended from outside, {remedy}") from error
+            remedy = "probably for lack of memory; the same command continues, best with fewer --num-processes"
+            raise UserError(f"a process was killed from outside, {remedy}") from error
         except BaseException:
             for process in set(active_children()) - others:
                 process.terminate()
             raise
         finally:
-            made.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(begin: Callable[..., None], words: tuple[Any, ...]) -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
+_worker: Any = None  # of a worker process
+
+
+def _start_process(make_worker: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    global _worker
+    Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # so that processes do not wait for each other
-    hide_progress()
-    begin(*words)
+    hide_loading_progress()
+    _worker = make_worker(*args, **kwargs)
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot end its processes; they would go on with their piece for nobody."""
+def _run_task(task: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+    return task(_worker, *args, **kwargs)
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent does: a killed parent cannot terminate it, and it would go on with its task."""
     parent = parent_process()
     assert parent is not None
     parent.join()

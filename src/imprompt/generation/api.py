@@ -1,22 +1,34 @@
-"""Doors for Python that take plain values."""
+"""`imprompt.generate`: images from plain values, with what is loaded kept for the next call."""
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from PIL import Image
 
-from imprompt.config import Generate, build
-from imprompt.utils.images import Picture
+from imprompt.config import GenerateConfig
+from imprompt.config.common import keyword_signature
+from imprompt.utils.images import ImageInput
+
+_models: Any = None
+_lock = Lock()  # pipelines are changed and restored while they sample: one call at a time
 
 
-def generate(image: Picture | Sequence[Picture] = (), **choices: Any) -> list[Image.Image]:
-    """Draw pictures after a reference picture, or after several of one subject.
+def generate(image: ImageInput | Sequence[ImageInput] = (), **options: Any) -> list[Image.Image]:
+    """Generate images from a reference image, or from several of one subject.
 
-    `image` is a path or a PIL image, or a list of them. The further keywords are the fields of `config.Generate`, the
-    same as the flags of `imprompt generate`: prompt, scale, adapter, base, steps, guidance, seed, count, size …
-    Nothing is written. Raises `imprompt.UserError` for anything that cannot be used.
+    `image` is a path, bytes or a PIL image, or a list of them. The keywords are the options of `imprompt generate`; an
+    option left at None takes a value that suits the model. Nothing is written. The base model stays in memory for the next
+    call. Raises `imprompt.UserError` for anything that cannot be used.
     """
-    from imprompt.generation.generate import draw
+    from imprompt.generation.generate import LoadedModels, generate_images
 
-    images = (image,) if not isinstance(image, (list, tuple)) else tuple(image)
-    return [drawn.image for drawn in draw(build(Generate, {**choices, "image": images}))]
+    global _models
+    images = tuple(image) if isinstance(image, (list, tuple)) else (image,)
+    config = GenerateConfig.from_options(**options, image=images)
+    with _lock:
+        _models = _models or LoadedModels.empty()
+        return [generated.image for generated in generate_images(config, _models)]
+
+
+generate.__signature__ = keyword_signature(generate, GenerateConfig, "image")  # type: ignore[attr-defined]

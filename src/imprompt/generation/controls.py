@@ -1,6 +1,6 @@
-"""Structure control beside image prompts: ControlNets, which a pipeline runs, and T2I-Adapters, whose features are handed to the UNet.
+"""Structure control: ControlNets, which a pipeline runs, and T2I-Adapters, whose features are added in the UNet.
 
-A T2I-Adapter looks at its picture once; a forward pre-hook adds what it found to every call of the UNet. So it goes with
+A T2I-Adapter reads its control image once; a forward pre-hook adds its features to every call of the UNet. So it goes with
 every pipeline, and with ControlNets, of which diffusers has a pipeline for each task.
 """
 
@@ -15,11 +15,11 @@ from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.errors import UserError, brief
-from imprompt.models.hub import MINI
+from imprompt.errors import UserError, summarize_error
+from imprompt.models.hub import MINI_PATH
 
-# Public releases for SD 1.5 by what their picture shows; anything else is a folder or a hub id.
-RELEASES = {
+# Public releases for SD 1.5 by the kind of control image; anything else is a folder or a hub id.
+PUBLIC_CONTROLNETS = {
     "canny": "lllyasviel/control_v11p_sd15_canny",
     "depth": "lllyasviel/control_v11f1p_sd15_depth",
     "pose": "lllyasviel/control_v11p_sd15_openpose",
@@ -30,62 +30,62 @@ RELEASES = {
     "seg": "lllyasviel/control_v11p_sd15_seg",
     "tile": "lllyasviel/control_v11f1e_sd15_tile",
 }
-EMBEDDED = {"edges": "controlnet_edges", "silhouette": "t2i_silhouette"}  # mini's own
+BUNDLED_CONTROLS = {"edges": "controlnet_edges", "silhouette": "t2i_silhouette"}  # of mini
 
 
 @dataclass(frozen=True)
 class Control:
-    """A picture that says where things are, and the model that reads it."""
+    """A control image, the model that reads it, and its conditioning scale."""
 
     model: Any  # ControlNetModel or T2IAdapter
-    picture: Image.Image
-    weight: float = 1.0
+    image: Image.Image
+    scale: float = 1.0
 
     @property
-    def by_pipeline(self) -> bool:
-        """Whether a pipeline of diffusers runs it."""
+    def is_controlnet(self) -> bool:
+        """Whether a pipeline of diffusers runs it, rather than `apply_t2i_adapters`."""
         return isinstance(self.model, ControlNetModel)
 
 
-def load_control(kind: str, base: str, device: str, dtype: torch.dtype) -> Any:
-    """The model of this name, or in this folder, or of this hub id; its configuration says which of the two kinds it is.
+def load_control(kind: str, model: str, device: str, dtype: torch.dtype) -> Any:
+    """A ControlNet or T2I-Adapter by name, folder or hub id; its own configuration decides which of the two it is.
 
     Raises UserError where there is none.
     """
-    if base == "mini" and kind not in EMBEDDED and "/" not in kind:
-        raise UserError(f"control: mini reads {' and '.join(EMBEDDED)}; received {kind!r}")
-    source: Any = MINI / EMBEDDED[kind] if base == "mini" and kind in EMBEDDED else RELEASES.get(kind, kind)
+    if model == "mini" and kind not in BUNDLED_CONTROLS and "/" not in kind:
+        raise UserError(f"control: mini has {' and '.join(BUNDLED_CONTROLS)}; received {kind!r}")
+    source: Any = MINI_PATH / BUNDLED_CONTROLS[kind] if model == "mini" and kind in BUNDLED_CONTROLS else PUBLIC_CONTROLNETS.get(kind, kind)
     classes: dict[str, Any] = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
     try:
         name = ControlNetModel.load_config(source)["_class_name"]
         if name not in classes:
-            raise ValueError(f"a {name} lies there")
+            raise ValueError(f"it is a {name}")
         return classes[name].from_pretrained(source, torch_dtype=dtype).to(device).eval()
     except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
-        names = ", ".join(EMBEDDED if base == "mini" else RELEASES)
+        names = ", ".join(BUNDLED_CONTROLS if model == "mini" else PUBLIC_CONTROLNETS)
         raise UserError(
-            f"control: no ControlNet or T2I-Adapter at {kind} ({brief(error)}); expected {names}, a folder or a hub id"
+            f"control: no ControlNet or T2I-Adapter at {kind} ({summarize_error(error)}); expected {names}, a folder or a hub id"
         ) from error
 
 
 @contextmanager
-def adapted(unet: nn.Module, controls: Sequence[Control], size: tuple[int, int]) -> Iterator[None]:
-    """Within the context the UNet hears these T2I-Adapters. size: width and height of what is drawn, in pixels."""
+def apply_t2i_adapters(unet: nn.Module, controls: Sequence[Control], size: tuple[int, int]) -> Iterator[None]:
+    """Within the context the UNet is conditioned on these T2I-Adapters. size: width and height of the output in pixels."""
     if not controls:
         yield
         return
-    features = [_features(control, size) for control in controls]
-    depths = {len(found) for found in features}
+    features = [_compute_features(control, size) for control in controls]
+    depths = {len(levels) for levels in features}
     if len(depths) > 1:
         raise UserError("control: these T2I-Adapters were made for different models")
-    together = [torch.stack(list(level)).sum(0) for level in zip(*features, strict=True)]
+    summed = [torch.stack(list(level)).sum(0) for level in zip(*features, strict=True)]
 
-    def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def add_features(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sample = args[0] if args else kwargs["sample"]
-        spread = [level.to(sample).expand(len(sample), -1, -1, -1).clone() for level in together]  # the UNet takes the list apart
-        return args, {**kwargs, "down_intrablock_additional_residuals": spread}
+        residuals = [level.to(sample).expand(len(sample), -1, -1, -1).clone() for level in summed]  # the UNet empties the list
+        return args, {**kwargs, "down_intrablock_additional_residuals": residuals}
 
-    handle = unet.register_forward_pre_hook(feed, with_kwargs=True)
+    handle = unet.register_forward_pre_hook(add_features, with_kwargs=True)
     try:
         yield
     finally:
@@ -93,16 +93,16 @@ def adapted(unet: nn.Module, controls: Sequence[Control], size: tuple[int, int])
 
 
 @torch.no_grad()
-def _features(control: Control, size: tuple[int, int]) -> list[Tensor]:
-    """What a T2I-Adapter finds in its picture at each level of the UNet: (1, channels, height, width)."""
+def _compute_features(control: Control, size: tuple[int, int]) -> list[Tensor]:
+    """Features of a control image for each level of the UNet: (1, channels, height, width)."""
     model = control.model
     weight = next(model.parameters())
     channels = model.adapter.conv_in.in_channels // model.adapter.unshuffle.downscale_factor**2
-    picture = control.picture.convert("L" if channels == 1 else "RGB").resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).float().div(255).reshape(size[1], size[0], channels).permute(2, 0, 1)[None]
-    return [control.weight * level for level in model(pixels.to(weight))]
+    image = control.image.convert("L" if channels == 1 else "RGB").resize(size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).float().div(255).reshape(size[1], size[0], channels).permute(2, 0, 1)[None]
+    return [control.scale * level for level in model(pixels.to(weight))]
 
 
-def condition(control: Control, size: tuple[int, int]) -> Image.Image:
-    """A ControlNet's picture at the size that is drawn."""
-    return control.picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def resize_control_image(control: Control, size: tuple[int, int]) -> Image.Image:
+    """A ControlNet's image at the size of the output."""
+    return control.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -1,130 +1,220 @@
-"""The workflow of `imprompt generate`: references and text in, pictures out."""
+"""The workflow of `imprompt generate`: references and text in, images out."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
-from imprompt.config import PERSONAL, Generate, block_scales
-from imprompt.core.conditioning import BLOCKS
+from imprompt.config import PER_SUBJECT_METHODS, GenerateConfig, ImagePromptConfig, PipelineConfig, SamplingConfig
+from imprompt.core.conditioning import BLOCK_PRESETS
 from imprompt.errors import UserError
-from imprompt.generation.controls import adapted
-from imprompt.generation.tasks import Scene, set_up, with_lora
+from imprompt.generation.controls import apply_t2i_adapters
+from imprompt.generation.tasks import GenerationTask, prepare_task, use_lora
 from imprompt.methods.dreambooth import DreamBooth
-from imprompt.methods.inversion import Inversion
-from imprompt.methods.loading import load_method, method_of
+from imprompt.methods.inversion import TextualInversion
+from imprompt.methods.loading import load_method, read_method_name
 from imprompt.models import hub
-from imprompt.models.base_pipelines import guidance_of, load_base, pick_device, pick_dtype, scheduled
-from imprompt.models.image_prompt import ImagePrompt, Prompter, as_mask, load
+from imprompt.models.base_pipelines import default_guidance_scale, load_pipeline, resolve_device, resolve_dtype, use_scheduler
+from imprompt.models.image_prompt import ImagePrompt, ImagePromptEncoder, load, load_mask
 from imprompt.unet.injection import attach
-from imprompt.utils.memory import enough_memory
+from imprompt.utils.memory import explain_oom
 
-_BATCH_PIXELS = 4 * 512 * 512  # drawn at once
+_MAX_BATCH_PIXELS = 4 * 512 * 512
 
-Progress = Callable[[int, int], None]  # steps done, steps in all
+ProgressCallback = Callable[[int, int], None]  # denoising steps done, and in all
 
 
-class Drawn(NamedTuple):
-    """One picture and the seed that repeats it."""
+class GeneratedImage(NamedTuple):
+    """One image and the seed that repeats it."""
 
     image: Image.Image
     seed: int
 
 
-def draw(choice: Generate, progress: Progress = lambda done, total: None) -> list[Drawn]:
-    """Draw the pictures that `choice` describes. The same seed on the same machine gives the same picture."""
-    learned = _learned(choice)
-    if not (choice.image or choice.face) and choice.adapter and not learned:
-        raise UserError("an adapter without a reference does nothing; give --image")
-    if choice.image and learned:
-        raise UserError(f"{choice.adapter} is a {learned} that has learned its subject; leave --image out")
-    if learned == "inversion" and choice.scale != 1:
-        raise UserError(f"scale: {choice.adapter} holds words, which are said or not; leave --scale out")
-    if learned and choice.encoder:
-        raise UserError(f"encoder: {choice.adapter} looks at no picture; leave --encoder out")
-    prompts = [one for one in (choice, *choice.further()) if one.image or one.face]
-    if not all(one.adapter or choice.base == "mini" for one in prompts):
-        raise UserError(f"which adapter fits {choice.base} is not known; name one with --adapter")
-    base, scene, device = staged(choice)
-    seeds = list(range(choice.seed, choice.seed + choice.count))
-    at_once = max(1, min(choice.count, _BATCH_PIXELS // (scene.size[0] * scene.size[1])))
-    batches = [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
-    steps = max(1, int(choice.steps * scene.share))
-    total, images = len(batches) * steps, list[Image.Image]()
+@dataclass(frozen=True)
+class SubjectMethod:
+    """A checkpoint that was fine-tuned on one subject: what the base model is conditioned on instead of references."""
 
-    def step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        progress(min(done + index + 1, total), total)
-        return kwargs
-
-    with ExitStack() as stack:
-        stack.enter_context(enough_memory("draw smaller pictures (--size), or in another --dtype (bfloat16)"))
-        stack.enter_context(with_lora(base, choice.lora))
-        stack.enter_context(scheduled(scene.pipe, choice.scheduler, choice.steps))
-        stack.enter_context(adapted(base.unet, scene.adapters, scene.size))
-        if prompts:
-            made = [_prompt(one, device) for one in prompts]
-            if choice.save_prompt and (choice.image or choice.face):
-                made[0].save(choice.save_prompt)
-            stack.enter_context(attach(scene.pipe, *made))
-        text = choice.prompt
-        if learned and choice.adapter:
-            method = load_method(choice.adapter, base, choice.base)
-            nothing = method.null()[None].to(base.unet.device)
-            stack.enter_context(method.attached(scene.pipe, nothing, nothing, choice.scale))
-            text = method.said(text) if isinstance(method, (DreamBooth, Inversion)) else text
-        for number, batch in enumerate(batches):
-            done = number * steps
-            images += scene.pipe(
-                [text] * len(batch),
-                negative_prompt=[choice.negative] * len(batch),
-                num_inference_steps=choice.steps,
-                guidance_scale=choice.guidance if choice.guidance is not None else guidance_of(choice.base),
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
-                callback_on_step_end=step,
-                **scene.given(len(batch)),
-            ).images
-    return [Drawn(scene.finish(image), seed) for image, seed in zip(images, seeds, strict=True)]
+    source: str
+    name: str
+    scale: float
 
 
-def staged(choice: Generate) -> tuple[Any, Scene, str]:
-    """The base, the scene in it, and the device. Raises UserError for whatever cannot be drawn."""
-    device = pick_device(choice.device)
-    dtype = pick_dtype(choice.dtype, device, choice.base == "mini")
-    base = load_base(choice.base, device, dtype, choice.base_config)
-    return base, set_up(choice, base, device, dtype), device
+@dataclass
+class LoadedModels:
+    """What stays in memory between two calls of `generate`: one base pipeline, and the latest image prompt encoders."""
+
+    _pipelines: dict[Any, Any]
+    _encoders: dict[Any, ImagePromptEncoder]
+
+    @classmethod
+    def empty(cls) -> "LoadedModels":
+        return cls({}, {})
+
+    def pipeline(self, config: PipelineConfig, dtype: str) -> Any:
+        """The base pipeline of this configuration; another one that was loaded before is dropped first."""
+        device = resolve_device(config.device)
+        key = (config.model, config.model_config, device, resolve_dtype(dtype, device, is_mini=config.is_mini))
+        if key not in self._pipelines:
+            self._pipelines.clear()
+            self._pipelines[key] = load_pipeline(config.model, device, key[3], config.model_config)
+        return self._pipelines[key]
+
+    def image_prompt_encoder(self, adapter: str, image_encoder: str | None, device: torch.device) -> ImagePromptEncoder:
+        """Adapter and image encoder; a file that changed is read again."""
+        modified = os.path.getmtime(adapter) if os.path.isfile(adapter) else 0.0
+        key = (adapter, image_encoder, device, modified)
+        if key not in self._encoders:
+            while len(self._encoders) >= 2:
+                del self._encoders[next(iter(self._encoders))]
+            self._encoders[key] = load(adapter, image_encoder=image_encoder).to(device)
+        return self._encoders[key]
 
 
-def _learned(choice: Generate) -> str:
-    """The method by which an adapter's file has learned one subject; empty where it hears any picture."""
-    if choice.adapter is None or choice.adapter in hub.EMBEDDED or not os.path.isfile(choice.adapter):
-        return ""
-    name = method_of(choice.adapter)
-    return name if name in PERSONAL else ""
+def generate_images(
+    config: GenerateConfig, models: LoadedModels | None = None, on_progress: ProgressCallback = lambda done, total: None
+) -> list[GeneratedImage]:
+    """Generate the images that the configuration describes. The same seed on the same machine gives the same image.
+
+    `models` keeps what is loaded for the next call. Raises UserError for anything that cannot be used.
+    """
+    subject = find_subject_method(config.reference)
+    specs = config.parse_image_prompts()
+    check_references(config.reference, specs, subject, config.pipeline)
+    models = models or LoadedModels.empty()
+    with explain_oom("generate smaller images (--resolution), or in another --dtype (bfloat16)"):
+        base = models.pipeline(config.pipeline, config.sampling.dtype)
+        task = prepare_task(config.task, base, config.sampling.parse_resolution(), model=config.pipeline.model)
+        prompts = [encode_image_prompt(spec, models, base) for spec in specs]
+        if config.save_embeds and config.reference.has_reference:
+            prompts[0].save(config.save_embeds)
+        sampler = Sampler(base, task, config.sampling, config.pipeline.model, config.task.lora)
+        return sampler.sample(config.prompt, config.negative_prompt, prompts, subject, on_progress)
 
 
-def _prompt(choice: Generate, device: str) -> ImagePrompt:
-    """One image prompt, from pictures or from a file that one was kept in."""
-    adapter = choice.adapter or "mini"
-    prompter = _prompter(adapter, choice.encoder, device, os.path.getmtime(adapter) if os.path.isfile(adapter) else 0.0)
-    blocks = {BLOCKS.get(name, name): value for name, value in block_scales(choice.blocks).items()}
-    scale = {name: choice.scale * value for name, value in blocks.items()} if blocks else choice.scale
-    if len(choice.image) == 1 and isinstance(choice.image[0], str) and choice.image[0].endswith(".safetensors"):
-        kept = prompter.read(choice.image[0])
-        mask = as_mask(choice.region) if choice.region else kept.mask
-        return replace(kept, scale=scale, start=choice.start, end=choice.end, mask=mask)
-    combine = None if choice.combine == "auto" else choice.combine
-    return prompter(
-        list(choice.image), scale=scale, mask=choice.region, start=choice.start, end=choice.end, fit=choice.fit, weights=choice.numbers(),
-        combine=combine, negative=choice.negative_image, faces=choice.face,
+@dataclass(frozen=True)
+class Sampler:
+    """Samples batches of images from a prepared task."""
+
+    base: Any
+    task: GenerationTask
+    config: SamplingConfig
+    model: str
+    lora: Sequence[str] = ()
+
+    def sample(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        image_prompts: Sequence[ImagePrompt] = (),
+        subject: SubjectMethod | None = None,
+        on_progress: ProgressCallback = lambda done, total: None,
+    ) -> list[GeneratedImage]:
+        """One image for each seed. The pipeline is left as it was."""
+        images: list[Image.Image] = []
+        with ExitStack() as stack:
+            stack.enter_context(use_lora(self.base, self.lora))
+            stack.enter_context(use_scheduler(self.task.pipe, self.config.scheduler, self.config.num_inference_steps))
+            stack.enter_context(apply_t2i_adapters(self.base.unet, self.task.t2i_adapters, self.task.size))
+            if image_prompts:
+                stack.enter_context(attach(self.task.pipe, *image_prompts))
+            if subject:
+                prompt = stack.enter_context(apply_subject_method(subject, self.base, self.task.pipe, self.model, prompt))
+            for number, batch in enumerate(self.batches):
+                images += self._sample_batch(prompt, negative_prompt, batch, self._step_callback(number, on_progress))
+        return [GeneratedImage(self.task.postprocess(image), seed) for image, seed in zip(images, self.seeds, strict=True)]
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """One for each image."""
+        return range(self.config.seed, self.config.seed + self.config.num_images)
+
+    @property
+    def batches(self) -> list[Sequence[int]]:
+        """The seeds of each batch, which is as large as memory allows."""
+        size = max(1, min(len(self.seeds), _MAX_BATCH_PIXELS // (self.task.size[0] * self.task.size[1])))
+        return [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
+
+    def _sample_batch(self, prompt: str, negative_prompt: str, seeds: Sequence[int], on_step: Callable[..., Any]) -> list[Image.Image]:
+        guidance_scale = self.config.guidance_scale
+        return self.task.pipe(
+            [prompt] * len(seeds),
+            negative_prompt=[negative_prompt] * len(seeds),
+            num_inference_steps=self.config.num_inference_steps,
+            guidance_scale=default_guidance_scale(self.model) if guidance_scale is None else guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            callback_on_step_end=on_step,
+            **self.task.pipeline_kwargs(len(seeds)),
+        ).images
+
+    def _step_callback(self, batch: int, on_progress: ProgressCallback) -> Callable[..., Any]:
+        steps = max(1, int(self.config.num_inference_steps * self.task.step_fraction))
+
+        def on_step(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            total = len(self.batches) * steps
+            on_progress(min(batch * steps + index + 1, total), total)
+            return kwargs
+
+        return on_step
+
+
+def check_references(
+    main: ImagePromptConfig, specs: Sequence[ImagePromptConfig], subject: SubjectMethod | None, pipeline: PipelineConfig
+) -> None:
+    """Raise UserError where adapter, references and base model do not go together."""
+    if not main.has_reference and main.adapter and not subject:
+        raise UserError("adapter: has no effect without a reference; give --image")
+    if subject and main.image:
+        raise UserError(f"image: {main.adapter} is a {subject.name} checkpoint, which is conditioned on no image; remove --image")
+    if subject and subject.name == "inversion" and main.scale != 1:
+        raise UserError(f"scale: has no effect with {main.adapter}, a Textual Inversion checkpoint; remove --scale")
+    if subject and main.image_encoder:
+        raise UserError(f"image_encoder: {main.adapter} is conditioned on no image; remove --image-encoder")
+    if not all(spec.adapter or pipeline.is_mini for spec in specs):
+        raise UserError(f"adapter: {pipeline.model} has no default adapter; name one with --adapter")
+
+
+def find_subject_method(config: ImagePromptConfig) -> SubjectMethod | None:
+    """The per-subject method that the adapter's file holds; None where it is conditioned on reference images."""
+    source = config.adapter
+    if source is None or source in hub.BUNDLED_ADAPTERS or not os.path.isfile(source):
+        return None
+    name = read_method_name(source)
+    return SubjectMethod(source, name, config.scale) if name in PER_SUBJECT_METHODS else None
+
+
+@contextmanager
+def apply_subject_method(subject: SubjectMethod, base: Any, pipe: Any, model: str, prompt: str) -> Iterator[str]:
+    """Within the context the pipeline generates the subject of a fine-tuned checkpoint; yields the prompt with its token."""
+    method = load_method(subject.source, base, model)
+    uncond = method.uncond_features()[None].to(base.unet.device)
+    with method.apply_to(pipe, uncond, uncond, subject.scale):
+        yield method.format_prompt(prompt) if isinstance(method, (DreamBooth, TextualInversion)) else prompt
+
+
+def encode_image_prompt(config: ImagePromptConfig, models: LoadedModels, base: Any) -> ImagePrompt:
+    """One image prompt, from references or from a file of saved embeddings."""
+    encoder = models.image_prompt_encoder(config.adapter or "mini", config.image_encoder, base.unet.device)
+    blocks = {BLOCK_PRESETS.get(name, name): value for name, value in config.parse_block_scales().items()}
+    scale = {name: config.scale * value for name, value in blocks.items()} if blocks else config.scale
+    if saved := saved_embeds_file(config):
+        prompt = encoder.load_prompt(saved)
+        mask = load_mask(config.image_mask) if config.image_mask else prompt.mask
+        return replace(prompt, scale=scale, start_at=config.start_at, end_at=config.end_at, mask=mask)
+    return encoder(
+        list(config.image), scale=scale, mask=config.image_mask, start_at=config.start_at, end_at=config.end_at,
+        resize_mode=config.resize_mode, reference_weights=config.parse_weights(),
+        aggregation=None if config.aggregation == "auto" else config.aggregation,
+        negative_image=config.negative_image, face_embeds=config.face_embeds,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=2)
-def _prompter(adapter: str, encoder: str | None, device: str, changed: float) -> Prompter:
-    """The last ones are kept in memory, as the base is; a file that changed is read again."""
-    return load(adapter, encoder=encoder).to(device)
+def saved_embeds_file(config: ImagePromptConfig) -> str | None:
+    """The file of saved embeddings that stands in the place of reference images."""
+    only = config.image[0] if len(config.image) == 1 else None
+    return str(only) if isinstance(only, (str, Path)) and str(only).endswith(".safetensors") else None

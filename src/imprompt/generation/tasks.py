@@ -1,103 +1,113 @@
-"""What is drawn besides the image prompts: a picture to begin with or to draw into, structure, LoRA."""
+"""Image-to-image, inpainting, structure control and LoRA: the pipeline for a task, and what it is given at each call."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 
-from imprompt.config import Generate, weighed
-from imprompt.errors import UserError, brief
-from imprompt.generation.controls import Control, condition, load_control
-from imprompt.models.base_pipelines import check_size, for_task, grain, own_size
+from imprompt.config import TaskConfig, parse_weighted
+from imprompt.errors import UserError, summarize_error
+from imprompt.generation.controls import Control, load_control, resize_control_image
+from imprompt.models.base_pipelines import check_size, native_resolution, size_constraints, to_task_pipeline
 from imprompt.utils.images import open_image
 
 
 @dataclass(frozen=True)
-class Scene:
+class GenerationTask:
     """A pipeline for the task, and what it is given at each call."""
 
     pipe: Any
     size: tuple[int, int]  # width and height in pixels
-    share: float  # of the steps that are taken
-    adapters: Sequence[Control]  # those that a pipeline does not run
-    given: Callable[[int], dict[str, Any]]  # for so many pictures
-    finish: Callable[[Image.Image], Image.Image]
+    step_fraction: float = 1.0  # of the denoising steps, how many are taken
+    image: Image.Image | None = None  # to start from, at this size
+    mask: Image.Image | None = None  # white where the image is repainted, at this size
+    controlnets: Sequence[Control] = field(default=(), repr=False)
+    t2i_adapters: Sequence[Control] = field(default=(), repr=False)
+
+    def pipeline_kwargs(self, num_images: int) -> dict[str, Any]:
+        """The arguments of the pipeline that depend on the task, for a batch of so many images."""
+        kwargs: dict[str, Any] = {"width": self.size[0], "height": self.size[1]}
+        if self.image:
+            kwargs |= {"image": [self.image] * num_images, "strength": self.step_fraction}
+        if self.mask:
+            kwargs["mask_image"] = [self.mask] * num_images
+        if self.controlnets:
+            images = [resize_control_image(control, self.size) for control in self.controlnets]
+            scales = [control.scale for control in self.controlnets]
+            kwargs["control_image" if self.image else "image"] = images if len(images) > 1 else images[0]
+            kwargs["controlnet_conditioning_scale"] = scales if len(scales) > 1 else scales[0]
+        elif self.image and not self.mask:
+            del kwargs["width"], kwargs["height"]  # the image has them
+        return kwargs
+
+    def postprocess(self, image: Image.Image) -> Image.Image:
+        """Outside the mask the image stays as it was, to the bit."""
+        return Image.composite(image, self.image, self.mask) if self.image and self.mask else image
 
 
-def set_up(choice: Generate, base: Any, device: str, dtype: torch.dtype) -> Scene:
-    """Open and check everything that the choice names, and find the pipeline for it. Raises UserError."""
-    source = choice.init or choice.inpaint
-    begun = open_image(source) if source else None
-    size = choice.pixels() or (like(begun, base) if begun else (own_size(base),) * 2)
+def prepare_task(config: TaskConfig, base: Any, size: tuple[int, int] | None, *, model: str) -> GenerationTask:
+    """Open and check everything that the configuration names, and find the pipeline for it.
+
+    `size` is (width, height) in pixels; without it, the aspect ratio of the image to start from at the model's own area, or
+    the model's native resolution. Raises UserError.
+    """
+    image = open_image(config.source_image) if config.source_image else None
+    size = size or (match_aspect_ratio(image, base) if image else (native_resolution(base),) * 2)
     check_size(base, *size)
-    first = base.unet.config.in_channels
-    if first == 9 and not choice.inpaint:
-        raise UserError(f"{choice.base} is a model for drawing into pictures; give --inpaint IMAGE and --mask IMAGE")
-    if first not in (4, 9):
-        raise UserError(f"{choice.base} reads {first} channels; expected a text-to-image model (4) or one for inpainting (9)")
-    loaded: dict[str, Any] = {}
-    controls = []
-    for kind, path, weight in choice.controls():
-        if kind not in loaded:
-            loaded[kind] = load_control(kind, choice.base, device, dtype)
-        controls.append(Control(loaded[kind], open_image(path), weight))
-    run = [control for control in controls if control.by_pipeline]
-    pipe = for_task(base, bool(choice.init), bool(choice.inpaint), [control.model for control in run])
-    picture = ImageOps.fit(begun, size, Image.Resampling.LANCZOS) if begun else None
-    mask = ImageOps.fit(open_image(choice.mask).convert("L"), size, Image.Resampling.BILINEAR) if choice.mask else None
-    conditions = [condition(control, size) for control in run]
-
-    def given(count: int) -> dict[str, Any]:
-        told: dict[str, Any] = {"width": size[0], "height": size[1]}
-        if picture:
-            told |= {"image": [picture] * count, "strength": choice.strong()}
-        if mask:
-            told["mask_image"] = [mask] * count
-        if run:
-            told["control_image" if picture else "image"] = conditions if len(run) > 1 else conditions[0]
-            told["controlnet_conditioning_scale"] = [c.weight for c in run] if len(run) > 1 else run[0].weight
-        if picture and not mask and not run:
-            del told["width"], told["height"]  # the picture has them
-        return told
-
-    def finish(drawn: Image.Image) -> Image.Image:
-        """Outside the mask the picture stays as it was, to the bit."""
-        return Image.composite(drawn, picture, mask) if picture and mask else drawn
-
-    return Scene(pipe, size, choice.strong() if picture else 1.0, [c for c in controls if not c.by_pipeline], given, finish)
+    _check_in_channels(base, model, inpainting=config.inpaint_image is not None)
+    controls = _load_controls(config, base, model)
+    controlnets = [control for control in controls if control.is_controlnet]
+    pipe = to_task_pipeline(
+        base, image_to_image=bool(config.init_image), inpainting=bool(config.inpaint_image), controlnets=[c.model for c in controlnets]
+    )
+    return GenerationTask(
+        pipe,
+        size,
+        config.effective_strength(),
+        ImageOps.fit(image, size, Image.Resampling.LANCZOS) if image else None,
+        ImageOps.fit(open_image(config.mask_image).convert("L"), size, Image.Resampling.BILINEAR) if config.mask_image else None,
+        controlnets,
+        [control for control in controls if not control.is_controlnet],
+    )
 
 
-def like(picture: Image.Image, base: Any) -> tuple[int, int]:
-    """The size to draw a picture at: its proportions, the model's own area."""
-    step, least = grain(base)
-    shrink = own_size(base) / math.sqrt(picture.width * picture.height)
-    width, height = (max(least, round(n * shrink / step) * step) for n in picture.size)
+def _check_in_channels(base: Any, model: str, *, inpainting: bool) -> None:
+    channels = base.unet.config.in_channels
+    if channels == 9 and not inpainting:
+        raise UserError(f"{model} is an inpainting model; give --inpaint-image IMAGE and --mask-image IMAGE")
+    if channels not in (4, 9):
+        raise UserError(f"{model} has {channels} input channels; expected a text-to-image model (4) or one for inpainting (9)")
+
+
+def _load_controls(config: TaskConfig, base: Any, model: str) -> list[Control]:
+    """Each model once, however many images it is given."""
+    controls = config.parse_controls()
+    models = {kind: load_control(kind, model, base.unet.device, base.unet.dtype) for kind in dict.fromkeys(kind for kind, _, _ in controls)}
+    return [Control(models[kind], open_image(path), scale) for kind, path, scale in controls]
+
+
+def match_aspect_ratio(image: Image.Image, base: Any) -> tuple[int, int]:
+    """(width, height) in pixels with the aspect ratio of an image and the area of the model's native resolution."""
+    step, smallest = size_constraints(base)
+    shrink = native_resolution(base) / math.sqrt(image.width * image.height)
+    width, height = (max(smallest, round(side * shrink / step) * step) for side in image.size)
     return width, height
 
 
 @contextmanager
-def with_lora(pipe: Any, words: Sequence[str]) -> Iterator[None]:
-    """Within the context the base has these LoRA, each with its scale. Raises UserError where one cannot be read, or does not fit."""
-    if not words:
+def use_lora(pipe: Any, lora: Sequence[str]) -> Iterator[None]:
+    """Within the context the base has these LoRA, each SOURCE or SOURCE:SCALE. Raises UserError where one cannot be loaded."""
+    if not lora:
         yield
         return
     names, scales = [], []
     try:
-        for number, (source, scale) in enumerate(map(weighed, words)):
-            try:
-                file = Path(source)
-                named = {"weight_name": file.name} if file.is_file() else {}
-                pipe.load_lora_weights(file.parent if named else source, adapter_name=f"lora{number}", **named)
-            except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
-                remedy = (
-                    "install peft with: pip install 'imprompt[lora]'" if "peft" in str(error).lower() else "expected a LoRA of this base"
-                )
-                raise UserError(f"lora: {source} cannot be loaded ({brief(error)}); {remedy}") from error
+        for number, (source, scale) in enumerate(map(parse_weighted, lora)):
+            _load_lora(pipe, source, f"lora{number}")
             names.append(f"lora{number}")
             scales.append(scale)
         pipe.set_adapters(names, scales)
@@ -105,3 +115,14 @@ def with_lora(pipe: Any, words: Sequence[str]) -> Iterator[None]:
     finally:
         if names:
             pipe.unload_lora_weights()
+
+
+def _load_lora(pipe: Any, source: str, name: str) -> None:
+    file = Path(source)
+    weight_name = {"weight_name": file.name} if file.is_file() else {}
+    try:
+        pipe.load_lora_weights(file.parent if weight_name else source, adapter_name=name, **weight_name)
+    except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
+        peft_missing = "peft" in str(error).lower()
+        remedy = "install peft with: pip install 'imprompt[lora]'" if peft_missing else "expected a LoRA of this base model"
+        raise UserError(f"lora: {source} cannot be loaded ({summarize_error(error)}); {remedy}") from error

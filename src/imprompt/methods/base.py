@@ -1,124 +1,158 @@
-"""What a method is: it rewrites a call of the denoiser. Trainer and evaluator know only this.
+"""The interface of a method, which is all that training and evaluation know of it: a method rewrites a call of the UNet.
 
-`Method` is the protocol. Most methods are `Rewriter`s: a `Rewriting` module says what it makes of the image features
-and how it then calls the denoiser, and the same two functions serve training and drawing.
+`Method` is the protocol. Most methods are a `ConditioningMethod`: its `ConditioningModule` encodes image features and then calls the
+UNet with them, and the same two functions serve training and generation.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from imprompt.core import guidance
+from imprompt.core.guidance import expand_to_cfg_batch, read_cfg_layout
 from imprompt.errors import UserError
-from imprompt.models.image_encoders import Encoder
+from imprompt.models.image_encoders import FeatureEncoder
+from imprompt.utils.protocols import UNetPipeline
 
-Given = dict[str, Tensor]  # what a call needs of the pictures; each tensor has a row for each prompt
+Conditioning = dict[str, Tensor]  # what a UNet call needs of the reference images; the first dimension of each tensor is the batch
+UNetForward = Callable[..., UNet2DConditionOutput]  # the `forward` of a UNet of diffusers
 
 
 class Method(Protocol):
     """One system in training and in use.
 
-    `module` holds all that is trained; its `state_dict` is the file, in the layout that others read.
-    `encoder` turns pictures into what the method reads, and `grid` says which of its features. `about` is what the file is
-    to say beside its tensors.
+    `module` holds everything that is trained; its `state_dict` is the file, in the layout that other libraries read. `encoder` computes
+    the image features, of patches where `uses_patch_features`. `metadata` is stored in the file beside the tensors.
     """
 
     name: str
-    encoder: Encoder
-    grid: bool
+    encoder: FeatureEncoder
+    uses_patch_features: bool
     module: nn.Module
-    about: dict[str, str]
+    metadata: dict[str, str]
 
-    def null(self) -> Tensor:
-        """The features of no picture, (1, patches, features)."""
+    def uncond_features(self) -> Tensor:
+        """The image features that stand for no image, (1, patches, features)."""
         ...
 
-    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
-        """The prediction in training. text: (batch, tokens, cross); image: (batch, references, patches, features)."""
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object) -> Tensor:
+        """The prediction in training. timesteps: (batch,); prompt_embeds: (batch, tokens, cross).
+
+        image_features: (batch, references, patches, features). Returns (batch, channels, height, width).
+        """
         ...
 
-    def release(self) -> None:
-        """Leave the UNet as it was found."""
+    def remove_from_unet(self) -> None:
+        """Remove everything that the method has installed in the UNet."""
         ...
 
-    def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> AbstractContextManager[Any]:
-        """In use: within the context the pipeline draws after these features."""
+    def apply_to(
+        self, pipe: UNetPipeline, image_features: Tensor, uncond_features: Tensor, scale: float = 1.0
+    ) -> AbstractContextManager[object]:
+        """Within the context the pipeline generates images conditioned on these features.
+
+        image_features: (1 or prompts, references, patches, features); uncond_features: (1, 1, patches, features); scale: λ.
+        """
         ...
 
 
-class Rewriting(nn.Module):
-    """What a method trains, and how it rewrites the denoiser's call."""
+class ConditioningModule(nn.Module):
+    """The trained part of a method, and how it rewrites a call of the UNet."""
 
-    shared: tuple[str, ...] = ()  # what of `given` unconditional rows get too
+    also_in_uncond_rows: tuple[str, ...] = ()  # the entries of the conditioning that unconditional rows receive too
 
-    def given(self, image: Tensor) -> Given:
-        """From image features, (batch, references, patches, features), to what the call needs."""
+    def encode(self, image_features: Tensor) -> Conditioning:
+        """Image features, (batch, references, patches, features), to what the UNet call needs."""
         raise NotImplementedError
 
-    def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
-        """The prediction. `unet` is the base's own; time: (batch,)."""
+    def predict(
+        self,
+        unet: UNetForward,
+        latents: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        cond: Conditioning,
+        **unet_kwargs: object,
+    ) -> Tensor:
+        """The prediction. `unet` is the base model's own forward; timesteps: (batch,)."""
         raise NotImplementedError
 
-    def weighed(self, nothing: Given, heard: Given, scale: float) -> Given:
-        """λ where a method has none of its own: the way from no picture to the picture."""
+    def scale_conditioning(self, uncond: Conditioning, cond: Conditioning, scale: float) -> Conditioning:
+        """Linear interpolation from no image (scale 0) to the image (scale 1), for methods without a scale of their own."""
         if scale == 1:
-            return heard
-        return {name: nothing[name] + scale * (value - nothing[name]) for name, value in heard.items()}
+            return cond
+        return {name: uncond[name] + scale * (value - uncond[name]) for name, value in cond.items()}
 
-    def forward(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
-        return self.call(unet, x, time, text, self.given(image), **extra)
+    def forward(
+        self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object
+    ) -> Tensor:
+        """The prediction from image features."""
+        return self.predict(unet, latents, timesteps, prompt_embeds, self.encode(image_features), **unet_kwargs)
 
 
-class Rewriter:
-    """A method made of a `Rewriting` module, a UNet and the encoder that it reads."""
+class ConditioningMethod:
+    """A method made of a `ConditioningModule`, a UNet and the encoder of its image features."""
 
-    def __init__(self, name: str, unet: Any, encoder: Encoder, module: Rewriting, grid: bool = False, nothing: Tensor | None = None):
-        self.name, self.unet, self.encoder, self.grid = name, unet, encoder, grid
-        self.module: nn.Module = module
-        self.rewriting = module
-        self._nothing = nothing
-        self.about: dict[str, str] = {}
+    def __init__(
+        self,
+        name: str,
+        unet: UNet2DConditionModel,
+        encoder: FeatureEncoder,
+        module: ConditioningModule,
+        *,
+        patches: bool = False,
+        uncond_features: Tensor | None = None,
+    ):
+        self.name, self.unet, self.encoder, self.uses_patch_features = name, unet, encoder, patches
+        self.module: nn.Module = module  # the trainer may wrap it
+        self.conditioning_module = module
+        self._uncond_features = uncond_features
+        self.metadata: dict[str, str] = {}
 
-    def null(self) -> Tensor:
-        return self.encoder.null(self.grid) if self._nothing is None else self._nothing
+    def uncond_features(self) -> Tensor:
+        """The method's own features of no image, or else the encoder's."""
+        if self._uncond_features is not None:
+            return self._uncond_features
+        return self.encoder.uncond_features(patches=self.uses_patch_features)
 
-    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
-        return cast(Tensor, self.module(self.unet.forward, x, time, text, image, **extra))
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object) -> Tensor:
+        """The prediction in training, see `Method`."""
+        return cast(Tensor, self.module(self.unet.forward, latents, timesteps, prompt_embeds, image_features, **unet_kwargs))
 
-    def release(self) -> None:
-        """Nothing was placed in the UNet."""
+    def remove_from_unet(self) -> None:
+        """Does nothing: in training nothing is installed in the UNet."""
 
     @contextmanager
-    def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> Iterator[None]:
-        unet, module = pipe.unet, self.rewriting
-        own = unet.forward
+    def apply_to(self, pipe: UNetPipeline, image_features: Tensor, uncond_features: Tensor, scale: float = 1.0) -> Iterator[None]:
+        """Rewrite the UNet's calls in the rows of each guidance group."""
+        module, original_forward = self.conditioning_module, pipe.unet.forward
         with torch.no_grad():
-            nothing = module.given(null.expand(1, image.shape[1], -1, -1))
-            heard = module.weighed(nothing, module.given(image), scale)
+            uncond = module.encode(uncond_features.expand(1, image_features.shape[1], -1, -1))
+            cond = module.scale_conditioning(uncond, module.encode(image_features), scale)
 
-        def rewritten(
-            sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True, **extra: Any
+        def forward(
+            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, return_dict: bool = True, **unet_kwargs: object
         ) -> tuple[Tensor]:
-            groups = guidance.guidance_groups(pipe)
-            rows = {
-                name: guidance.spread((heard if name in module.shared else nothing)[name], value, groups, len(sample))
-                for name, value in heard.items()
+            layout = read_cfg_layout(pipe)
+            rows_cond = {
+                name: expand_to_cfg_batch((cond if name in module.also_in_uncond_rows else uncond)[name], value, layout, len(sample))
+                for name, value in cond.items()
             }
-            time = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-            more = {name: value for name, value in extra.items() if value is not None}
-            return (module.call(own, sample, time, encoder_hidden_states, rows, **more),)
+            timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+            passed_kwargs = {name: value for name, value in unet_kwargs.items() if value is not None}
+            return (module.predict(original_forward, sample, timesteps, encoder_hidden_states, rows_cond, **passed_kwargs),)
 
-        with speaking_for(unet, rewritten):
+        with patched_forward(pipe.unet, forward):
             yield
 
 
 @contextmanager
-def speaking_for(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def patched_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Within the context calls of the module go to `forward`."""
     before = vars(module).get("forward")
     module.forward = forward
@@ -126,59 +160,69 @@ def speaking_for(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del module.forward
-        if before is not None:  # offloading has one of its own there
+        if before is not None:  # accelerate's offloading patches it too
             module.forward = before
 
 
-def dtype_of(module: nn.Module) -> torch.dtype:
+def get_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the module's first parameter."""
     return next(module.parameters()).dtype
 
 
-def pooled(image: Tensor) -> Tensor:
-    """The first reference's pooled embedding: (batch, references, 1, features) → (batch, features)."""
-    return image[:, 0, 0]
+def get_pooled_embedding(image_features: Tensor) -> Tensor:
+    """The pooled embedding of the first reference image: (batch, references, 1, features) → (batch, features)."""
+    return image_features[:, 0, 0]
 
 
-def absent(image: Tensor) -> Tensor:
-    """Which rows stand for no picture, their features being zeros: (batch,) of bool."""
-    return (image == 0).flatten(1).all(1)
+def unflatten_pixels(image_features: Tensor) -> Tensor:
+    """Pixels or latents of the first reference image: (batch, references, side · side, channels) → (batch, channels, side, side)."""
+    side = round(image_features.shape[2] ** 0.5)
+    first = image_features[:, 0].transpose(1, 2)
+    return first.reshape(*first.shape[:2], side, side)
 
 
-def grown(unet: Any, **changes: Any) -> UNet2DConditionModel:
-    """A copy of a UNet in float32, to be trained, with further inputs. Outlets of new parts are small: it starts much as the base.
+def is_null(image_features: Tensor) -> Tensor:
+    """Which rows stand for no image, their features being zeros: (batch,) of bool."""
+    return (image_features == 0).flatten(1).all(1)
 
-    Raises UserError for a UNet that has such inputs already.
+
+def extend_unet(unet: UNet2DConditionModel, **config_changes: object) -> UNet2DConditionModel:
+    """A trainable float32 copy of a UNet with additional inputs.
+
+    The output layers of new modules are scaled down, so that the copy starts close to the base model. Raises UserError for a UNet that
+    has additional inputs already, such as SDXL's.
     """
     if unet.config.addition_embed_type or unet.config.class_embed_type:
-        raise UserError("this method gives a UNet new inputs: expected SD 1.5, SD 2.1 or mini as the base; choose an adapter for this one")
-    known = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # one lists what not to take over
-    made = UNet2DConditionModel.from_config({**known, **changes})
-    missing, _ = made.load_state_dict(unet.state_dict(), strict=False)
+        raise UserError("this method adds inputs to a UNet: expected SD 1.5, SD 2.1 or mini as the base model; use an adapter for this one")
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # such as _name_or_path
+    extended = UNet2DConditionModel.from_config({**config, **config_changes})
+    missing, _ = extended.load_state_dict(unet.state_dict(), strict=False)
     with torch.no_grad():
         for name in missing:
-            weight = made.get_parameter(name)
-            if name.startswith("encoder_hid_proj.text_proj."):  # the text goes through as it is
+            weight = extended.get_parameter(name)
+            if name.startswith("encoder_hid_proj.text_proj."):  # an identity, which leaves the prompt embeddings unchanged
                 weight.copy_(torch.eye(len(weight)) if weight.ndim == 2 else torch.zeros(len(weight)))
-            elif re.search(OUTLETS, name):
+            elif re.search(OUTPUT_LAYERS, name):
                 weight.mul_(0.1)
     if unet.is_gradient_checkpointing:
-        made.enable_gradient_checkpointing()
-    return made.float().train()
+        extended.enable_gradient_checkpointing()
+    return cast(UNet2DConditionModel, extended.float().train())
 
 
-# New parts whose output is added to, or laid beside, what was there.
-OUTLETS = r"^class_embedding(\.linear_2)?\.(weight|bias)$|^add_embedding\.(text_norm|image_proj)\.|^encoder_hid_proj\.image_embeds\."
+# New layers whose output is added to, or concatenated with, an input of the base model.
+OUTPUT_LAYERS = r"^class_embedding(\.linear_2)?\.(weight|bias)$|^add_embedding\.(text_norm|image_proj)\.|^encoder_hid_proj\.image_embeds\."
 
 
-class FineTuned(Rewriting):
-    """A method that trains the whole UNet."""
+class FineTunedUNet(ConditioningModule):
+    """A method that trains all weights of the UNet, in a copy."""
 
-    def __init__(self, unet: Any, **changes: Any):
+    def __init__(self, unet: UNet2DConditionModel, **config_changes: object):
         super().__init__()
-        self.unet = grown(unet, **changes)
+        self.unet = extend_unet(unet, **config_changes)
 
-    def own(self, x: Tensor, time: Tensor, text: Tensor, **extra: Any) -> Tensor:
-        """A call of the copy, in its own precision."""
-        dtype = dtype_of(self.unet)
-        extra = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in extra.items()}
-        return cast(Tensor, self.unet(x.to(dtype), time, text.to(dtype), **extra).sample).to(x.dtype)
+    def predict_with_finetuned_unet(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, **unet_kwargs: object) -> Tensor:
+        """A call of the copy in its own dtype; the prediction has the dtype of the latents."""
+        dtype = get_dtype(self.unet)
+        unet_kwargs = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in unet_kwargs.items()}
+        out = self.unet(latents.to(dtype), timesteps, prompt_embeds.to(dtype), **unet_kwargs)
+        return cast(Tensor, out.sample).to(latents.dtype)

@@ -1,91 +1,99 @@
-"""DreamBooth (arXiv:2208.12242): a UNet fine-tuned on photographs of one subject; all of it, or low-rank updates (arXiv:2106.09685)."""
+"""DreamBooth (Ruiz et al., 2022, arXiv:2208.12242): a UNet fine-tuned on images of one subject, fully or with LoRA (arXiv:2106.09685)."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from imprompt.data.dreambooth import named
 from imprompt.errors import UserError
-from imprompt.methods.base import speaking_for
-from imprompt.models.image_encoders import Encoder, NothingEncoder
+from imprompt.methods.base import patched_forward
+from imprompt.methods.prompt_templates import insert_subject_token
+from imprompt.models.image_encoders import FeatureEncoder, NullEncoder
+from imprompt.utils.protocols import UNetPipeline
 
-RANK = 16
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention layer
+LORA_RANK = 16
+LORA_TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention layer
+T = TypeVar("T")
 
 
 class DreamBooth:
-    """The subject's name is a rare token in the text; nothing but the UNet learns what it means.
+    """A rare token in the prompt stands for the subject, and only the UNet is trained.
 
-    `module` is a copy of the UNet, in float32, or its `LowRank` updates; either way its tensors are a file that diffusers reads.
-    `tuned` is what draws: the trainer may wrap `module`.
+    `module` is a copy of the UNet in float32, or a `LoRAUNet`; diffusers reads the file of either. `finetuned_unet` is the UNet that
+    generates, whatever the trainer wraps around `module`.
     """
 
-    grid = False
+    uses_patch_features = False
 
-    def __init__(self, name: str, unet: Any, module: nn.Module):
+    def __init__(self, name: str, unet: UNet2DConditionModel, module: nn.Module):
         self.name, self.unet, self.module = name, unet, module
-        self.encoder: Encoder = NothingEncoder()
-        self.about: dict[str, str] = {"rank": str(module.rank)} if isinstance(module, LowRank) else {}
-        self.tuned: Any = module.whole if isinstance(module, LowRank) else module
+        self.encoder: FeatureEncoder = NullEncoder()
+        self.metadata: dict[str, str] = {"rank": str(module.rank)} if isinstance(module, LoRAUNet) else {}
+        self.finetuned_unet: UNet2DConditionModel = module.lora_unet if isinstance(module, LoRAUNet) else module
 
     @classmethod
-    def create(cls, pipe: Any) -> "DreamBooth":
+    def create_full(cls, pipe: UNetPipeline) -> "DreamBooth":
         """All weights of the UNet are trained."""
-        return cls("dreambooth", pipe.unet, duplicate(pipe.unet).float().requires_grad_(True))
+        return cls("dreambooth", pipe.unet, copy_unet(pipe.unet).float().requires_grad_(True))
 
     @classmethod
-    def create_low_rank(cls, pipe: Any, rank: int = RANK) -> "DreamBooth":
-        """Beside each projection of the attention layers a product of two narrow matrices is trained. Needs peft."""
-        return cls("dreambooth-lora", pipe.unet, LowRank(pipe.unet, rank))
+    def create_lora(cls, pipe: UNetPipeline, rank: int = LORA_RANK) -> "DreamBooth":
+        """Low-rank updates of the attention projections are trained. Raises UserError without peft."""
+        return cls("dreambooth-lora", pipe.unet, LoRAUNet(pipe.unet, rank))
 
-    def said(self, text: str) -> str:
-        """A text about the noun as one about the subject: "a cat on a beach" → "a sks cat on a beach"."""
-        return named(text, self.about.get("noun", ""), self.about.get("token", "sks"))
+    def format_prompt(self, prompt: str) -> str:
+        """A prompt about the class noun as one about the subject: "a cat on a beach" → "a sks cat on a beach"."""
+        return insert_subject_token(prompt, self.metadata.get("noun", ""), self.metadata.get("token", "sks"))
 
-    def null(self) -> Tensor:
-        return self.encoder.null(self.grid)
+    def uncond_features(self) -> Tensor:
+        """The one zero of the null encoder, (1, 1, 1)."""
+        return self.encoder.uncond_features(patches=False)
 
-    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
-        return self._predicted(self.module, x, time, text, **extra)
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object) -> Tensor:
+        """The prediction in training, see `Method`."""
+        return self._predict_in_own_dtype(self.module, latents, timesteps, prompt_embeds, **unet_kwargs)
 
-    def _predicted(self, unet: nn.Module, x: Tensor, time: Any, text: Tensor, **extra: Any) -> Tensor:
-        """A call in the copy's own precision."""
-        dtype = self.tuned.conv_in.weight.dtype
-        found = unet(x.to(dtype), time, text.to(dtype), return_dict=False, **_in_precision(extra, dtype))[0]
-        return cast(Tensor, found).to(x.dtype)
+    def _predict_in_own_dtype(
+        self, unet: nn.Module, latents: Tensor, timestep: Tensor | float, prompt_embeds: Tensor, **unet_kwargs: object
+    ) -> Tensor:
+        dtype = self.finetuned_unet.conv_in.weight.dtype
+        prediction = unet(latents.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False, **_cast_floats(unet_kwargs, dtype))[0]
+        return cast(Tensor, prediction).to(latents.dtype)
 
-    def release(self) -> None:
-        """Nothing was placed in the UNet."""
+    def remove_from_unet(self) -> None:
+        """Does nothing: the base model's UNet is not changed."""
 
     @contextmanager
-    def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> Iterator[None]:
-        """The copy speaks for the UNet, in every row. scale: how far to go from what the UNet says to what the copy says."""
-        unet = pipe.unet
-        own = unet.forward
+    def apply_to(self, pipe: UNetPipeline, image_features: Tensor, uncond_features: Tensor, scale: float = 1.0) -> Iterator[None]:
+        """The fine-tuned UNet predicts in place of the base model's, in every row. scale: of the interpolation from base to fine-tuned."""
+        base_forward = pipe.unet.forward
 
-        def tuned(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True, **extra: Any) -> Any:
-            said = self._predicted(self.tuned, sample, timestep, encoder_hidden_states, **extra)
+        def forward(
+            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, return_dict: bool = True, **unet_kwargs: object
+        ) -> UNet2DConditionOutput | tuple[Tensor]:
+            prediction = self._predict_in_own_dtype(self.finetuned_unet, sample, timestep, encoder_hidden_states, **unet_kwargs)
             if scale != 1:
-                said = torch.lerp(own(sample, timestep, encoder_hidden_states, return_dict=False, **extra)[0], said, scale)
-            return UNet2DConditionOutput(sample=said) if return_dict else (said,)
+                base = base_forward(sample, timestep, encoder_hidden_states, return_dict=False, **unet_kwargs)[0]
+                prediction = torch.lerp(base, prediction, scale)
+            return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
-        with speaking_for(unet, tuned):
+        with patched_forward(pipe.unet, forward):
             yield
 
 
-class LowRank(nn.Module):
-    """LoRA layers under the names that `pipe.load_lora_weights` reads: `unet.<layer>.lora_A.weight`, and `lora_B` beside it.
+class LoRAUNet(nn.Module):
+    """LoRA layers under the names that `pipe.load_lora_weights` reads: `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`.
 
-    `whole` is the UNet that has them in place. All else in it is the base's own memory, so the base is neither copied nor
-    changed. α is the rank: files then need no word about it. Raises UserError without peft.
+    `lora_unet` is the UNet that contains them. It shares all other tensors with the base model, which is neither copied nor changed. α
+    equals the rank, and so files need not store it. Raises UserError without peft.
     """
 
-    def __init__(self, unet: Any, rank: int):
+    def __init__(self, unet: UNet2DConditionModel, rank: int):
         super().__init__()
         self.rank = rank
         try:
@@ -93,49 +101,62 @@ class LowRank(nn.Module):
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise UserError("dreambooth-lora needs peft; install it with: pip install 'imprompt[lora]'") from error
-        trained = {tensor: tensor.requires_grad for tensor in unet.parameters()}
-        whole = duplicate(unet, (*unet.parameters(), *unet.buffers()))
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS), whole)
-        for tensor, was in trained.items():  # peft froze them
-            tensor.requires_grad_(was)
-        self._whole = (whole,)  # in a tuple, so that its weights do not count as ours
-        for path, layer in whole.named_modules():
+        requires_grad = {tensor: tensor.requires_grad for tensor in unet.parameters()}
+        lora_unet = copy_unet(unet, (*unet.parameters(), *unet.buffers()))
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGET_MODULES)
+        inject_adapter_in_model(config, lora_unet)
+        for tensor, value in requires_grad.items():  # peft freezes the shared tensors
+            tensor.requires_grad_(value)
+        self._lora_unet = (lora_unet,)  # in a tuple, so that the UNet is no submodule
+        for path, layer in lora_unet.named_modules():
             if isinstance(layer, LoraLayer):
-                for part in ("lora_A", "lora_B"):
-                    _place(self, f"unet.{path}.{part}", getattr(layer, part)["default"])
+                for matrix in ("lora_A", "lora_B"):
+                    _add_module_at(self, f"unet.{path}.{matrix}", getattr(layer, matrix)["default"])
         self.float()
 
     @property
-    def whole(self) -> Any:
-        return self._whole[0]
+    def lora_unet(self) -> UNet2DConditionModel:
+        """The UNet with the LoRA layers."""
+        return self._lora_unet[0]
 
-    def forward(self, *inputs: Any, **extra: Any) -> Any:
-        return self.whole(*inputs, **extra)
+    def forward(self, *args: object, **kwargs: object) -> UNet2DConditionOutput | tuple[Tensor]:
+        """A call of the UNet with the LoRA layers."""
+        return self.lora_unet(*args, **kwargs)
 
 
-def duplicate(unet: Any, shared: tuple[Tensor, ...] = ()) -> Any:
-    """A copy of a UNet as it was loaded: what is attached to it at present stays behind. `shared` tensors are not copied."""
+def copy_unet(unet: UNet2DConditionModel, shared: tuple[Tensor, ...] = ()) -> UNet2DConditionModel:
+    """A copy of a UNet without anything that is attached to it at present. `shared` tensors are not copied."""
     copied = copy.deepcopy(unet, {id(tensor): tensor for tensor in shared})
     vars(copied).pop("forward", None)
     return copied
 
 
-def _place(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Register a layer under a path, the modules between made as needed."""
-    *rooms, last = path.split(".")
-    for room in rooms:
-        if room not in module._modules:
-            module.add_module(room, nn.Module())
-        module = module.get_submodule(room)
-    module.add_module(last, layer)
+def _add_module_at(parent: nn.Module, path: str, module: nn.Module) -> None:
+    """Register a module under a dotted path, creating the modules in between."""
+    *names, last = path.split(".")
+    for name in names:
+        if name not in dict(parent.named_children()):
+            parent.add_module(name, nn.Module())
+        parent = parent.get_submodule(name)
+    parent.add_module(last, module)
 
 
-def _in_precision(value: Any, dtype: torch.dtype) -> Any:
-    """The same with floating-point tensors in this dtype: of SDXL's added conditions, of a ControlNet's residuals."""
+def _cast_floats(value: T, dtype: torch.dtype) -> T:
+    """The same arguments with all floating-point tensors in this dtype: SDXL's added conditions, the residuals of a ControlNet."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return cast(T, value.to(dtype) if value.is_floating_point() else value)
     if isinstance(value, dict):
-        return {name: _in_precision(part, dtype) for name, part in value.items()}
+        return cast(T, {name: _cast_floats(part, dtype) for name, part in value.items()})
     if isinstance(value, (list, tuple)):
-        return type(value)(_in_precision(part, dtype) for part in value)
+        return cast(T, type(value)(_cast_floats(part, dtype) for part in value))
     return value
+
+
+def build_dreambooth(pipe: UNetPipeline, encoder: FeatureEncoder) -> DreamBooth:
+    """DreamBooth with all weights of the UNet, untrained."""
+    return DreamBooth.create_full(pipe)
+
+
+def build_dreambooth_lora(pipe: UNetPipeline, encoder: FeatureEncoder) -> DreamBooth:
+    """DreamBooth with LoRA, untrained. Raises UserError without peft."""
+    return DreamBooth.create_lora(pipe)

@@ -1,27 +1,37 @@
-"""SD Image Variations: the image embedding is the one token of the context, in place of the text; the whole UNet is trained."""
+"""SD Image Variations (Lambda Labs, 2022): the image embedding replaces the prompt as the only context token; the UNet is trained."""
 
-from collections.abc import Callable
-from typing import Any
-
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from imprompt.errors import UserError
-from imprompt.methods.base import FineTuned, Given, pooled
+from imprompt.methods.base import Conditioning, ConditioningMethod, FineTunedUNet, UNetForward, get_pooled_embedding
+from imprompt.models.image_encoders import ImageEncoder
+from imprompt.utils.protocols import UNetPipeline
 
 
-class ImageVariations(FineTuned):
-    """No picture is a zero token."""
+class ImageVariations(FineTunedUNet):
+    """A token of zeros stands for no image."""
 
-    def __init__(self, unet: Any, features: int):
-        if features != unet.config.cross_attention_dim:
+    def __init__(self, unet: UNet2DConditionModel, image_embed_dim: int):
+        if image_embed_dim != unet.config.cross_attention_dim:
             raise UserError(
-                f"image variations put the embedding in the text's place: expected an encoder of width {unet.config.cross_attention_dim}, "
-                f"received {features}; choose another --encoder"
+                "image variations replace the prompt by the image embedding: expected an encoder of width "
+                f"{unet.config.cross_attention_dim}, received {image_embed_dim}; choose another --image-encoder"
             )
         super().__init__(unet)
 
-    def given(self, image: Tensor) -> Given:
-        return {"token": pooled(image)[:, None]}
+    def encode(self, image_features: Tensor) -> Conditioning:
+        """The pooled embedding as one token."""
+        return {"token": get_pooled_embedding(image_features)[:, None]}
 
-    def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
-        return self.own(x, time, given["token"])
+    def predict(
+        self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
+    ) -> Tensor:
+        """Call the fine-tuned UNet with the token in place of the prompt."""
+        return self.predict_with_finetuned_unet(latents, timesteps, cond["token"])
+
+
+def build_image_variations(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
+    """The untrained method. Raises UserError where image and prompt embeddings differ in width."""
+    module = ImageVariations(pipe.unet, encoder.embed_dim(patches=False))
+    return ConditioningMethod("image-variations", pipe.unet, encoder, module)

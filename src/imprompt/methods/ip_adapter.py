@@ -1,79 +1,104 @@
-"""IP-Adapter (arXiv:2308.06721): decoupled cross-attention, with global or fine-grained features, or every patch as a token."""
+"""IP-Adapter (Ye et al., 2023, arXiv:2308.06721): decoupled cross-attention to pooled features, resampled patches, or every patch."""
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import cast
 
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from imprompt.config.methods import AdapterType
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregation import AGGREGATORS
 from imprompt.core.attention import KeyValues
-from imprompt.core.image_projection import LinearProjector, MLPProjector, Projector, Resampler
+from imprompt.core.image_projection import FullImageProjection, ImageProjection, Projector, Resampler
 from imprompt.errors import UserError
-from imprompt.models.image_encoders import Encoder
+from imprompt.methods.base import get_dtype
+from imprompt.models.image_encoders import FeatureEncoder
 from imprompt.models.image_prompt import ImagePrompt
-from imprompt.unet.injection import Processors, adapter_shape, attach, initialise, layer_inputs
+from imprompt.unet.attn_processors import InstalledAttnProcessors, build_cross_attention_kwargs, infer_adapter_shape, init_from_unet
+from imprompt.unet.injection import attach
+from imprompt.utils.protocols import UNetPipeline
 
 
 class IPAdapter:
-    """Extra keys and values for every cross-attention layer."""
+    """Additional keys and values for every cross-attention layer."""
 
     name = "ip-adapter"
 
-    def __init__(self, unet: Any, encoder: Encoder, adapter: Adapter):
-        self.unet, self.encoder, self.module = unet, encoder, cast(nn.Module, adapter)
-        self.adapter = adapter
-        self.grid = adapter.image_proj.grid
-        self.about = {"aggregator": adapter.aggregator.name}
-        self.processors: Processors | None = None
+    def __init__(self, unet: UNet2DConditionModel, encoder: FeatureEncoder, adapter: Adapter):
+        self.unet, self.encoder, self.adapter = unet, encoder, adapter
+        self.module: nn.Module = adapter  # the trainer may wrap it
+        self.uses_patch_features = adapter.image_proj.uses_patch_features
+        self.metadata = {"aggregator": adapter.aggregator.name}
+        self._processors: InstalledAttnProcessors | None = None
 
-    @classmethod
-    def create(cls, unet: Any, encoder: Encoder, kind: str = "global") -> "IPAdapter":
-        """Untrained, of one of KINDS: the projector at random, keys and values started from the UNet's own."""
-        layers, cross = adapter_shape(unet)
-        adapter = Adapter(projector(encoder, cross, kind), layers, cross)
-        initialise(adapter, unet)
-        return cls(unet, encoder, adapter)
+    def set_aggregator(self, name: str) -> None:
+        """Replace the aggregator of reference images; its weights start untrained. Raises UserError where it does not fit."""
+        if self.uses_patch_features and name == "attention":
+            raise UserError("aggregation: attention takes pooled features, and this adapter patch features; expected attention-tokens")
+        if name == "joint" and not isinstance(self.adapter.image_proj, Resampler):
+            raise UserError("aggregation: joint needs an adapter with a resampler, and this one has none; expected average")
+        embed_dim = self.encoder.embed_dim(patches=self.uses_patch_features)
+        self.adapter.aggregator = AGGREGATORS[name](embed_dim, self.adapter.cross_attention_dim)
+        self.metadata["aggregator"] = name
 
-    def bring_together(self, how: str) -> None:
-        """Let several references be brought together in this way, by new weights where it has any. Raises UserError."""
-        if self.grid and how == "attention":
-            raise UserError("combine: attention reads pooled embeddings, and this adapter a grid; take attention-tokens")
-        if how == "joint" and not isinstance(self.adapter.image_proj, Resampler):
-            raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take average")
-        self.adapter.aggregator = AGGREGATORS[how](self.encoder.width(self.grid), self.adapter.cross)
-        self.about["aggregator"] = how
+    def uncond_features(self) -> Tensor:
+        """The encoder's features of no image, (1, patches, features)."""
+        return self.encoder.uncond_features(patches=self.uses_patch_features)
 
-    def null(self) -> Tensor:
-        return self.encoder.null(self.grid)
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object) -> Tensor:
+        """The prediction in training, see `Method`. Installs attention processors in the UNet, until `remove_from_unet`."""
+        if self._processors is None:
+            self._processors = InstalledAttnProcessors(self.unet)
+        key_values: dict[int, KeyValues] = self.module(image_features.to(get_dtype(self.module)))
+        key_values = {n: KeyValues(key.to(latents.dtype), value.to(latents.dtype)) for n, (key, value) in key_values.items()}
+        kwargs = build_cross_attention_kwargs(self._processors.layers, key_values)
+        return cast(Tensor, self.unet(latents, timesteps, prompt_embeds, cross_attention_kwargs=kwargs, **unet_kwargs).sample)
 
-    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor:
-        if self.processors is None:
-            self.processors = Processors(self.unet)
-        found = self.module(image.to(next(self.module.parameters()).dtype))
-        found = {n: KeyValues(pair.key.to(x.dtype), pair.value.to(x.dtype)) for n, pair in found.items()}
-        keys = layer_inputs(self.processors.layers, found)
-        return self.unet(x, time, text, cross_attention_kwargs=keys, **extra).sample
+    def remove_from_unet(self) -> None:
+        """Restore the UNet's own attention processors."""
+        if self._processors is not None:
+            self._processors.restore()
+            self._processors = None
 
-    def release(self) -> None:
-        if self.processors is not None:
-            self.processors.restore()
-            self.processors = None
-
-    def attached(self, pipe: Any, image: Tensor, null: Tensor, scale: float = 1.0) -> AbstractContextManager[Any]:
-        self.release()
-        return attach(pipe, ImagePrompt(self.adapter, image, null, scale))
-
-
-KINDS = {"global": "ip-adapter", "resampler": "ip-adapter-plus", "full-face": "ip-adapter-full-face"}  # kind → method
+    def apply_to(
+        self, pipe: UNetPipeline, image_features: Tensor, uncond_features: Tensor, scale: float = 1.0
+    ) -> AbstractContextManager[object]:
+        """Within the context the pipeline generates images conditioned on these features, see `Method`."""
+        self.remove_from_unet()
+        return attach(pipe, ImagePrompt(self.adapter, image_features, uncond_features, scale))
 
 
-def projector(encoder: Encoder, cross: int, kind: str) -> Projector:
-    """The projectors of the public releases; narrower for narrow text states, as mini's are."""
-    match kind:
-        case "global":
-            return LinearProjector(encoder.width(False), cross)
+def build_projector(encoder: FeatureEncoder, cross_attention_dim: int, adapter_type: AdapterType) -> Projector:
+    """The image projection of the public releases, untrained. A resampler is narrower for narrow text embeddings, such as mini's."""
+    match adapter_type:
+        case "base":
+            return ImageProjection(encoder.embed_dim(patches=False), cross_attention_dim)
         case "full-face":
-            return MLPProjector(encoder.width(True), cross)
-    width = {2048: 1280}.get(cross, cross)
-    return Resampler(encoder.width(True), cross, 16, width, heads=max(2, width // 64), depth=4)
+            return FullImageProjection(encoder.embed_dim(patches=True), cross_attention_dim)
+    hidden_dim = {2048: 1280}.get(cross_attention_dim, cross_attention_dim)
+    num_heads = max(2, hidden_dim // 64)
+    return Resampler(encoder.embed_dim(patches=True), cross_attention_dim, 16, hidden_dim, num_heads=num_heads, depth=4)
+
+
+def _build_untrained(pipe: UNetPipeline, encoder: FeatureEncoder, adapter_type: AdapterType) -> IPAdapter:
+    """A random image projection; keys and values initialized from the UNet's own."""
+    hidden_dims, cross_attention_dim = infer_adapter_shape(pipe.unet)
+    adapter = Adapter(build_projector(encoder, cross_attention_dim, adapter_type), hidden_dims, cross_attention_dim)
+    init_from_unet(adapter, pipe.unet)
+    return IPAdapter(pipe.unet, encoder, adapter)
+
+
+def build_base(pipe: UNetPipeline, encoder: FeatureEncoder) -> IPAdapter:
+    """The base IP-Adapter, with pooled features, untrained."""
+    return _build_untrained(pipe, encoder, "base")
+
+
+def build_plus(pipe: UNetPipeline, encoder: FeatureEncoder) -> IPAdapter:
+    """IP-Adapter Plus, with a resampler over patch features, untrained."""
+    return _build_untrained(pipe, encoder, "plus")
+
+
+def build_full_face(pipe: UNetPipeline, encoder: FeatureEncoder) -> IPAdapter:
+    """The full-face IP-Adapter, with one token per patch, untrained."""
+    return _build_untrained(pipe, encoder, "full-face")

@@ -1,30 +1,46 @@
-"""Kandinsky 2.1 (arXiv:2310.03502): z → 10 tokens beside the projected text, and z with the text joins the time. All is trained.
+"""Kandinsky 2.1 (Razzhigaev et al., 2023, arXiv:2310.03502): ten image tokens beside the projected prompt; the UNet is trained.
 
-The tokens and the time's part are diffusers' own `TextImageProjection` and `TextImageTimeEmbedding`.
+The image embedding and the pooled prompt also join the time embedding. The two projections are diffusers' own `TextImageProjection` and
+`TextImageTimeEmbedding`.
 """
 
-from collections.abc import Callable
-from typing import Any
-
+import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from imprompt.errors import UserError
-from imprompt.methods.base import FineTuned, Given, pooled
+from imprompt.methods.base import Conditioning, ConditioningMethod, FineTunedUNet, UNetForward, get_pooled_embedding
+from imprompt.models.image_encoders import ImageEncoder
+from imprompt.utils.protocols import UNetPipeline
 
 
-class Kandinsky(FineTuned):
-    """No picture is the embedding of zeros in the place of pixels."""
+class Kandinsky(FineTunedUNet):
+    """The embedding of an image whose preprocessed pixels are zeros stands for no image."""
 
-    def __init__(self, unet: Any, features: int):
-        cross = unet.config.cross_attention_dim
-        if features != cross:
-            raise UserError(f"Kandinsky's projections expect an encoder of width {cross}, received {features}; choose another --encoder")
-        super().__init__(unet, encoder_hid_dim_type="text_image_proj", encoder_hid_dim=cross, addition_embed_type="text_image")
+    def __init__(self, unet: UNet2DConditionModel, image_embed_dim: int):
+        dim = unet.config.cross_attention_dim
+        if image_embed_dim != dim:
+            raise UserError(
+                f"Kandinsky's projections expect an encoder of width {dim}, received {image_embed_dim}; choose another --image-encoder"
+            )
+        super().__init__(unet, encoder_hid_dim_type="text_image_proj", encoder_hid_dim=dim, addition_embed_type="text_image")
 
-    def given(self, image: Tensor) -> Given:
-        return {"z": pooled(image)}
+    def encode(self, image_features: Tensor) -> Conditioning:
+        """The pooled embedding."""
+        return {"image_embeds": get_pooled_embedding(image_features)}
 
-    def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
+    def predict(
+        self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
+    ) -> Tensor:
+        """Call the fine-tuned UNet with the embeddings of image and prompt as added conditions."""
         dtype = self.unet.dtype
-        added = {"text_embeds": text[:, -1].to(dtype), "image_embeds": given["z"].to(dtype)}
-        return self.own(x, time, text, added_cond_kwargs=added)
+        added_cond_kwargs = {"text_embeds": prompt_embeds[:, -1].to(dtype), "image_embeds": cond["image_embeds"].to(dtype)}
+        return self.predict_with_finetuned_unet(latents, timesteps, prompt_embeds, added_cond_kwargs=added_cond_kwargs)
+
+
+def build_kandinsky(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
+    """The untrained method. Raises UserError where image and prompt embeddings differ in width."""
+    module = Kandinsky(pipe.unet, encoder.embed_dim(patches=False))
+    zero_pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
+    uncond = encoder.encode_pixels(zero_pixels, patches=False)
+    return ConditioningMethod("kandinsky", pipe.unet, encoder, module, uncond_features=uncond)

@@ -1,89 +1,92 @@
-"""A method from its file, ready to draw."""
+"""Methods from their files, ready to generate or to be fine-tuned."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from imprompt.config import PERSONAL, READS
+from imprompt.config.methods import METHODS, PER_SUBJECT_METHODS
 from imprompt.core.adapter import Adapter
 from imprompt.errors import CheckpointError, UserError
-from imprompt.methods import Method, create
-from imprompt.methods.dreambooth import RANK, DreamBooth
-from imprompt.methods.inversion import TOKEN, VECTORS, Inversion
+from imprompt.methods import Method, build_method
+from imprompt.methods.dreambooth import LORA_RANK, DreamBooth
+from imprompt.methods.inversion import NUM_VECTORS, PLACEHOLDER_TOKEN, TextualInversion
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.models import checkpoints, hub
-from imprompt.models.checkpoints import Spec
+from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.image_encoders import ImageEncoder
-from imprompt.models.image_prompt import find_encoder, load
-from imprompt.unet.injection import check_fit
-from imprompt.unet.mkldnn import pack
+from imprompt.models.image_prompt import load, resolve_image_encoder
+from imprompt.unet.injection import check_compatible
+from imprompt.unet.mkldnn import prepack_weights
+from imprompt.utils.protocols import UNetPipeline
 
-LARGE = 5_000_000  # parameters of a module that is worth laying out for the processor
+PREPACK_MIN_PARAMS = 5_000_000  # prepacking the weights of a smaller module does not pay off
 
 
-def load_method(source: str, pipe: Any, base: str, encoder: str | None = None) -> Method:
-    """A method with its weights: a file that `imprompt train` wrote, a public adapter, an embedded one, or reference-only.
+def load_method(source: str, pipe: UNetPipeline, model: str, image_encoder: str | None = None) -> Method:
+    """A method with its weights: a file of `imprompt train`, a public or bundled adapter, or reference-only.
 
-    Raises UserError where there is none, or where it does not fit the base.
+    model: the base model, `mini` or another. Raises UserError where there is no such source, or where it does not fit the base model.
     """
-    method = _loaded(source, pipe, base, encoder)
+    method = _load_weights(source, pipe, model, image_encoder)
     method.module.to(pipe.unet.device).requires_grad_(False).eval()
-    large = sum(p.numel() for p in method.module.parameters()) > LARGE
-    if large and base == "mini" and pipe.unet.device.type == "cpu" and pipe.unet.dtype == torch.bfloat16:
+    is_large = sum(p.numel() for p in method.module.parameters()) > PREPACK_MIN_PARAMS
+    if is_large and model == "mini" and pipe.unet.device.type == "cpu" and pipe.unet.dtype == torch.bfloat16:
         method.module.to(torch.bfloat16)
-        pack(method.module)
+        prepack_weights(method.module)
     return method
 
 
-def method_of(source: str) -> str:
-    """By what method a file was trained, without reading its tensors."""
-    path, _ = hub.find_adapter(source)
-    return str(checkpoints.about(path).get("method", "ip-adapter")) if path.suffix == ".safetensors" else "ip-adapter"
+def read_method_name(source: str) -> str:
+    """The name of the method that a file was trained with, read without its tensors."""
+    path, _ = hub.resolve_adapter(source)
+    return str(checkpoints.read_metadata(path).get("method", "ip-adapter")) if path.suffix == ".safetensors" else "ip-adapter"
 
 
-def _loaded(source: str, pipe: Any, base: str, encoder: str | None) -> Method:
+def _load_weights(source: str, pipe: UNetPipeline, model: str, image_encoder: str | None) -> Method:
     if source == "reference-only":
-        return create(source, pipe, _own_encoder(base, encoder, pipe))
-    path, _ = hub.find_adapter(source)
-    about = checkpoints.about(path) if path.suffix == ".safetensors" else {}
-    name = str(about.get("method", "ip-adapter"))
+        return build_method(source, pipe, _load_image_encoder(model, image_encoder, pipe))
+    path, _ = hub.resolve_adapter(source)
+    metadata = checkpoints.read_metadata(path) if path.suffix == ".safetensors" else {}
+    name = str(metadata.get("method", "ip-adapter"))
     if name.startswith("ip-adapter"):
-        prompter = load(source, encoder=encoder).to(pipe.unet.device)
-        check_fit(prompter.adapter, pipe.unet)
-        return IPAdapter(pipe.unet, prompter.encoder, prompter.adapter)
-    if name not in READS:
-        raise CheckpointError(f"{path.name} was trained by method {name!r}; expected one of {', '.join(READS)}")
-    method = remade(name, pipe, about) if name in PERSONAL else create(name, pipe, _own_encoder(base, encoder, pipe))
+        prompt_encoder = load(source, image_encoder=image_encoder).to(pipe.unet.device)
+        check_compatible(prompt_encoder.adapter, pipe.unet)
+        return IPAdapter(pipe.unet, prompt_encoder.encoder, prompt_encoder.adapter)
+    if name not in METHODS:
+        raise CheckpointError(f"{path.name} was trained with method {name!r}; expected one of {', '.join(METHODS)}")
+    if name in PER_SUBJECT_METHODS:
+        method = rebuild_per_subject_method(name, pipe, metadata)
+    else:
+        method = build_method(name, pipe, _load_image_encoder(model, image_encoder, pipe))
     checkpoints.load_module(method.module, path)
     return method
 
 
-def to_train(source: str) -> tuple[Adapter, Spec]:
-    """An adapter that a training goes on from. Raises UserError for one that is not trained here."""
-    adapter, spec = checkpoints.load_adapter(hub.find_adapter(source)[0])
-    if spec.faces:
+def load_for_finetuning(source: str) -> tuple[Adapter, AdapterSpec]:
+    """An adapter to continue training from. Raises UserError for one of the FaceID family."""
+    adapter, spec = checkpoints.load_adapter(hub.resolve_adapter(source)[0])
+    if spec.is_faceid:
         raise UserError(
-            f"adapter: {source} is of the FaceID family, which draws but is not trained here; expected a global, fine-grained or "
-            "full-face one; for faces, leave --adapter out and take --method ip-adapter-full-face"
+            f"adapter: {source} is of the FaceID family, which generates but cannot be trained here; expected a base, plus or full-face "
+            "adapter; for faces, leave --adapter out and use --method ip-adapter-full-face"
         )
     return adapter, spec
 
 
-def remade(name: str, pipe: Any, about: Mapping[str, Any]) -> DreamBooth | Inversion:
-    """A method of one subject as the file of which this is said wants it, untrained."""
-    made: DreamBooth | Inversion
+def rebuild_per_subject_method(name: str, pipe: UNetPipeline, metadata: Mapping[str, object]) -> Method:
+    """A per-subject method with the settings in a file's metadata, untrained."""
+    method: DreamBooth | TextualInversion
     if name == "inversion":
-        made = Inversion(pipe, str(about.get("token", TOKEN)), int(about.get("vectors", VECTORS)))
+        method = TextualInversion(pipe, str(metadata.get("token", PLACEHOLDER_TOKEN)), int(str(metadata.get("vectors", NUM_VECTORS))))
     elif name == "dreambooth-lora":
-        made = DreamBooth.create_low_rank(pipe, int(about.get("rank", RANK)))
+        method = DreamBooth.create_lora(pipe, int(str(metadata.get("rank", LORA_RANK))))
     else:
-        made = DreamBooth.create(pipe)
-    made.about |= {key: str(about[key]) for key in ("noun", "token") if key in about}
-    return made
+        method = DreamBooth.create_full(pipe)
+    method.metadata |= {key: str(metadata[key]) for key in ("noun", "token") if key in metadata}
+    return method
 
 
-def _own_encoder(base: str, encoder: str | None, pipe: Any) -> ImageEncoder:
-    found = find_encoder(base, encoder)
-    found.model.to(pipe.unet.device)  # type: ignore[arg-type]
-    return found
+def _load_image_encoder(model: str, image_encoder: str | None, pipe: UNetPipeline) -> ImageEncoder:
+    encoder = resolve_image_encoder(model, image_encoder)
+    encoder.model.to(pipe.unet.device)
+    return encoder

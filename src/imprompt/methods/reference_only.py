@@ -1,81 +1,97 @@
-"""ControlNet Reference-only: nothing is trained. The UNet first reads the noised reference; its self-attention is heard.
+"""ControlNet Reference-only (Zhang, 2023): nothing is trained; the UNet's self-attention also attends to the noised reference image.
 
-At every step the reference's latents are noised to the step's time and the UNet runs once to bank what enters each
-self-attention; then it draws, with keys and values from [its own ; the bank]. In the unconditional rows the result is
-mixed with attention to themselves alone, by the style fidelity.
+At every step the latents of the reference image are noised to the timestep of that step, and one UNet call stores the input of each
+self-attention layer. The second call has keys and values from [its own input ; the stored one]. In unconditional rows its output is
+interpolated with self-attention to the row alone, by the style fidelity.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from imprompt.core.noise_schedule import Schedule, add_noise
-from imprompt.methods.base import Given, Rewriting, absent
+from imprompt.core.noise_schedule import NoiseSchedule, add_noise
+from imprompt.methods.base import Conditioning, ConditioningMethod, ConditioningModule, UNetForward, is_null, unflatten_pixels
+from imprompt.models.base_pipelines import noise_schedule_from
+from imprompt.models.image_encoders import FeatureEncoder
+from imprompt.utils.protocols import UNetPipeline
 
-FIDELITY = 0.5
+STYLE_FIDELITY = 0.5
 
 
-class ReferenceOnly(Rewriting):
-    """Reads latents as features: (batch, references, places, channels). Unconditional rows read the reference too."""
+class ReferenceOnly(ConditioningModule):
+    """The image features are latents, (batch, references, positions, channels). Unconditional rows attend to the reference image too."""
 
-    shared = ("latents", "noise")
+    also_in_uncond_rows = ("latents", "noise")
 
-    def __init__(self, unet: Any, schedule: Schedule):
+    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule):
         super().__init__()
-        self._frozen = (unet, schedule)  # a tuple, so that they are no part of this module
+        self._frozen = (unet, schedule)  # in a tuple, so that the UNet is no submodule
 
-    def given(self, image: Tensor) -> Given:
-        side = round(image.shape[2] ** 0.5)
-        latents = image[:, 0].transpose(1, 2).unflatten(2, (side, side))
+    def encode(self, image_features: Tensor) -> Conditioning:
+        """The latents of the first reference image, fixed noise for them, and which rows have no image."""
+        latents = unflatten_pixels(image_features)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents).expand_as(latents)
-        return {"latents": latents, "noise": noise, "absent": absent(image).to(latents.dtype)}
+        return {"latents": latents, "noise": noise, "is_null": is_null(image_features).to(latents.dtype)}
 
-    def weighed(self, nothing: Given, heard: Given, scale: float) -> Given:
-        return heard
+    def scale_conditioning(self, uncond: Conditioning, cond: Conditioning, scale: float) -> Conditioning:
+        """The method has no scale."""
+        return cond
 
-    def call(self, unet: Callable[..., Any], x: Tensor, time: Tensor, text: Tensor, given: Given, **extra: Any) -> Tensor:
-        host, schedule = self._frozen
-        schedule = schedule.to(x.device)
-        t = torch.searchsorted(schedule.time.float().contiguous(), time.float().contiguous()).clamp(max=len(schedule.time) - 1)
-        nothing = given["absent"] > 0
-        noised = add_noise(schedule, given["latents"].float(), given["noise"].float(), t).to(x)
-        banked = [Banked(layer, nothing) for layer in _self_attention(host)]
+    def predict(
+        self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
+    ) -> Tensor:
+        """Two UNet calls: one stores the reference's self-attention inputs, the other attends to them."""
+        base_unet, schedule = self._frozen[0], self._frozen[1].to(latents.device)
+        t = torch.searchsorted(schedule.timesteps.float().contiguous(), timesteps.float().contiguous())
+        t = t.clamp(max=len(schedule.timesteps) - 1)
+        noised = add_noise(schedule, cond["latents"].float(), cond["noise"].float(), t).to(latents)
+        processors = [ReferenceAttnProcessor(layer, cond["is_null"] > 0) for layer in _find_self_attention(base_unet)]
         try:
-            unet(noised, time, text, **extra)
-            for processor in banked:
-                processor.writing = False
-            return cast(Tensor, unet(x, time, text, **extra).sample)
+            unet(noised, timesteps, prompt_embeds, **unet_kwargs)
+            for processor in processors:
+                processor.is_storing = False
+            return cast(Tensor, unet(latents, timesteps, prompt_embeds, **unet_kwargs).sample)
         finally:
-            for processor in banked:
+            for processor in processors:
                 processor.restore()
 
 
-class Banked:
-    """The processor of one self-attention: it first keeps what it reads, then also reads what it kept."""
+class ReferenceAttnProcessor:
+    """The processor of one self-attention layer, which first stores its input and then also attends to the stored one."""
 
-    def __init__(self, layer: Attention, nothing: Tensor):
-        self.layer, self.nothing, self.writing = layer, nothing, True
+    def __init__(self, layer: Attention, uncond_rows: Tensor):
+        self.layer, self.uncond_rows, self.is_storing = layer, uncond_rows, True
         self.replaced = layer.processor
-        self.bank: Tensor | None = None
+        self.stored: Tensor | None = None
         layer.set_processor(self)
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Any = None, *rest: Any, **more: Any) -> Tensor:
-        own = self.replaced(attn, hidden_states, encoder_hidden_states, *rest, **more)
-        if self.writing:
-            self.bank = hidden_states
-            return cast(Tensor, own)
-        assert self.bank is not None
-        both = self.replaced(attn, hidden_states, torch.cat([hidden_states, self.bank], dim=1), *rest, **more)
-        mixed = FIDELITY * own + (1 - FIDELITY) * both
-        return torch.where(self.nothing[:, None, None], mixed, both)
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: object, **kwargs: object
+    ) -> Tensor:
+        """The output of the layer, (rows, positions, hidden)."""
+        self_only = self.replaced(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        if self.is_storing:
+            self.stored = hidden_states
+            return cast(Tensor, self_only)
+        assert self.stored is not None
+        with_reference = self.replaced(attn, hidden_states, torch.cat([hidden_states, self.stored], dim=1), *args, **kwargs)
+        interpolated = STYLE_FIDELITY * self_only + (1 - STYLE_FIDELITY) * with_reference
+        return torch.where(self.uncond_rows[:, None, None], interpolated, with_reference)
 
     def restore(self) -> None:
+        """Put the replaced processor back."""
         self.layer.set_processor(self.replaced)
 
 
-def _self_attention(unet: Any) -> list[Attention]:
+def _find_self_attention(unet: UNet2DConditionModel) -> list[Attention]:
     return [module for name, module in unet.named_modules() if isinstance(module, Attention) and name.endswith("attn1")]
+
+
+def build_reference_only(pipe: UNetPipeline, encoder: FeatureEncoder) -> ConditioningMethod:
+    """The method, which has nothing to train."""
+    module = ReferenceOnly(pipe.unet, noise_schedule_from(pipe.scheduler))
+    return ConditioningMethod("reference-only", pipe.unet, encoder, module)

@@ -1,0 +1,1 @@
+"""The mini model: its procedural image world, tokenizer, evaluation models and weights."""

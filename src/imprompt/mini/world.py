@@ -1,8 +1,9 @@
-"""The world that mini is trained on: subjects with a personal look, photographed in scenes.
+"""The procedural image world that mini is trained on: subjects with an individual appearance, rendered in scenes.
 
-A *subject* is a kind with a personal look; a *scene* is everything that changes from one photograph to the next.
-Both follow from a seed alone, so every parameter of every picture is known: the judge learns them, silhouettes and
-edges exist for structure control, and a training set is a range of integers. Pillow and numpy only.
+A *subject* belongs to a category and has an individual appearance; a *scene* is everything that changes from one image of a
+subject to the next. Both are functions of a seed, so that every parameter of every image is known: the attribute classifier is
+trained on them, silhouettes and edge maps exist for structure control, and a training set is a range of integers. This module
+needs only Pillow and numpy.
 """
 
 import math
@@ -14,17 +15,17 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 64  # pixels, width and height of every picture
-_FINE = 3  # pictures are drawn this many times larger and reduced: antialiasing
-_VIEWS = 12  # of each background
+SIZE = 64  # width and height of every image in pixels
+_SUPERSAMPLING = 3  # antialiasing: images are rendered this many times larger and then reduced
+_VIEWS_PER_BACKGROUND = 12
 
-KINDS = ("star", "heart", "house", "tree", "fish", "cat", "car", "mushroom", "flower", "boat")
+CATEGORIES = ("star", "heart", "house", "tree", "fish", "cat", "car", "mushroom", "flower", "boat")
 PATTERNS = ("plain", "striped", "dotted", "checked")
 ACCESSORIES = ("none", "hat", "crown", "bow")
 BACKGROUNDS = ("white", "grey", "night", "snow", "beach", "meadow", "desert", "city")
 
-Colour = tuple[int, int, int]
-PALETTE: dict[str, Colour] = {
+Color = tuple[int, int, int]
+PALETTE: dict[str, Color] = {
     "red": (215, 35, 40),
     "orange": (245, 140, 25),
     "yellow": (250, 222, 50),
@@ -37,26 +38,26 @@ PALETTE: dict[str, Colour] = {
     "white": (245, 245, 245),
     "black": (38, 36, 42),
 }
-COLOURS = tuple(name for name in PALETTE if name not in ("white", "black"))  # main colours; the two serve as second
+COLORS = tuple(name for name in PALETTE if name not in ("white", "black"))  # main colors; white and black are second colors only
 
-_HELD_OUT_FROM = 1_000_000  # seeds of held-out subjects start here
-HELD_OUT_SCENES = 20_000_000  # and those of the scenes that they are shown in
+_HELD_OUT_FROM = 1_000_000  # first seed of held-out subjects
+HELD_OUT_SCENES = 20_000_000  # first seed of their scenes
 _INK, _CREAM, _GLASS = (40, 34, 38), (240, 226, 200), (205, 230, 245)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What stays the same in every photograph of one subject."""
+    """What all images of one subject have in common."""
 
     seed: int
-    kind: str
-    colour: str
-    main: Colour  # the exact shade of `colour`
-    second_colour: str
-    second: Colour
+    category: str
+    color: str
+    color_rgb: Color
+    second_color: str
+    second_color_rgb: Color
     pattern: str
-    period: float  # of the pattern, in object units (the object spans 2)
-    upright: bool  # direction of stripes
+    period: float  # pattern period in object units (the object spans 2)
+    upright: bool  # vertical stripes
     outline: bool
     face: bool
     accessory: str
@@ -65,34 +66,34 @@ class Subject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What changes from one photograph to the next."""
+    """What changes from one image of a subject to the next."""
 
     seed: int
     background: str
-    x: float  # centre, in pixels of a SIZE × SIZE picture
+    x: float  # center in pixels of a SIZE × SIZE image
     y: float
     size: float  # height of the object in pixels
     tilt: float  # degrees
     flip: bool
-    tint: tuple[float, float, float]  # gain of red, green, blue, brightness included
-    cover: str  # what stands in front: "none", "low" or "post"
+    tint: tuple[float, float, float]  # gain of red, green and blue, including brightness
+    cover: str  # occluder in the foreground: "none", "low" or "post"
 
 
 # ---------------------------------------------------------------------------------------------- subjects and scenes
 
 
-def subject(seed: int) -> Subject:
-    """The subject of this seed."""
+def make_subject(seed: int) -> Subject:
+    """The subject that a seed determines."""
     r = random.Random(f"subject {seed}")
-    colour = r.choice(COLOURS)
-    second = r.choice(_contrasting(colour))
+    color = r.choice(COLORS)
+    second = r.choice(_contrasting_colors(color))
     return Subject(
         seed=seed,
-        kind=r.choice(KINDS),
-        colour=colour,
-        main=_shade(colour, r),
-        second_colour=second,
-        second=_shade(second, r),
+        category=r.choice(CATEGORIES),
+        color=color,
+        color_rgb=_sample_shade(color, r),
+        second_color=second,
+        second_color_rgb=_sample_shade(second, r),
         pattern=r.choice(PATTERNS),
         period=r.uniform(0.56, 0.68),
         upright=r.random() < 0.5,
@@ -103,18 +104,18 @@ def subject(seed: int) -> Subject:
     )
 
 
-def scene(seed: int) -> Scene:
-    """The scene of this seed."""
+def make_scene(seed: int) -> Scene:
+    """The scene that a seed determines."""
     r = random.Random(f"scene {seed}")
     size = r.uniform(45, 50)
     light = r.uniform(0.86, 1.05)
     warmth = r.uniform(-0.05, 0.05)
-    off = 12 if r.random() < 0.06 else 2.5  # now and then the frame crops the subject
+    max_shift = 12 if r.random() < 0.06 else 2.5  # 6 % of the images crop the subject at the border
     return Scene(
         seed=seed,
         background=r.choice(BACKGROUNDS),
-        x=SIZE / 2 + r.uniform(-off, off),
-        y=SIZE / 2 + 2 + r.uniform(-0.7 * off, 0.7 * off),
+        x=SIZE / 2 + r.uniform(-max_shift, max_shift),
+        y=SIZE / 2 + 2 + r.uniform(-0.7 * max_shift, 0.7 * max_shift),
         size=size,
         tilt=r.uniform(-6, 6),
         flip=r.random() < 0.5,
@@ -123,41 +124,41 @@ def scene(seed: int) -> Scene:
     )
 
 
-def combination_held_out(s: Subject) -> bool:
-    """Whether no training picture shows this kind in this colour with this pattern.
+def is_held_out_combination(subject: Subject) -> bool:
+    """Whether no training image shows this category in this color with this pattern.
 
-    One colour in nine for every kind and pattern, so that prompts taken from what is held out are balanced.
+    One color of nine is held out for each category and pattern, so that held-out prompts are balanced.
     """
-    kind, colour, pattern = KINDS.index(s.kind), COLOURS.index(s.colour), PATTERNS.index(s.pattern)
-    return colour == (kind + 2 * pattern) % len(COLOURS)
+    category, color, pattern = CATEGORIES.index(subject.category), COLORS.index(subject.color), PATTERNS.index(subject.pattern)
+    return color == (category + 2 * pattern) % len(COLORS)
 
 
-def subjects(held_out: bool = False) -> Iterator[Subject]:
-    """The subjects of a split, without end. Held-out ones are new themselves and in a combination never trained on."""
+def iterate_subjects(*, held_out: bool = False) -> Iterator[Subject]:
+    """Endless subjects of a split. Held-out subjects have seeds and combinations of attributes that training never uses."""
     seed = _HELD_OUT_FROM if held_out else 0
     while True:
-        found = subject(seed)
-        if combination_held_out(found) == held_out:
-            yield found
+        subject = make_subject(seed)
+        if is_held_out_combination(subject) == held_out:
+            yield subject
         seed += 1
 
 
 @cache
-def _contrasting(colour: str) -> tuple[str, ...]:
-    """Second colours that stand out on `colour`: far enough in brightness for a pattern to show."""
-    return tuple(name for name in PALETTE if abs(_luma(PALETTE[name]) - _luma(PALETTE[colour])) > 60)
+def _contrasting_colors(color: str) -> tuple[str, ...]:
+    """Second colors whose luma differs enough from that of `color` for a pattern to be visible."""
+    return tuple(name for name in PALETTE if abs(_compute_luma(PALETTE[name]) - _compute_luma(PALETTE[color])) > 60)
 
 
-def _luma(c: Colour) -> float:
+def _compute_luma(c: Color) -> float:
     return 0.3 * c[0] + 0.59 * c[1] + 0.11 * c[2]
 
 
-def _shade(name: str, r: random.Random) -> Colour:
+def _sample_shade(name: str, r: random.Random) -> Color:
     gain = r.uniform(0.93, 1.05)
-    return _clip(*(gain * v + r.uniform(-13, 13) for v in PALETTE[name]))
+    return _clip_to_uint8(*(gain * v + r.uniform(-13, 13) for v in PALETTE[name]))
 
 
-def _clip(*values: float) -> Colour:
+def _clip_to_uint8(*values: float) -> Color:
     red, green, blue = (max(0, min(255, round(v))) for v in values)
     return red, green, blue
 
@@ -178,43 +179,43 @@ _PLACES = {
 _NOUNS = {"striped": "stripes", "dotted": "dots", "checked": "checks"}
 
 
-def caption(s: Subject, where: Scene, rng: random.Random, keep: float = 0.75) -> str:
-    """A descriptive caption: the kind and a random subset of the attributes, each kept with probability `keep`."""
+def sample_caption(subject: Subject, scene: Scene, rng: random.Random, keep: float = 0.75) -> str:
+    """A descriptive caption: the category and a random subset of the attributes, each with probability `keep`."""
     words = [rng.choice(_PREFIXES) + "a"]
     ending = []
     if rng.random() < keep:
-        words.append(s.colour)
+        words.append(subject.color)
     if rng.random() < keep:
-        if s.pattern != "plain" and rng.random() < 0.5:
-            ending.append(f"with {s.second_colour} {_NOUNS[s.pattern]}")
+        if subject.pattern != "plain" and rng.random() < 0.5:
+            ending.append(f"with {subject.second_color} {_NOUNS[subject.pattern]}")
         else:
-            words.append(s.pattern)
-    words.append(s.kind)
-    if s.accessory != "none" and rng.random() < keep:
-        ending.append(f"with a {s.accessory}")
-    if s.face and rng.random() < 0.5 * keep:
+            words.append(subject.pattern)
+    words.append(subject.category)
+    if subject.accessory != "none" and rng.random() < keep:
+        ending.append(f"with a {subject.accessory}")
+    if subject.face and rng.random() < 0.5 * keep:
         ending.append("with a face")
     if rng.random() < keep:
-        ending.append(rng.choice(_PLACES[where.background]))
+        ending.append(rng.choice(_PLACES[scene.background]))
     return " ".join(words + ending).replace("a orange", "an orange")
 
 
-def photo_caption(s: Subject, where: Scene, rng: random.Random) -> str:
-    """A photographic caption: the kind and the scene, nothing of the look."""
-    return f"{rng.choice(_PREFIXES)}a {s.kind} {rng.choice(_PLACES[where.background])}"
+def sample_scene_caption(subject: Subject, scene: Scene, rng: random.Random) -> str:
+    """A caption of category and background that does not describe the appearance of the subject."""
+    return f"{rng.choice(_PREFIXES)}a {subject.category} {rng.choice(_PLACES[scene.background])}"
 
 
-def full_caption(s: Subject, where: Scene) -> str:
-    """The four judged attributes, in one fixed wording: the prompts of the evaluation."""
-    article = "an" if s.colour[0] in "aeiou" else "a"
-    return f"{article} {s.colour} {s.pattern} {s.kind} {_PLACES[where.background][0]}"
+def format_full_caption(subject: Subject, scene: Scene) -> str:
+    """The four classified attributes in a fixed wording, as in evaluation prompts."""
+    article = "an" if subject.color[0] in "aeiou" else "a"
+    return f"{article} {subject.color} {subject.pattern} {subject.category} {_PLACES[scene.background][0]}"
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, sorted; a few more that users type."""
+def build_vocabulary() -> tuple[str, ...]:
+    """Every word that a caption can contain and some that users type, sorted."""
     phrases = [*_PREFIXES, *(p for places in _PLACES.values() for p in places), *_NOUNS.values()]
     extra = "a an and of with the in on at to by wearing very big small beautiful best high quality bad low face pattern"
-    names = [*KINDS, *PALETTE, *PATTERNS, *ACCESSORIES, *BACKGROUNDS]
+    names = [*CATEGORIES, *PALETTE, *PATTERNS, *ACCESSORIES, *BACKGROUNDS]
     return tuple(sorted({word for phrase in [*phrases, *names, extra] for word in phrase.split()}))
 
 
@@ -228,25 +229,25 @@ def _ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: 
     return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
 
 
-def _box(x0: float, y0: float, x1: float, y1: float) -> Points:
+def _rectangle(x0: float, y0: float, x1: float, y1: float) -> Points:
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """A kind, in a square of −1 … 1 with y downwards: what is behind, the patterned body, what is painted on it."""
+    """The outline of a category in a square of −1 … 1, y pointing down: parts behind, the patterned body, details on top."""
 
     body: tuple[Points, ...]
-    behind: tuple[tuple[Points, Colour], ...] = ()
-    details: tuple[tuple[Points, Colour], ...] = ()
-    top: tuple[float, float] = (0, -0.9)  # where an accessory sits
-    face: tuple[float, float] = (0, 0)
-    own_eyes: bool = False  # the kind always has eyes
+    behind: tuple[tuple[Points, Color], ...] = ()
+    details: tuple[tuple[Points, Color], ...] = ()
+    top: tuple[float, float] = (0, -0.9)  # position of an accessory
+    face: tuple[float, float] = (0, 0)  # position of a face
+    has_eyes: bool = False  # eyes are part of the shape
 
 
 @cache
-def _shape(kind: str) -> _Shape:
-    match kind:
+def _build_shape(category: str) -> _Shape:
+    match category:
         case "star":
             rays = [(math.radians(36 * i - 90), 1.0 if i % 2 == 0 else 0.5) for i in range(10)]
             return _Shape(([(r * math.cos(a), r * math.sin(a) + 0.05) for a, r in rays],), face=(0, 0.02))
@@ -258,12 +259,12 @@ def _shape(kind: str) -> _Shape:
             return _Shape((curve,), top=(0.0, -0.45), face=(0, -0.15))
         case "house":
             return _Shape(
-                (_box(-0.72, -0.2, 0.72, 0.95), [(-1, -0.15), (0, -1), (1, -0.15)]),
-                behind=((_box(0.4, -0.95, 0.65, -0.3), (110, 80, 75)),),
+                (_rectangle(-0.72, -0.2, 0.72, 0.95), [(-1, -0.15), (0, -1), (1, -0.15)]),
+                behind=((_rectangle(0.4, -0.95, 0.65, -0.3), (110, 80, 75)),),
                 details=(
-                    (_box(-0.2, 0.35, 0.2, 0.95), _INK),
-                    (_box(0.32, 0.05, 0.6, 0.33), _GLASS),
-                    (_box(-0.6, 0.05, -0.32, 0.33), _GLASS),
+                    (_rectangle(-0.2, 0.35, 0.2, 0.95), _INK),
+                    (_rectangle(0.32, 0.05, 0.6, 0.33), _GLASS),
+                    (_rectangle(-0.6, 0.05, -0.32, 0.33), _GLASS),
                 ),
                 face=(0, -0.45),
             )
@@ -273,12 +274,12 @@ def _shape(kind: str) -> _Shape:
                 [(-0.68, 0.15), (0, -0.7), (0.68, 0.15)],
                 [(-0.5, -0.3), (0, -1), (0.5, -0.3)],
             )
-            return _Shape(tiers, behind=((_box(-0.16, 0.5, 0.16, 1), (105, 70, 45)),), face=(0, 0.2))
+            return _Shape(tiers, behind=((_rectangle(-0.16, 0.5, 0.16, 1), (105, 70, 45)),), face=(0, 0.2))
         case "fish":
             return _Shape(
                 (_ellipse(-0.15, 0, 0.82, 0.58), [(0.5, 0), (1, -0.5), (0.9, 0), (1, 0.5)], [(-0.3, -0.45), (0.05, -0.85), (0.3, -0.4)]),
                 details=((_ellipse(-0.6, -0.12, 0.15, 0.15), (250, 250, 250)), (_ellipse(-0.63, -0.12, 0.08, 0.08), _INK)),
-                top=(-0.3, -0.55), own_eyes=True,
+                top=(-0.3, -0.55), has_eyes=True,
             )  # fmt: skip
         case "cat":
             eye = [(_ellipse(side * 0.34, -0.02, 0.15, 0.17), (250, 250, 250)) for side in (-1, 1)]
@@ -290,7 +291,7 @@ def _shape(kind: str) -> _Shape:
             ]
             nose = ([(-0.12, 0.27), (0.12, 0.27), (0, 0.43)], (235, 120, 140))
             ears = ([(-0.85, -0.1), (-0.78, -1), (-0.15, -0.5)], [(0.85, -0.1), (0.78, -1), (0.15, -0.5)])
-            return _Shape((*ears, _ellipse(0, 0.17, 0.9, 0.75)), details=(*eye, *pupil, nose, *whiskers), top=(0, -0.52), own_eyes=True)
+            return _Shape((*ears, _ellipse(0, 0.17, 0.9, 0.75)), details=(*eye, *pupil, nose, *whiskers), top=(0, -0.52), has_eyes=True)
         case "car":
             wheels = [(_ellipse(x, 0.48, 0.26, 0.26), _INK) for x in (-0.52, 0.52)]
             hubs = [(_ellipse(x, 0.48, 0.11, 0.11), (190, 190, 195)) for x in (-0.52, 0.52)]
@@ -308,7 +309,7 @@ def _shape(kind: str) -> _Shape:
             petals = tuple(
                 _ellipse(0.52 * math.cos(a), -0.3 + 0.52 * math.sin(a), 0.34, 0.34) for a in (2 * math.pi * i / 6 for i in range(6))
             )
-            stalk = ((_box(-0.06, 0.2, 0.06, 1), (60, 130, 60)), (_ellipse(0.3, 0.72, 0.28, 0.12), (60, 130, 60)))
+            stalk = ((_rectangle(-0.06, 0.2, 0.06, 1), (60, 130, 60)), (_ellipse(0.3, 0.72, 0.28, 0.12), (60, 130, 60)))
             return _Shape(
                 (*petals, _ellipse(0, -0.3, 0.5, 0.5)),
                 behind=stalk,
@@ -319,29 +320,29 @@ def _shape(kind: str) -> _Shape:
         case _:
             hull = [(-0.95, 0.4), (0.95, 0.4), (0.62, 0.92), (-0.62, 0.92)]
             sails = ([(-0.06, -0.95), (-0.06, 0.22), (-0.8, 0.22)], [(0.1, -0.8), (0.1, 0.22), (0.75, 0.22)])
-            return _Shape((hull, *sails), behind=((_box(-0.06, -1, 0.1, 0.45), (105, 70, 45)),), top=(0.02, -0.92), face=(0, 0.64))
+            return _Shape((hull, *sails), behind=((_rectangle(-0.06, -1, 0.1, 0.45), (105, 70, 45)),), top=(0.02, -0.92), face=(0, 0.64))
 
 
 _HATS: dict[str, tuple[Points, ...]] = {
-    "hat": (_box(-0.42, -0.08, 0.42, 0.06), _box(-0.26, -0.5, 0.26, -0.05)),
+    "hat": (_rectangle(-0.42, -0.08, 0.42, 0.06), _rectangle(-0.26, -0.5, 0.26, -0.05)),
     "crown": ([(-0.36, 0.06), (-0.42, -0.42), (-0.18, -0.16), (0, -0.48), (0.18, -0.16), (0.42, -0.42), (0.36, 0.06)],),
-    "bow": ([(0, -0.1), (-0.44, -0.36), (-0.44, 0.16)], [(0, -0.1), (0.44, -0.36), (0.44, 0.16)], _box(-0.11, -0.22, 0.11, 0.02)),
+    "bow": ([(0, -0.1), (-0.44, -0.36), (-0.44, 0.16)], [(0, -0.1), (0.44, -0.36), (0.44, 0.16)], _rectangle(-0.11, -0.22, 0.11, 0.02)),
 }
-_HAT_COLOURS: dict[str, Colour] = {"hat": (45, 42, 60), "crown": (255, 200, 40), "bow": (225, 50, 110)}
+_HAT_COLORS: dict[str, Color] = {"hat": (45, 42, 60), "crown": (255, 200, 40), "bow": (225, 50, 110)}
 
 
-# ----------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------------------- rendering
 
 
-class _Frame:
-    """Maps object coordinates to pixels of the fine canvas."""
+class _ObjectTransform:
+    """Maps object coordinates to pixels of the supersampled canvas."""
 
-    def __init__(self, s: Subject, where: Scene):
-        self.half = where.size / 2 * _FINE  # pixels in one object unit
-        a = math.radians(where.tilt)
-        width = self.half * s.stretch * (-1 if where.flip else 1)
+    def __init__(self, subject: Subject, scene: Scene):
+        self.half = scene.size / 2 * _SUPERSAMPLING  # pixels per object unit
+        a = math.radians(scene.tilt)
+        width = self.half * subject.stretch * (-1 if scene.flip else 1)
         self.m = (width * math.cos(a), -self.half * math.sin(a), width * math.sin(a), self.half * math.cos(a))
-        self.x, self.y = where.x * _FINE, where.y * _FINE
+        self.x, self.y = scene.x * _SUPERSAMPLING, scene.y * _SUPERSAMPLING
 
     def __call__(self, points: Points, dx: float = 0, dy: float = 0) -> Points:
         a, b, c, d = self.m
@@ -349,106 +350,106 @@ class _Frame:
         return [(a * px + b * py + x, c * px + d * py + y) for px, py in points]
 
 
-def draw(s: Subject, where: Scene) -> Image.Image:
-    """The photograph of a subject in a scene: RGB, SIZE × SIZE."""
-    side = SIZE * _FINE
-    canvas = _background(where.background, where.seed % _VIEWS).copy()
+def render(subject: Subject, scene: Scene) -> Image.Image:
+    """The image of a subject in a scene: RGB, SIZE × SIZE."""
+    side = SIZE * _SUPERSAMPLING
+    canvas = _render_background(scene.background, scene.seed % _VIEWS_PER_BACKGROUND).copy()
     pen = ImageDraw.Draw(canvas)
-    frame, shape = _Frame(s, where), _shape(s.kind)
-    for points, colour in shape.behind:
-        pen.polygon(frame(points), fill=colour)
+    transform, shape = _ObjectTransform(subject, scene), _build_shape(subject.category)
+    for points, color in shape.behind:
+        pen.polygon(transform(points), fill=color)
     mask = Image.new("1", (side, side))
     stencil = ImageDraw.Draw(mask)
     for points in shape.body:
-        stencil.polygon(frame(points), fill=1)
-    if s.outline:
+        stencil.polygon(transform(points), fill=1)
+    if subject.outline:
         for points in shape.body:
-            placed = frame(points)
-            joint = "curve" if len(points) < 14 else None  # slow, and a finely divided curve does not need it
-            pen.line([*placed, placed[0], placed[1]], fill=_INK, width=4 * _FINE, joint=joint)
-    canvas.paste(s.main if s.pattern == "plain" else _texture(s, frame), (0, 0, side, side), mask)
-    for points, colour in shape.details:
-        pen.polygon(frame(points), fill=colour)
-    if s.face and not shape.own_eyes:
-        _draw_face(pen, frame, shape.face)
-    if s.accessory != "none":
-        for points in _HATS[s.accessory]:
-            pen.polygon(frame(points, *shape.top), fill=_HAT_COLOURS[s.accessory])
-    for points, colour in _cover(where):
-        pen.polygon(points, fill=colour)
-    light = np.asarray(canvas.reduce(_FINE), dtype=np.float32) * np.asarray(where.tint, dtype=np.float32)
+            outline = transform(points)
+            joint = "curve" if len(points) < 14 else None  # slow, and not visible on a finely divided curve
+            pen.line([*outline, outline[0], outline[1]], fill=_INK, width=4 * _SUPERSAMPLING, joint=joint)
+    canvas.paste(subject.color_rgb if subject.pattern == "plain" else _render_pattern(subject, transform), (0, 0, side, side), mask)
+    for points, color in shape.details:
+        pen.polygon(transform(points), fill=color)
+    if subject.face and not shape.has_eyes:
+        _draw_face(pen, transform, shape.face)
+    if subject.accessory != "none":
+        for points in _HATS[subject.accessory]:
+            pen.polygon(transform(points, *shape.top), fill=_HAT_COLORS[subject.accessory])
+    for points, color in _occluder_polygons(scene):
+        pen.polygon(points, fill=color)
+    light = np.asarray(canvas.reduce(_SUPERSAMPLING), dtype=np.float32) * np.asarray(scene.tint, dtype=np.float32)
     return Image.fromarray(np.minimum(light, 255).astype(np.uint8))
 
 
-def silhouette(s: Subject, where: Scene) -> Image.Image:
-    """Where the subject is visible: L, SIZE × SIZE, 255 inside. What covers it is left out."""
-    mask = Image.new("L", (SIZE * _FINE,) * 2)
+def render_silhouette(subject: Subject, scene: Scene) -> Image.Image:
+    """The visible part of the subject: L, SIZE × SIZE, 255 inside, without occluded parts."""
+    mask = Image.new("L", (SIZE * _SUPERSAMPLING,) * 2)
     pen = ImageDraw.Draw(mask)
-    frame, shape = _Frame(s, where), _shape(s.kind)
+    transform, shape = _ObjectTransform(subject, scene), _build_shape(subject.category)
     parts = [*shape.body, *(p for p, _ in shape.behind), *(p for p, _ in shape.details)]
     for points in parts:
-        pen.polygon(frame(points), fill=255)
-    if s.accessory != "none":
-        for points in _HATS[s.accessory]:
-            pen.polygon(frame(points, *shape.top), fill=255)
-    for points, _ in _cover(where):
+        pen.polygon(transform(points), fill=255)
+    if subject.accessory != "none":
+        for points in _HATS[subject.accessory]:
+            pen.polygon(transform(points, *shape.top), fill=255)
+    for points, _ in _occluder_polygons(scene):
         pen.polygon(points, fill=0)
-    return mask.reduce(_FINE)
+    return mask.reduce(_SUPERSAMPLING)
 
 
-def edges(s: Subject, where: Scene) -> Image.Image:
-    """The contour of the silhouette: L, SIZE × SIZE, 255 on the line."""
-    return silhouette(s, where).filter(ImageFilter.FIND_EDGES).point([255 * (v > 60) for v in range(256)])
+def render_edges(subject: Subject, scene: Scene) -> Image.Image:
+    """The contour of the silhouette: L, SIZE × SIZE, 255 on the contour."""
+    return render_silhouette(subject, scene).filter(ImageFilter.FIND_EDGES).point([255 * (v > 60) for v in range(256)])
 
 
-def _texture(s: Subject, frame: _Frame) -> Image.Image:
-    """The main colour with the pattern in the second one, fixed to the object. The second covers less than half."""
-    layer = Image.new("RGB", (SIZE * _FINE,) * 2, s.main)
+def _render_pattern(subject: Subject, transform: _ObjectTransform) -> Image.Image:
+    """The pattern in object coordinates: the second color on the main color, covering less than half of it."""
+    layer = Image.new("RGB", (SIZE * _SUPERSAMPLING,) * 2, subject.color_rgb)
     pen = ImageDraw.Draw(layer)
-    n = math.ceil(1.1 / s.period)
-    lines = [i * s.period for i in range(-n, n + 1)]
-    if s.pattern == "striped":
-        half = 0.19 * s.period
+    n = math.ceil(1.1 / subject.period)
+    lines = [i * subject.period for i in range(-n, n + 1)]
+    if subject.pattern == "striped":
+        half = 0.19 * subject.period
         for at in lines:
-            strip = _box(at - half, -1.2, at + half, 1.2) if s.upright else _box(-1.2, at - half, 1.2, at + half)
-            pen.polygon(frame(strip), fill=s.second)
-    elif s.pattern == "checked":  # a window-pane check: crossing lines
-        half = 0.12 * s.period
+            strip = _rectangle(at - half, -1.2, at + half, 1.2) if subject.upright else _rectangle(-1.2, at - half, 1.2, at + half)
+            pen.polygon(transform(strip), fill=subject.second_color_rgb)
+    elif subject.pattern == "checked":  # a window-pane check: crossing lines
+        half = 0.12 * subject.period
         for at in lines:
-            pen.polygon(frame(_box(at - half, -1.2, at + half, 1.2)), fill=s.second)
-            pen.polygon(frame(_box(-1.2, at - half, 1.2, at + half)), fill=s.second)
-    elif s.pattern == "dotted":
-        radius = 0.31 * s.period * frame.half
+            pen.polygon(transform(_rectangle(at - half, -1.2, at + half, 1.2)), fill=subject.second_color_rgb)
+            pen.polygon(transform(_rectangle(-1.2, at - half, 1.2, at + half)), fill=subject.second_color_rgb)
+    elif subject.pattern == "dotted":
+        radius = 0.31 * subject.period * transform.half
         for j, row in enumerate(lines):
-            for x, y in frame([(at + 0.5 * s.period * (j % 2), row) for at in lines]):
-                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=s.second)
+            for x, y in transform([(at + 0.5 * subject.period * (j % 2), row) for at in lines]):
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=subject.second_color_rgb)
     return layer
 
 
-def _draw_face(pen: ImageDraw.ImageDraw, frame: _Frame, at: tuple[float, float]) -> None:
+def _draw_face(pen: ImageDraw.ImageDraw, transform: _ObjectTransform, center: tuple[float, float]) -> None:
     for side in (-1, 1):
-        pen.polygon(frame(_ellipse(side * 0.19, -0.05, 0.13, 0.15, n=16), *at), fill=(252, 252, 252))
-        pen.polygon(frame(_ellipse(side * 0.19, -0.03, 0.07, 0.09, n=12), *at), fill=_INK)
+        pen.polygon(transform(_ellipse(side * 0.19, -0.05, 0.13, 0.15, n=16), *center), fill=(252, 252, 252))
+        pen.polygon(transform(_ellipse(side * 0.19, -0.03, 0.07, 0.09, n=12), *center), fill=_INK)
     smile = _ellipse(0, 0.14, 0.2, 0.14, 0, 180, n=10)
-    pen.polygon(frame(smile, *at), fill=_INK)
+    pen.polygon(transform(smile, *center), fill=_INK)
 
 
-def _cover(where: Scene) -> list[tuple[Points, Colour]]:
-    side = SIZE * _FINE
-    r = random.Random(where.seed)
-    if where.cover == "low":
+def _occluder_polygons(scene: Scene) -> list[tuple[Points, Color]]:
+    side = SIZE * _SUPERSAMPLING
+    r = random.Random(scene.seed)
+    if scene.cover == "low":
         top = [(side * i / 8, side * (0.88 + r.uniform(-0.03, 0.03))) for i in range(9)]
         return [([*top, (side, side), (0, side)], (60, 95, 55))]
-    if where.cover == "post":
+    if scene.cover == "post":
         x = side * (r.uniform(0.08, 0.2) if r.random() < 0.5 else r.uniform(0.8, 0.92))
-        return [(_box(x - 0.045 * side, 0, x + 0.045 * side, side), (96, 84, 78))]
+        return [(_rectangle(x - 0.045 * side, 0, x + 0.045 * side, side), (96, 84, 78))]
     return []
 
 
 @cache
-def _background(name: str, variant: int) -> Image.Image:
-    """One of the views of a place, on the fine canvas."""
-    side = SIZE * _FINE
+def _render_background(name: str, variant: int) -> Image.Image:
+    """One view of a background on the supersampled canvas."""
+    side = SIZE * _SUPERSAMPLING
     r = random.Random(f"{name} {variant}")
     plain = {"white": (247, 246, 244), "grey": (158, 160, 163)}
     sky = {"night": (22, 26, 66), "snow": (178, 200, 226), "beach": (150, 208, 240), "meadow": (165, 215, 245)}
@@ -457,10 +458,10 @@ def _background(name: str, variant: int) -> Image.Image:
     pen = ImageDraw.Draw(image)
     horizon = side * r.uniform(0.6, 0.72)
 
-    def spots(n: int, low: float, high: float, radius: float, colour: Colour) -> None:
+    def spots(n: int, low: float, high: float, radius: float, color: Color) -> None:
         for _ in range(n):
-            x, y, q = r.uniform(0, side), r.uniform(low, high) * side, radius * r.uniform(0.8, 1.3) * _FINE
-            pen.ellipse((x - q, y - q, x + q, y + q), fill=colour)
+            x, y, q = r.uniform(0, side), r.uniform(low, high) * side, radius * r.uniform(0.8, 1.3) * _SUPERSAMPLING
+            pen.ellipse((x - q, y - q, x + q, y + q), fill=color)
 
     if name == "night":
         spots(26, 0, 1, 0.8, (240, 240, 215))

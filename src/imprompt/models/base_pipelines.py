@@ -1,4 +1,4 @@
-"""Base models: loaded from the package, a folder or the hub; schedulers by name."""
+"""Base models: pipelines loaded from the package, a folder, a single file or the hub; devices, data types and schedulers by name."""
 
 import importlib
 import math
@@ -6,21 +6,25 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
-from imprompt.core.noise_schedule import TARGETS, Schedule, rectified_flow, variance_preserving
-from imprompt.errors import UserError, brief
+from imprompt.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, make_rectified_flow_schedule, make_vp_schedule
+from imprompt.errors import UserError, summarize_error
 from imprompt.models import checkpoints
-from imprompt.models.hub import MINI
-from imprompt.unet.mkldnn import order, pack
+from imprompt.models.hub import MINI_PATH
+from imprompt.unet.mkldnn import prepack_weights, to_channels_last_if_faster
+from imprompt.utils.compat import cpu_supports_bfloat16
+from imprompt.utils.protocols import UNetPipeline
 
-# diffusers' class for each name, and what it is told beyond the model's own settings.
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, SchedulerMixin
+
+# diffusers' class for each name, and its arguments in addition to the model's own scheduler config.
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -32,24 +36,24 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
 }
 
+MINI_GUIDANCE_SCALE, DEFAULT_GUIDANCE_SCALE = 3.0, 7.5
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin")
 
-MINI_GUIDANCE, GUIDANCE = 3.0, 7.5
 
-
-def pick_device(device: str = "auto") -> str:
-    """The device of this name; `auto` takes the best one here."""
+def resolve_device(device: str = "auto") -> str:
+    """The device of this name; `auto` is a GPU where there is one, else the CPU. Raises UserError for one that does not work."""
     if device != "auto":
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {device!r} is not to be had here; use cpu or auto") from error
+            raise UserError(f"device {device!r} is not available on this machine; use cpu or auto") from error
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def claim_device(device: str = "auto") -> str:
-    """`pick_device` for this process: of several on a machine with GPUs, each takes its own and makes it the current one."""
-    device = pick_device(device)
+def set_device(device: str = "auto") -> str:
+    """`resolve_device` for this process: with several GPUs, each local process uses its own and makes it the current one."""
+    device = resolve_device(device)
     if device.startswith("cuda"):
         index = int(os.environ.get("LOCAL_RANK", torch.device(device).index or 0)) % torch.cuda.device_count()
         torch.cuda.set_device(index)
@@ -57,69 +61,81 @@ def claim_device(device: str = "auto") -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str, mini: bool) -> torch.dtype:
-    """`auto`: float16 on GPUs; on CPU bfloat16 for mini where the processor computes in it, else float32."""
+def resolve_dtype(dtype: str, device: str, *, is_mini: bool) -> torch.dtype:
+    """The data type for sampling. `auto`: float16 on GPUs; on the CPU bfloat16 for mini if the CPU supports it, else float32."""
     if dtype != "auto":
-        return getattr(torch, dtype)
+        return _dtype_named(dtype)
     if device != "cpu":
         return torch.float16
-    return torch.bfloat16 if mini and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if is_mini and cpu_supports_bfloat16() else torch.float32
 
 
-def pick_precision(name: str, device: str) -> torch.dtype:
-    """For training. `auto`: bfloat16 where the device computes in it, else float32 (float16 overflows in the resampler)."""
-    if name != "auto":
-        return getattr(torch, name)
+def resolve_mixed_precision(dtype: str, device: str) -> torch.dtype:
+    """The data type for training. `auto`: bfloat16 if the device supports it, else float32 (float16 overflows in the resampler)."""
+    if dtype != "auto":
+        return _dtype_named(dtype)
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if device == "cpu" and cpu_supports_bfloat16() else torch.float32
 
 
-@lru_cache(maxsize=1)
-def load_base(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, config: str | None = None) -> Any:
-    """A pipeline with a UNet. The last one loaded is kept in memory. config: of a single file, see `_from_file`.
+def _dtype_named(name: str) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, name))
 
-    Raises UserError where there is none, or where its denoiser is no UNet.
+
+def load_pipeline(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, model_config: str | None = None) -> UNetPipeline:
+    """A pipeline with a UNet, from `mini`, a folder, a single file or a hub id. Every call loads it anew.
+
+    `model_config` is for single files, see `_load_single_file`. Raises UserError where there is no such model, or where its
+    denoiser is not a UNet.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
-
-    mini = source == "mini"
-    if mini and not (MINI / "model_index.json").is_file():
-        raise UserError("the embedded model is not there yet; build it with: imprompt mini make")
-    single = source.endswith(FILES) and not os.path.isdir(source)
-    kind: Any = StableDiffusionPipeline if mini else DiffusionPipeline
-    optional = {"safety_checker": None, "requires_safety_checker": False} if mini else {}
+    is_mini = source == "mini"
+    if is_mini and not (MINI_PATH / "model_index.json").is_file():
+        raise UserError("the embedded model is not built yet; build it with: imprompt mini build")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers say dtype, which older ones ignore in silence
-            pipe = (
-                _from_file(source, dtype, config)
-                if single
-                else kind.from_pretrained(MINI if mini else source, torch_dtype=dtype, **optional)
-            )
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers use the argument dtype, which older ones ignore silently
+            is_file = source.endswith(SINGLE_FILE_SUFFIXES) and not os.path.isdir(source)
+            pipe = _load_single_file(source, dtype, model_config) if is_file else _load_pretrained(source, dtype)
     except UserError:
         raise
-    except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
-        raise UserError(f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({brief(error)})") from error
+    except Exception as error:  # missing and damaged parts make the libraries raise nearly any exception
+        raise UserError(
+            f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({summarize_error(error)})"
+        ) from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "vae_scale_factor"):
         raise UserError(
-            f"{source} is a {type(pipe).__name__}, which image prompts are not made for; expected a Stable Diffusion 1.5, 2.1 or XL model"
+            f"{source} is a {type(pipe).__name__}, which image prompts do not support; expected a Stable Diffusion 1.5, 2.1 or XL model"
         )
-    if mini and device == "cpu":
-        if dtype == torch.bfloat16:
-            pack(pipe.unet)
-        else:
-            order(pipe.unet)
-            order(pipe.vae)
-        pipe.unet.set_attn_processor(AttnProcessor())  # at these shapes the fused kernel is the slower one on CPU
+    if is_mini and device == "cpu":
+        _optimize_for_cpu(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def _from_file(source: str, dtype: torch.dtype, config: str | None) -> Any:
-    """A Stable Diffusion from a single file, as people share them. Which family it is, is read off its keys.
+def _load_pretrained(source: str, dtype: torch.dtype) -> UNetPipeline:
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-    The configuration of that family comes from the hub, or from `config`, any folder of it in diffusers' form.
+    if source == "mini":
+        pipe = StableDiffusionPipeline.from_pretrained(MINI_PATH, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    return cast(UNetPipeline, pipe)
+
+
+def _optimize_for_cpu(pipe: UNetPipeline, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16:
+        prepack_weights(pipe.unet)
+    else:
+        to_channels_last_if_faster(pipe.unet)
+        to_channels_last_if_faster(pipe.vae)
+    pipe.unet.set_attn_processor(AttnProcessor())  # for mini's small tensors the fused attention kernel is slower on the CPU
+
+
+def _load_single_file(source: str, dtype: torch.dtype, model_config: str | None) -> UNetPipeline:
+    """A Stable Diffusion pipeline from a single file in the original layout. Its tensor names tell whether it is SDXL.
+
+    The configuration of its family comes from the hub, or from `model_config`: any folder of that family in diffusers' form.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -129,118 +145,120 @@ def _from_file(source: str, dtype: torch.dtype, config: str | None) -> Any:
         raise UserError(
             f"{source} is a pickle, which could run code; expected a .safetensors file, a folder in diffusers' form, or a hub id"
         )
-    keys = checkpoints.keys(source)
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
+    names = checkpoints.tensor_names(source)
+    if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(
-            f"{source} holds no whole model: expected model.diffusion_model.… among its tensors; "
-            "an adapter goes to --adapter, a LoRA to --lora"
+            f"{source} does not contain a whole model: expected model.diffusion_model.… among its tensors; "
+            "pass an adapter with --adapter, a LoRA with --lora"
         )
-    large = any(key.startswith("conditioner.embedders.") for key in keys)
-    kind: Any = StableDiffusionXLPipeline if large else StableDiffusionPipeline
-    told = {"image_encoder": None} | ({"config": config} if config else {}) | ({} if large else {"safety_checker": None})
+    is_sdxl = any(name.startswith("conditioner.embedders.") for name in names)
+    pipeline_class = StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
+    components = (
+        {"image_encoder": None} | ({"config": model_config} if model_config else {}) | ({} if is_sdxl else {"safety_checker": None})
+    )
     try:
-        return kind.from_single_file(source, torch_dtype=dtype, local_files_only=bool(config), **told)
+        pipe = pipeline_class.from_single_file(source, torch_dtype=dtype, local_files_only=bool(model_config), **components)
+        return cast(UNetPipeline, pipe)
     except Exception as error:
-        remedy = "is the folder of the same family?" if config else "offline, name a folder of the same family with --base-config"
+        remedy = "is the folder of the same family?" if model_config else "offline, pass a folder of the same family with --model-config"
         raise UserError(
-            f"{source} could not be read as a {'SDXL' if large else 'Stable Diffusion'} model ({brief(error)}); {remedy}"
+            f"{source} could not be read as a {'SDXL' if is_sdxl else 'Stable Diffusion'} model ({summarize_error(error)}); {remedy}"
         ) from error
 
 
-def schedule_of(scheduler: Any) -> Schedule:
-    """The noise schedule that a base was trained with, read off its scheduler. Raises UserError for one that is not known."""
+def noise_schedule_from(scheduler: "SchedulerMixin") -> NoiseSchedule:
+    """The noise schedule that a model was trained with, from its scheduler's config. Raises UserError for an unknown prediction type."""
     config = scheduler.config
-    count = config.num_train_timesteps
+    num_timesteps = config.num_train_timesteps
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         fresh = type(scheduler).from_config(config)
-        return rectified_flow(fresh.sigmas[:count].flip(0), fresh.timesteps[:count].flip(0))
-    target = config.get("prediction_type", "epsilon")
-    if target == "flow_prediction":
-        return rectified_flow(torch.arange(1, count + 1) / count, torch.arange(count))
-    if target not in TARGETS:
-        raise UserError(f"the base predicts {target!r}; expected one of {', '.join(TARGETS)}, or flow_prediction")
-    return variance_preserving(scheduler.alphas_cumprod, target)
-
-
-FILES = (".safetensors", ".ckpt", ".bin")
+        return make_rectified_flow_schedule(fresh.sigmas[:num_timesteps].flip(0), fresh.timesteps[:num_timesteps].flip(0))
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type == "flow_prediction":
+        return make_rectified_flow_schedule(torch.arange(1, num_timesteps + 1) / num_timesteps, torch.arange(num_timesteps))
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(f"the base model predicts {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}, or flow_prediction")
+    return make_vp_schedule(scheduler.alphas_cumprod, prediction_type)
 
 
 @contextmanager
-def scheduled(pipe: Any, name: str, steps: int) -> Iterator[None]:
-    """Give a pipeline the scheduler of this name, with the model's own noise schedule, and put its own one back.
+def use_scheduler(pipe: UNetPipeline, name: str, num_inference_steps: int) -> Iterator[None]:
+    """Within the context the pipeline uses the scheduler of this name, with the model's own noise schedule.
 
-    Raises UserError for more steps than the scheduler can take.
+    Raises UserError for more steps than the scheduler supports.
     """
-    class_name, settings = _SCHEDULERS[name]
-    kind = getattr(importlib.import_module("diffusers"), class_name)
-    own = pipe.scheduler
-    scheduler = kind.from_config(own.config, **settings)
+    class_name, arguments = _SCHEDULERS[name]
+    original = pipe.scheduler
+    scheduler = getattr(importlib.import_module("diffusers"), class_name).from_config(original.config, **arguments)
     # Of T timesteps, the offset of some models and the finite σ of some schedulers take one each.
-    most = scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps - 2
-    if steps > most:
-        raise UserError(f"steps: expected at most {most} with {name}, received {steps}")
+    max_steps = scheduler.config.get("original_inference_steps") or scheduler.config.num_train_timesteps - 2
+    if num_inference_steps > max_steps:
+        raise UserError(f"num_inference_steps: expected at most {max_steps} with {name}, received {num_inference_steps}")
     pipe.scheduler = scheduler
     try:
         yield
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = original
 
 
-def for_task(pipe: Any, init: bool, mask: bool, controlnets: Sequence[Any]) -> Any:
-    """diffusers' pipeline for a task, around the same parts: from a picture, into a picture, with ControlNets."""
+def to_task_pipeline(
+    pipe: UNetPipeline, *, image_to_image: bool = False, inpainting: bool = False, controlnets: Sequence["ControlNetModel"] = ()
+) -> UNetPipeline:
+    """diffusers' pipeline for a task, around the same models; the pipeline itself for plain text-to-image."""
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 
-    if not init and not mask and not controlnets:
+    if not image_to_image and not inpainting and not controlnets:
         return pipe
-    kind: Any = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image if init else AutoPipelineForText2Image
-    more = {"controlnet": list(controlnets) if len(controlnets) > 1 else controlnets[0]} if controlnets else {}
-    made = kind.from_pipe(pipe, **more)
-    made.set_progress_bar_config(disable=True)
-    return made
+    task = AutoPipelineForInpainting if inpainting else AutoPipelineForImage2Image if image_to_image else AutoPipelineForText2Image
+    components = {"controlnet": list(controlnets) if len(controlnets) > 1 else controlnets[0]} if controlnets else {}
+    task_pipe = cast(UNetPipeline, task.from_pipe(pipe, **components))
+    task_pipe.set_progress_bar_config(disable=True)
+    return task_pipe
 
 
-def grain(pipe: Any) -> tuple[int, int]:
-    """Of what number of pixels a side is a multiple, and its smallest."""
-    step = math.lcm(8, pipe.vae_scale_factor)  # diffusers asks for multiples of 8 whatever the VAE
-    return step, -(-pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1) // step) * step
+def size_constraints(pipe: UNetPipeline) -> tuple[int, int]:
+    """The number of pixels of which each side of a generated image must be a multiple, and the smallest side."""
+    multiple = math.lcm(8, pipe.vae_scale_factor)  # diffusers requires multiples of 8 whatever the VAE
+    return multiple, -(-pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1) // multiple) * multiple
 
 
-def check_size(pipe: Any, width: int, height: int) -> None:
-    """Raise UserError for a size that the model cannot draw."""
-    step, least = grain(pipe)
-    if width % step or height % step:
-        near = tuple(max(least, round(n / step) * step) for n in (width, height))
-        raise UserError(f"size: the model draws multiples of {step} pixels, received {width}x{height}; nearest is {near[0]}x{near[1]}")
-    if min(width, height) < least:
-        raise UserError(f"size: the model draws at least {least} pixels a side, received {width}x{height}")
+def check_size(pipe: UNetPipeline, width: int, height: int) -> None:
+    """Raise UserError for a size in pixels that the model cannot generate."""
+    multiple, smallest = size_constraints(pipe)
+    if width % multiple or height % multiple:
+        nearest = "x".join(str(max(smallest, round(side / multiple) * multiple)) for side in (width, height))
+        raise UserError(f"resolution: the model generates multiples of {multiple} pixels, received {width}x{height}; nearest is {nearest}")
+    if min(width, height) < smallest:
+        raise UserError(f"resolution: the model generates at least {smallest} pixels a side, received {width}x{height}")
 
 
-def guidance_of(base: str) -> float:
-    """The guidance scale that suits a base."""
-    return MINI_GUIDANCE if base == "mini" else GUIDANCE
+def native_resolution(pipe: UNetPipeline) -> int:
+    """The side in pixels of the images that the model was trained on."""
+    return cast(int, pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
 
-def drawing(
-    pipe: Any, prompts: Sequence[str], steps: int, seeds: Iterable[int], size: tuple[int, int], guidance: float
+def default_guidance_scale(model: str) -> float:
+    """The guidance scale that suits a base model."""
+    return MINI_GUIDANCE_SCALE if model == "mini" else DEFAULT_GUIDANCE_SCALE
+
+
+def sample_images(
+    pipe: UNetPipeline, prompts: Sequence[str], num_inference_steps: int, seeds: Iterable[int], size: tuple[int, int], guidance_scale: float
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed. size: height and width in pixels."""
-    return pipe(
+    """One image for each prompt and its seed. size: height and width in pixels."""
+    output = pipe(
         list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         height=size[0],
         width=size[1],
-    ).images
+    )
+    return cast(list[Image.Image], output.images)
 
 
-def own_size(pipe: Any) -> int:
-    """The side in pixels that the model was trained at."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-
-def hide_progress() -> None:
-    """No progress bars for loading files: they are many and short."""
+def hide_loading_progress() -> None:
+    """Switch off diffusers' and transformers' progress bars for loading files, which are many and short."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -1,4 +1,4 @@
-"""CLIP-I and CLIP-T: how like a picture is to another, and to a text, in the eyes of a CLIP."""
+"""CLIP-I and CLIP-T: cosine similarity of images with reference images and with prompts, in the embedding space of a CLIP model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,55 +9,60 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from imprompt.errors import UserError, brief
-from imprompt.models.hub import MINI
-from imprompt.models.image_encoders import ImageEncoder
+from imprompt.errors import UserError, summarize_error
+from imprompt.models.hub import MINI_PATH
+from imprompt.models.image_encoders import FeatureEncoder
 
 
-class Similarity:
-    """An image-text encoder as a measure. Best one that nothing was trained with."""
+class CLIPScorer:
+    """A CLIP model used as a metric; best one that no evaluated method was trained with.
 
-    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: CLIPTokenizer):
+    `label_suffix` is " (mini)" for the embedded CLIP, so that its scores are not taken for those of a published model.
+    """
+
+    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: CLIPTokenizer, label_suffix: str = ""):
         self.model, self.processor, self.tokenizer = model.eval().requires_grad_(False), processor, tokenizer
+        self.label_suffix = label_suffix
 
     @classmethod
-    def load(cls, source: str | Path) -> "Similarity":
-        """`mini`, a folder or a hub id such as openai/clip-vit-large-patch14, the paper's choice."""
-        place = MINI / "judge_clip" if source == "mini" else source
+    def load(cls, source: str | Path) -> "CLIPScorer":
+        """`mini`, a folder or a hub id, such as openai/clip-vit-large-patch14 of IP-Adapter's table 1. Raises UserError."""
+        location = MINI_PATH / "judge_clip" if source == "mini" else source
         try:
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32)
-            return cls(model, CLIPImageProcessor.from_pretrained(place), CLIPTokenizer.from_pretrained(place))
-        except Exception as error:  # for missing, damaged and other models the library raises nearly anything
-            raise UserError(f"no CLIP model at {source} ({brief(error)}); expected mini, a folder or a hub id") from error
+            model = CLIPModel.from_pretrained(location, dtype=torch.float32)
+            processor, tokenizer = CLIPImageProcessor.from_pretrained(location), CLIPTokenizer.from_pretrained(location)
+        except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
+            raise UserError(f"no CLIP model at {source} ({summarize_error(error)}); expected mini, a folder or a hub id") from error
+        return cls(model, processor, tokenizer, " (mini)" if source == "mini" else "")
 
     @torch.no_grad()
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, width), of length 1."""
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Normalized image embeddings, (images, embed_dim)."""
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values.to(self.model.device, self.model.dtype)
         return F.normalize(torch.cat([self.model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(100)]), dim=1)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """(texts, width), of length 1."""
-        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.model.device)
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Normalized text embeddings, (prompts, embed_dim)."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.model.device)
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=1)
 
-    def figures(self, drawn: Sequence[Image.Image], references: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, float]:
-        """Mean cosines of the drawn pictures with their references, CLIP-I, and with their texts, CLIP-T."""
-        mine = self.images(drawn)
+    def compute_scores(self, images: Sequence[Image.Image], references: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
+        """Mean cosine similarity of generated images with their references, CLIP-I, and with their prompts, CLIP-T; −1 … 1 each."""
+        embeds = self.embed_images(images)
         return {
-            "CLIP-I": float((mine * self.images(references)).sum(1).mean()),
-            "CLIP-T": float((mine * self.texts(texts)).sum(1).mean()),
+            f"CLIP-I{self.label_suffix}": float((embeds * self.embed_images(references)).sum(1).mean()),
+            f"CLIP-T{self.label_suffix}": float((embeds * self.embed_prompts(prompts)).sum(1).mean()),
         }
 
 
-class OwnEyes:
-    """CLIP-I by the very encoder that conditions: what is left where no other is given. It flatters, so it is named so."""
+class EncoderSimilarity:
+    """CLIP-I by the image encoder that the method is conditioned with, where no other model is available. It is biased upwards."""
 
-    def __init__(self, encoder: ImageEncoder):
+    def __init__(self, encoder: FeatureEncoder):
         self.encoder = encoder
 
-    def figures(self, drawn: Sequence[Image.Image], references: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, float]:
-        """The mean cosine of the drawn pictures with their references."""
-        a, b = (F.normalize(self.encoder.encode(images, grid=False)[:, 0].float(), dim=1) for images in (drawn, references))
-        return {"CLIP-I (its own encoder)": float((a * b).sum(1).mean())}
+    def compute_scores(self, images: Sequence[Image.Image], references: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
+        """Mean cosine similarity of generated images with their references, −1 … 1. `prompts` are not used."""
+        a, b = (F.normalize(self.encoder.encode_images(i, patches=False)[:, 0].float(), dim=1) for i in (images, references))
+        return {"CLIP-I (own encoder)": float((a * b).sum(1).mean())}

@@ -1,4 +1,4 @@
-"""Faces: found, turned upright and embedded by InsightFace or FaceNet; embeddings that are in files; what FaceID hears."""
+"""Face encoders: faces detected, aligned and embedded by InsightFace or FaceNet, embeddings from files, and the features of FaceID."""
 
 import contextlib
 import io
@@ -13,52 +13,56 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.errors import ImageError, UserError, brief
+from imprompt.errors import ImageError, UserError, summarize_error
 from imprompt.models import checkpoints
-from imprompt.models.image_encoders import Encoder
+from imprompt.models.image_encoders import FeatureEncoder
 
-_FACE = 512  # width of both face embeddings
-_CROP = 160  # pixels of the face that FaceNet sees
-_UPRIGHT = 224  # pixels of the face that FaceID-Plus sees
+_EMBED_DIM = 512  # of the identity embeddings of both models
+_FACENET_CROP_SIZE = 160  # side in pixels of FaceNet's input
+_ALIGNED_SIZE = 224  # side in pixels of the face image that FaceID-Plus takes
 
 
-def read_faces(source: Tensor | np.ndarray | str | Path, width: int) -> Tensor:
-    """Identity embeddings, (faces, width), from a tensor, an array or a file: `.npy`, or `.safetensors` with one tensor."""
+def load_id_embeds(source: Tensor | np.ndarray | str | Path, dim: int) -> Tensor:
+    """Identity embeddings, (faces, dim), from a tensor, an array or a file: `.npy`, or `.safetensors` with one tensor.
+
+    Raises UserError for anything else.
+    """
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        try:
-            if path.suffix == ".npy":
-                source = np.load(path, allow_pickle=False)
-            elif path.suffix == ".safetensors":
-                (source,) = checkpoints.read_tensors(path)[0].values()
-            else:
-                raise UserError(
-                    f"{path.name}: expected an identity embedding as .npy or .safetensors, received {path.suffix or 'no suffix'}"
-                )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path.name} holds no identity embedding that can be read ({brief(error)})") from error
+        source = _read_id_embeds(Path(source))
     try:
-        found = torch.as_tensor(source).float()
+        embeds = torch.as_tensor(source).float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"expected identity embeddings as a tensor, an array or a file, received {type(source).__name__}") from error
-    found = found[None] if found.ndim == 1 else found.flatten(0, -2)
-    if found.shape[1] != width or not len(found) or not found.isfinite().all():
-        raise UserError(f"expected identity embeddings of {width} finite numbers, received shape {tuple(found.shape)}")
-    return found
+    embeds = embeds[None] if embeds.ndim == 1 else embeds.flatten(0, -2)
+    if embeds.shape[1] != dim or not len(embeds) or not embeds.isfinite().all():
+        raise UserError(f"expected identity embeddings of {dim} finite numbers, received shape {tuple(embeds.shape)}")
+    return embeds
+
+
+def _read_id_embeds(path: Path) -> Tensor | np.ndarray:
+    if path.suffix not in (".npy", ".safetensors"):
+        raise UserError(f"{path.name}: expected an identity embedding as .npy or .safetensors, received {path.suffix or 'no suffix'}")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        (tensor,) = checkpoints.read_tensors(path)[0].values()
+        return tensor
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} contains no identity embedding that can be read ({summarize_error(error)})") from error
 
 
 class Face(NamedTuple):
-    """A face that was found."""
+    """A detected face."""
 
-    embedding: Tensor  # (512,), as the encoder gives it: not of length 1
-    picture: Image.Image | None = None  # turned upright and cut out
+    embedding: Tensor  # (512,), not normalized
+    aligned: Image.Image | None = None  # the face, rotated upright and cropped
 
 
 class InsightFace:
-    """ArcFace (arXiv:1801.07698) on the largest face that SCRFD finds, turned upright by its five points. For research only:
-    the models' licence is not commercial.
+    """ArcFace (arXiv:1801.07698) on the largest face that SCRFD detects, aligned by its five landmarks. For research only:
+    the license of the models is not commercial.
 
-    SCRFD misses faces that fill the picture. Where it finds none, it looks once more with a margin of half the picture around.
+    SCRFD misses faces that fill the image. Where it detects none, it tries once more with a margin of half the image around.
     """
 
     name = "insightface buffalo_l"
@@ -68,112 +72,120 @@ class InsightFace:
             from insightface.app import FaceAnalysis
         except ImportError as error:
             raise UserError("insightface is not installed; install it with: pip install 'imprompt[faces]'") from error
-        place = torch.device(device)
-        cuda = place.type == "cuda"
-        providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        index, is_cuda = torch.device(device).index or 0, torch.device(device).type == "cuda"
+        providers = ["CUDAExecutionProvider"] * is_cuda + ["CPUExecutionProvider"]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints every model that it finds
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of every model file
                 self.analysis = FaceAnalysis("buffalo_l", allowed_modules=["detection", "recognition"], providers=providers)
-                self.analysis.prepare(ctx_id=(place.index or 0) if cuda else -1, det_size=(640, 640))
-        except Exception as error:  # a download, an archive, ONNX: nearly anything
-            message = f"insightface's models do not load ({brief(error)}); they are fetched once, to ~/.insightface/models/buffalo_l"
+                self.analysis.prepare(ctx_id=index if is_cuda else -1, det_size=(640, 640))
+        except Exception as error:  # a download, an archive or ONNX can raise nearly any exception
+            message = (
+                f"insightface's models do not load ({summarize_error(error)}); they are downloaded once, to ~/.insightface/models/buffalo_l"
+            )
             raise UserError(message) from error
 
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        return _gathered([face and face.embedding for face in self.faces(images)])
+        """Normalized identity embeddings, (images, 512), zeros where no face was detected; and where one was, (images,)."""
+        return _stack_embeddings([face and face.embedding for face in self.detect_faces(images)])
 
-    def faces(self, images: Sequence[Image.Image], upright: bool = False) -> list[Face | None]:
-        """The largest face of each picture, None where there is none; with `upright` its picture too."""
-        return [self._largest(np.asarray(image.convert("RGB"))[:, :, ::-1].copy(), upright) for image in images]
+    def detect_faces(self, images: Sequence[Image.Image], *, align: bool = False) -> list[Face | None]:
+        """The largest face of each image, None where there is none; with `align` its aligned image too."""
+        return [self._detect_largest(np.asarray(image.convert("RGB"))[:, :, ::-1].copy(), align=align) for image in images]
 
-    def _largest(self, bgr: np.ndarray, upright: bool) -> Face | None:
-        found: list[Any] = self.analysis.get(bgr)
-        if not found:
+    def _detect_largest(self, bgr: np.ndarray, *, align: bool) -> Face | None:
+        faces: list[Any] = self.analysis.get(bgr)
+        if not faces:
             height, width = bgr.shape[:2]
             bgr = np.pad(bgr, ((height // 2, height // 2), (width // 2, width // 2), (0, 0)))
-            found = self.analysis.get(bgr)
-        if not found:
+            faces = self.analysis.get(bgr)
+        if not faces:
             return None
-        largest = max(found, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
+        largest = max(faces, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
         embedding = torch.from_numpy(np.asarray(largest.embedding)).float()
-        return Face(embedding, _upright(bgr, largest.kps) if upright else None)
+        return Face(embedding, _align_face(bgr, largest.kps) if align else None)
 
 
-def _upright(bgr: np.ndarray, points: np.ndarray) -> Image.Image:
-    """The face turned and cut out so that its five points stand where ArcFace wants them."""
+def _align_face(bgr: np.ndarray, landmarks: np.ndarray) -> Image.Image:
+    """The face, rotated and cropped so that its five landmarks are where ArcFace expects them."""
     from insightface.utils import face_align
 
-    return Image.fromarray(np.ascontiguousarray(face_align.norm_crop(bgr, landmark=points, image_size=_UPRIGHT)[:, :, ::-1]))
+    return Image.fromarray(np.ascontiguousarray(face_align.norm_crop(bgr, landmark=landmarks, image_size=_ALIGNED_SIZE)[:, :, ::-1]))
 
 
 @lru_cache(maxsize=1)
-def insightface(device: str = "cpu") -> InsightFace:
-    """The same one again: its models take seconds to load."""
+def shared_insightface(device: str = "cpu") -> InsightFace:
+    """One InsightFace per process: its models take seconds to load. Raises UserError without the package or the models."""
     return InsightFace(device)
 
 
 class FaceEncoder:
-    """What adapters of the FaceID family hear: who is in a picture, by InsightFace; of Plus, the upright face's grid behind it.
+    """The feature encoder of the FaceID family: identity embeddings by InsightFace, and for Plus the patch features of the aligned face.
 
-    `face` is the identity's width. `picture` encodes the grid; None for those that hear the identity alone. Features are
-    (pictures, 1, face), or (pictures, 1 + patches, width) with the identity in the first row, zeros behind it.
+    `image_encoder` computes the patch features; None for adapters that take the identity embedding alone. Features are
+    (images, 1, id_embed_dim), or (images, 1 + patches, embed_dim) with the identity embedding in the first row, padded with zeros.
     """
 
-    def __init__(self, face: int, picture: Encoder | None = None, normalised: bool = True):
-        self.face, self.picture, self.normalised = face, picture, normalised
-        self.side = picture.side if picture else 1
-        self.model: Any = nn.ModuleDict({"picture": picture.model} if picture else {})
-        self.model.register_buffer("place", torch.zeros(0), persistent=False)  # so that it is known where `model` was moved
+    def __init__(self, id_embed_dim: int, image_encoder: FeatureEncoder | None = None, *, normalized: bool = True):
+        self.id_embed_dim, self.image_encoder, self.normalized = id_embed_dim, image_encoder, normalized
+        self.image_size = image_encoder.image_size if image_encoder else 1
+        self.model: nn.Module = nn.ModuleDict({"image_encoder": image_encoder.model} if image_encoder else {})
+        self.model.register_buffer("device_marker", torch.zeros(0), persistent=False)  # follows `model` to its device
 
-    def width(self, grid: bool) -> int:
-        return self.picture.width(True) if self.picture else self.face
+    def embed_dim(self, *, patches: bool) -> int:
+        """The dimension of the patch features, or of the identity embedding without them."""
+        return self.image_encoder.embed_dim(patches=True) if self.image_encoder else self.id_embed_dim
 
-    def found(self, images: Sequence[Image.Image]) -> list[bool]:
-        """In which pictures there is somebody. Raises UserError without InsightFace."""
-        return [face is not None for face in self._faces(images, upright=False)]
+    def has_face(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Whether a face is detected in each image. Raises UserError without InsightFace."""
+        return [face is not None for face in self._detect_faces(images, align=False)]
 
-    def _faces(self, images: Sequence[Image.Image], upright: bool) -> list[Face | None]:
-        return insightface(str(self.model.place.device)).faces(images, upright)
+    def _detect_faces(self, images: Sequence[Image.Image], *, align: bool) -> list[Face | None]:
+        return shared_insightface(str(self.model.get_buffer("device_marker").device)).detect_faces(images, align=align)
 
-    def beside(self, who: Tensor, images: Sequence[Image.Image]) -> Tensor:
-        """Features of identities, (pictures, face), and of pictures of their faces. Raises UserError where one is missing."""
-        found = F.normalize(who, dim=1) if self.normalised else who
-        if self.picture is None:
-            return found[:, None]
-        if len(images) != len(found):
-            raise UserError(f"FaceID-Plus hears faces and their pictures; expected as many, received {len(found)} and {len(images)}")
-        grid = self.picture.encode(images, True)
-        first = torch.zeros(len(found), 1, grid.shape[2])
-        first[:, 0, : self.face] = found
-        return torch.cat([first.to(grid), grid], 1)
+    def combine_features(self, id_embeds: Tensor, face_images: Sequence[Image.Image]) -> Tensor:
+        """Features from identity embeddings, (images, id_embed_dim), and for Plus as many images of faces. Raises UserError."""
+        id_embeds = F.normalize(id_embeds, dim=1) if self.normalized else id_embeds
+        if self.image_encoder is None:
+            return id_embeds[:, None]
+        if len(face_images) != len(id_embeds):
+            raise UserError(
+                "FaceID-Plus takes an image of the face with each identity embedding; "
+                f"expected as many, received {len(id_embeds)} embeddings and {len(face_images)} images"
+            )
+        patch_features = self.image_encoder.encode_images(face_images, patches=True)
+        first_row = torch.zeros(len(id_embeds), 1, patch_features.shape[2])
+        first_row[:, 0, : self.id_embed_dim] = id_embeds
+        return torch.cat([first_row.to(patch_features), patch_features], 1)
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """The features themselves: faces are found in whole pictures. Raises ImageError for a picture without one."""
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """The features themselves: faces are detected in whole images. Raises ImageError for an image without a face."""
         faces: list[Face] = []
-        for number, face in enumerate(self._faces(images, upright=self.picture is not None), 1):
+        for number, face in enumerate(self._detect_faces(images, align=self.image_encoder is not None), 1):
             if face is None:
-                raise ImageError(f"no face was found in picture {number}; expected one in each")
+                raise ImageError(f"no face was detected in image {number}; expected one in each")
             faces.append(face)
-        return self.beside(torch.stack([face.embedding for face in faces]), [face.picture for face in faces if face.picture])
+        return self.combine_features(torch.stack([face.embedding for face in faces]), [face.aligned for face in faces if face.aligned])
 
-    def features(self, pixels: Tensor, grid: bool) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """What `preprocess` returned, unchanged."""
         return pixels
 
-    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
-        return self.prepare(images)
+    def encode_images(self, images: Sequence[Image.Image], *, patches: bool) -> Tensor:
+        """Features of the faces in whole images. Raises ImageError for an image without a face."""
+        return self.preprocess(images)
 
-    def null(self, grid: bool) -> Tensor:
-        """Nobody; of Plus, before the grid of no picture."""
-        if self.picture is None:
-            return torch.zeros(1, 1, self.face)
-        nothing = self.picture.null(True)
-        return torch.cat([torch.zeros_like(nothing[:, :1]), nothing], 1)
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """Zeros; for Plus, zeros in the first row and the image encoder's features of no image."""
+        if self.image_encoder is None:
+            return torch.zeros(1, 1, self.id_embed_dim)
+        features = self.image_encoder.uncond_features(patches=True)
+        return torch.cat([torch.zeros_like(features[:, :1]), features], 1)
 
 
 class FaceNet:
-    """FaceNet (arXiv:1503.03832), trained on VGGFace2, on the largest face that MTCNN (arXiv:1604.02878) finds.
+    """FaceNet (arXiv:1503.03832), trained on VGGFace2, on the largest face that MTCNN (arXiv:1604.02878) detects.
 
-    The face is cut out and scaled, not turned: facenet-pytorch aligns no further, and its weights are trained on such crops.
+    The face is cropped and scaled, not rotated: facenet-pytorch aligns no further, and its weights were trained on such crops.
     """
 
     name = "facenet vggface2"
@@ -183,27 +195,30 @@ class FaceNet:
             from facenet_pytorch import MTCNN, InceptionResnetV1
         except ImportError as error:
             raise UserError(
-                "facenet-pytorch is not installed, or torchvision is not; install it without the old torch that it pins: "
+                "facenet-pytorch is not installed, or torchvision is not; install it without the old version of torch that it pins: "
                 "pip install --no-deps facenet-pytorch"
             ) from error
         self.device = device
         try:
-            self.detector = MTCNN(image_size=_CROP, margin=0, select_largest=True, device=device)
+            self.detector = MTCNN(image_size=_FACENET_CROP_SIZE, margin=0, select_largest=True, device=device)
             self.model = InceptionResnetV1(pretrained="vggface2").to(device).eval()
-        except Exception as error:  # a download, an archive: nearly anything
-            raise UserError(f"FaceNet's weights do not load ({brief(error)}); they are fetched once, from github.com") from error
+        except Exception as error:  # a download or an archive can raise nearly any exception
+            raise UserError(
+                f"FaceNet's weights do not load ({summarize_error(error)}); they are downloaded once, from github.com"
+            ) from error
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        crops = [self.detector(image.convert("RGB")) for image in images]  # in a batch all would have to be of one size
-        return _gathered([None if crop is None else self.model(crop[None].to(self.device))[0].float().cpu() for crop in crops])
+        """Normalized identity embeddings, (images, 512), zeros where no face was detected; and where one was, (images,)."""
+        crops = [self.detector(image.convert("RGB")) for image in images]  # one by one: a batch would need images of one size
+        return _stack_embeddings([None if crop is None else self.model(crop[None].to(self.device))[0].float().cpu() for crop in crops])
 
 
-def _gathered(rows: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Embeddings as `Identity.embed` promises them, None for nobody."""
-    found = torch.tensor([row is not None for row in rows], dtype=torch.bool)
-    embeddings = torch.zeros(len(rows), _FACE)
+def _stack_embeddings(rows: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Normalized embeddings, (images, 512), with zeros for None; and which are not None, (images,)."""
+    detected = torch.tensor([row is not None for row in rows], dtype=torch.bool)
+    embeddings = torch.zeros(len(rows), _EMBED_DIM)
     for i, row in enumerate(rows):
         if row is not None:
             embeddings[i] = F.normalize(row, dim=0)
-    return embeddings, found
+    return embeddings, detected

@@ -1,49 +1,53 @@
-"""Where adapters, encoders and bases are found: inside the package, in folders, on the hub."""
+"""Locations of adapters and image encoders: in the package, in folders, on the hub."""
 
 import os
 from pathlib import Path
 
 from imprompt.errors import UserError
-from imprompt.models.checkpoints import Spec
+from imprompt.models.checkpoints import AdapterSpec
 
-MINI = Path(__file__).parent.parent / "mini" / "weights"
-EMBEDDED = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensors", "mini-subject": "adapter-subject.safetensors"}
+MINI_PATH = Path(__file__).parent.parent / "mini" / "weights"
+BUNDLED_ADAPTERS = {"mini": "adapter.safetensors", "mini-plus": "adapter-plus.safetensors", "mini-subject": "adapter-subject.safetensors"}
 
-# Encoders of the public releases: (hub id, subfolder) by what an adapter reads.
-_RELEASE = "h94/IP-Adapter"
-_ENCODERS = {"CLIP ViT-H/14": (_RELEASE, "models/image_encoder"), "CLIP ViT-bigG/14": (_RELEASE, "sdxl_models/image_encoder")}
+_IP_ADAPTER_REPO = "h94/IP-Adapter"
+EncoderLocation = tuple[str | Path, str | None]  # folder or hub id, subfolder
+_RELEASED_ENCODERS: dict[str, EncoderLocation] = {
+    "CLIP ViT-H/14": (_IP_ADAPTER_REPO, "models/image_encoder"), "CLIP ViT-bigG/14": (_IP_ADAPTER_REPO, "sdxl_models/image_encoder"),
+}  # fmt: skip
 
-RELEASED_ENCODER = _ENCODERS["CLIP ViT-H/14"]  # what the public adapters read, but for a few of SDXL
-
-EncoderPlace = tuple[str | Path, str | None]
+DEFAULT_IMAGE_ENCODER = _RELEASED_ENCODERS["CLIP ViT-H/14"]  # of all public adapters except a few for SDXL
 
 
-def find_adapter(source: str, weight: str | None = None) -> tuple[Path, EncoderPlace | None]:
-    """The adapter's file, and its encoder where the place tells it."""
-    if source in EMBEDDED:
-        path = MINI / EMBEDDED[source]
+def resolve_adapter(source: str, weight_name: str | None = None) -> tuple[Path, EncoderLocation | None]:
+    """The adapter's file, and the location of its image encoder for bundled adapters.
+
+    `source` is the name of a bundled adapter, a file, a folder or a hub id, the last two with the file's path in `weight_name`;
+    or all of a hub file in one, such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors. Raises UserError.
+    """
+    if source in BUNDLED_ADAPTERS:
+        path = MINI_PATH / BUNDLED_ADAPTERS[source]
         if not path.is_file():
-            raise UserError(f"the embedded adapter {source} is not there yet; build it with: imprompt mini make")
-        return path, (MINI / "image_encoder", None)
+            raise UserError(f"the bundled adapter {source} is not built yet; build it with: imprompt mini build")
+        return path, (MINI_PATH / "image_encoder", None)
     if os.path.isfile(source):  # unlike Path.is_file, it does not raise for a name too long
         return Path(source), None
     if os.path.isdir(source):
-        if weight is None:
-            raise UserError(f"{source} is a folder; name the adapter's file in it")
-        return Path(source) / weight, None
-    if weight is None and source.count("/") >= 2 and not _is_path(source):
-        owner, name, weight = source.split("/", 2)
+        if weight_name is None:
+            raise UserError(f"{source} is a folder; pass the path of the adapter's file in it as weight_name")
+        return Path(source) / weight_name, None
+    if weight_name is None and source.count("/") >= 2 and not _is_path(source):
+        owner, name, weight_name = source.split("/", 2)
         source = f"{owner}/{name}"
-    if weight is None or not may_be_id(source):
+    if weight_name is None or not is_hub_id(source):
         raise UserError(
-            f"no adapter at {source}; give a file, one of {', '.join(EMBEDDED)}, "
+            f"no adapter at {source}; give a file, one of {', '.join(BUNDLED_ADAPTERS)}, "
             "or a hub file such as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
         )
-    return _download(source, weight), None
+    return _download_adapter(source, weight_name), None
 
 
-def may_be_id(source: str) -> bool:
-    """Whether a name has the form of a hub id: owner/name."""
+def is_hub_id(source: str) -> bool:
+    """Whether a string has the form of a hub id: owner/name."""
     return source.count("/") == 1 and not _is_path(source)
 
 
@@ -51,26 +55,26 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~"))
 
 
-def default_encoder(spec: Spec) -> EncoderPlace:
-    """The encoder that an adapter of this shape was trained with."""
-    if spec.base == "mini":
-        return MINI / "image_encoder", None
-    for name, place in _ENCODERS.items():
-        if spec.encoder.startswith(name):
-            return place
+def default_image_encoder(spec: AdapterSpec) -> EncoderLocation:
+    """The image encoder that such an adapter was trained with. Raises UserError where its shapes do not tell."""
+    if spec.base_model == "mini":
+        return MINI_PATH / "image_encoder", None
+    for name, location in _RELEASED_ENCODERS.items():
+        if spec.image_encoder.startswith(name):
+            return location
     raise UserError(
-        f"which image encoder the adapter needs cannot be told from its shapes (it reads {spec.encoder}); give one with --encoder"
+        f"the adapter's shapes do not determine its image encoder (it takes {spec.image_encoder}); pass one with --image-encoder"
     )
 
 
-def _download(repository: str, weight: str) -> Path:
+def _download_adapter(repository: str, weight_name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, weight))
+        return Path(hf_hub_download(repository, weight_name))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(
-            f"{repository}/{weight} is neither in the local cache nor to be had from the hub ({type(error).__name__}); "
+            f"{repository}/{weight_name} is neither in the local cache nor available from the hub ({type(error).__name__}); "
             "check the name and the connection"
         ) from error

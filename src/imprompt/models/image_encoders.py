@@ -1,8 +1,8 @@
-"""Image encoders: pictures → features, pooled or grid, and the features of nothing. Also what sees pixels or latents as they are."""
+"""Feature encoders: CLIP image encoders with pooled or patch features, and encoders that return pixels, latents or nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -10,146 +10,167 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt.errors import UserError, brief
+from imprompt.errors import UserError, summarize_error
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
-class Encoder(Protocol):
-    """What turns pictures into what a method reads: (pictures, patches, width)."""
+class FeatureEncoder(Protocol):
+    """Turns images into the features that a method is conditioned on: (images, patches, embed_dim).
 
-    model: Any  # the part that is moved between devices
-    side: int  # of the pictures that `prepare` makes
+    `patches` selects one feature per patch; otherwise the features are pooled, which counts as one patch.
+    """
 
-    def width(self, grid: bool) -> int: ...
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor: ...
-    def features(self, pixels: Tensor, grid: bool) -> Tensor: ...
-    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor: ...
-    def null(self, grid: bool) -> Tensor: ...
+    image_size: int  # side in pixels of preprocessed images
+
+    @property
+    def model(self) -> nn.Module:
+        """The part that is moved between devices."""
+
+    def embed_dim(self, *, patches: bool) -> int:
+        """The last dimension of the features."""
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """The input of `encode_pixels`: (images, 3, image_size, image_size) in float32 on the CPU."""
+
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """Features of preprocessed images: (images, patches, embed_dim)."""
+
+    def encode_images(self, images: Sequence[Image.Image], *, patches: bool) -> Tensor:
+        """Features of images: (images, patches, embed_dim)."""
+
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """Features that stand for no image, for classifier-free guidance: (1, patches, embed_dim)."""
 
 
 class ImageEncoder:
-    """A CLIP image encoder. Features are always (pictures, patches, width); the pooled embedding is one patch."""
+    """A CLIP image encoder."""
 
     def __init__(self, model: CLIPVisionModelWithProjection, processor: CLIPImageProcessor | None = None):
         self.model = model.eval().requires_grad_(False)
-        self.side = side = model.config.image_size
+        self.image_size = side = model.config.image_size
         self.processor = processor or CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     @classmethod
     def load(cls, source: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None) -> "ImageEncoder":
         """From a local folder or a hub id. Raises UserError where there is none."""
-        where = {"subfolder": subfolder} if subfolder else {}
+        location = {"subfolder": subfolder} if subfolder else {}
         try:
-            model, found = CLIPVisionModelWithProjection.from_pretrained(
-                source, dtype=dtype or torch.float32, output_loading_info=True, **where
+            model, info = CLIPVisionModelWithProjection.from_pretrained(
+                source, dtype=dtype or torch.float32, output_loading_info=True, **location
             )
-            if missing := found["missing_keys"]:  # transformers would make them up
+            if missing := info["missing_keys"]:  # transformers would initialize them at random
                 raise ValueError(f"{len(missing)} of its tensors are missing")
-        except Exception as error:  # for missing, damaged and other models the library raises nearly anything
-            place = f"{source}/{subfolder}" if subfolder else str(source)
+        except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
             raise UserError(
-                f"no CLIP image encoder at {place} ({brief(error)}); "
-                "give a folder or hub id with --encoder (offline, only folders and the local cache work)"
+                f"no CLIP image encoder at {f'{source}/{subfolder}' if subfolder else source} ({summarize_error(error)}); "
+                "give a folder or hub id with --image-encoder (offline, only folders and the local cache work)"
             ) from error
         try:
-            processor = CLIPImageProcessor.from_pretrained(source, **where)
-        except (OSError, ValueError):  # adapter repositories ship the encoder without its processor
+            processor = CLIPImageProcessor.from_pretrained(source, **location)
+        except (OSError, ValueError):  # adapter repositories contain the encoder without its processor
             processor = None
         return cls(model, processor)
 
-    def width(self, grid: bool) -> int:
-        """Width of the features: of the grid, or of the pooled embedding."""
-        return self.model.config.hidden_size if grid else self.model.config.projection_dim
+    def embed_dim(self, *, patches: bool) -> int:
+        """The dimension of the patch features, or of the pooled embedding."""
+        return int(self.model.config.hidden_size if patches else self.model.config.projection_dim)
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, 3, side, side), in float32 on the CPU: resized, centre-cropped and normalised as the encoder was trained."""
-        return self.processor(images=list(images), return_tensors="pt").pixel_values
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """(images, 3, image_size, image_size), in float32 on the CPU: resized, center-cropped and normalized as for training."""
+        pixels: Tensor = self.processor(images=list(images), return_tensors="pt").pixel_values
+        return pixels
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, grid: bool) -> Tensor:
-        """Pooled: (pictures, 1, width), the projected embedding. Grid: (pictures, patches, width), the penultimate states."""
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """Pooled: (images, 1, embed_dim), the projected embedding. Patches: (images, patches, embed_dim), the penultimate hidden states."""
         pixels = pixels.to(self.model.device, self.model.dtype)
-        if grid:
+        if patches:
             return self.model(pixels, output_hidden_states=True).hidden_states[-2]
         return self.model(pixels).image_embeds[:, None]
 
-    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
-        """Features of pictures, (pictures, patches, width)."""
-        return self.features(self.prepare(images), grid)
+    def encode_images(self, images: Sequence[Image.Image], *, patches: bool) -> Tensor:
+        """Features of images: (images, patches, embed_dim)."""
+        return self.encode_pixels(self.preprocess(images), patches=patches)
 
-    def null(self, grid: bool) -> Tensor:
-        """Features of no image, (1, patches, width): a zero embedding; for the grid, what the encoder says to zero pixels."""
-        if not grid:
-            return torch.zeros(1, 1, self.width(grid), dtype=self.model.dtype, device=self.model.device)
-        return self.features(torch.zeros(1, 3, self.side, self.side), grid)
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """(1, patches, embed_dim): zeros for the pooled embedding; for patches, the features of pixels that are zero."""
+        if not patches:
+            return torch.zeros(1, 1, self.embed_dim(patches=False), dtype=self.model.dtype, device=self.model.device)
+        return self.encode_pixels(torch.zeros(1, 3, self.image_size, self.image_size), patches=True)
 
 
 class PixelEncoder:
-    """Features are the pixels themselves, in −1 … 1: (pictures, side · side, 3)."""
+    """Features are the pixels themselves, in −1 … 1: (images, image_size², 3). `patches` has no effect."""
 
-    def __init__(self, side: int):
-        self.side = side
-        self.model: Any = nn.Identity()
+    def __init__(self, image_size: int):
+        self.image_size = image_size
+        self.model: nn.Module = nn.Identity()
 
-    def width(self, grid: bool) -> int:
+    def embed_dim(self, *, patches: bool) -> int:
+        """The three color channels."""
         return 3
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, 3, side, side): the shorter side resized, the middle cut out."""
-        squares = [ImageOps.fit(image.convert("RGB"), (self.side, self.side), Image.Resampling.BICUBIC) for image in images]
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """(images, 3, image_size, image_size) in −1 … 1: resized by the shorter side and center-cropped."""
+        size = (self.image_size, self.image_size)
+        squares = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC) for image in images]
         return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def features(self, pixels: Tensor, grid: bool) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """(images, 3, height, width) → (images, height · width, 3)."""
         return pixels.flatten(2).transpose(1, 2)
 
-    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
-        return self.features(self.prepare(images), grid)
+    def encode_images(self, images: Sequence[Image.Image], *, patches: bool) -> Tensor:
+        """Features of images: (images, patches, embed_dim)."""
+        return self.encode_pixels(self.preprocess(images), patches=patches)
 
-    def null(self, grid: bool) -> Tensor:
-        """Grey."""
-        return torch.zeros(1, self.side**2, 3)
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """A gray image: zeros."""
+        return torch.zeros(1, self.image_size**2, 3)
 
 
 class LatentEncoder(PixelEncoder):
-    """Features are a VAE's latents: (pictures, height · width, channels)."""
+    """Features are a VAE's latents: (images, height · width, channels). `patches` has no effect."""
 
-    def __init__(self, vae: Any, side: int):
-        super().__init__(side)
-        self.model = vae
+    def __init__(self, vae: "AutoencoderKL", image_size: int):
+        super().__init__(image_size)
+        self.model: AutoencoderKL = vae
 
-    def width(self, grid: bool) -> int:
-        return self.model.config.latent_channels
+    def embed_dim(self, *, patches: bool) -> int:
+        """The channels of the latents."""
+        return int(self.model.config.latent_channels)
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, grid: bool) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """The mean of the VAE's posterior, scaled: (images, 3, height, width) → (images, patches, channels)."""
         latents = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.mean * self.model.config.scaling_factor
         return latents.flatten(2).transpose(1, 2)
 
-    def null(self, grid: bool) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(self.features(torch.zeros(1, 3, self.side, self.side), grid))
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """Latents of zeros."""
+        return torch.zeros_like(self.encode_pixels(torch.zeros(1, 3, self.image_size, self.image_size), patches=patches))
 
 
-class NothingEncoder:
-    """Sees nothing: for methods that learn their subject and are shown no picture. Features are one zero."""
-
-    side = 1
+class NullEncoder(PixelEncoder):
+    """For methods that fine-tune on their subject and are conditioned on no image: features are a single zero."""
 
     def __init__(self) -> None:
-        self.model: Any = nn.Identity()
+        super().__init__(image_size=1)
 
-    def width(self, grid: bool) -> int:
+    def embed_dim(self, *, patches: bool) -> int:
+        """One."""
         return 1
 
-    def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, 3, 1, 1) of zeros."""
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """(images, 3, 1, 1) of zeros."""
         return torch.zeros(len(images), 3, 1, 1)
 
-    def features(self, pixels: Tensor, grid: bool) -> Tensor:
-        """(pictures, 1, 1) of zeros."""
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """(images, 1, 1) of zeros."""
         return pixels.new_zeros(len(pixels), 1, 1)
 
-    def encode(self, images: Sequence[Image.Image], grid: bool) -> Tensor:
-        return self.features(self.prepare(images), grid)
-
-    def null(self, grid: bool) -> Tensor:
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """(1, 1, 1) of zeros."""
         return torch.zeros(1, 1, 1)

@@ -1,7 +1,7 @@
-"""Prompter = encoder + adapter: pictures in, an image prompt out."""
+"""Image prompts: reference images encoded for an adapter, as values, and the encoder that makes them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,266 +11,291 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.config import COMBINE
+from imprompt.config import TRAINING_FREE_AGGREGATIONS
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregation import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
 from imprompt.core.conditioning import Scale
-from imprompt.core.image_projection import FaceProjector, Resampler
+from imprompt.core.image_projection import FaceIDPlusProjection, Resampler
 from imprompt.errors import ImageError, UserError
 from imprompt.models import checkpoints, hub
-from imprompt.models.checkpoints import Spec
-from imprompt.models.face_encoders import FaceEncoder, read_faces
-from imprompt.models.image_encoders import Encoder, ImageEncoder
-from imprompt.utils.images import Picture, fit, open_image, squares
+from imprompt.models.checkpoints import AdapterSpec
+from imprompt.models.face_encoders import FaceEncoder, load_id_embeds
+from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder
+from imprompt.utils.images import ImageInput, open_image, resize_to_square, tile_to_squares
 
-Faces = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
+FaceEmbeds = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
-    """Reference pictures as an adapter hears them. A value: `replace(prompt, scale=0.4)` gives another one."""
+    """Encoded reference images and how they condition the UNet. A value: `replace(prompt, scale=0.4)` returns another one."""
 
     adapter: Adapter = field(repr=False)
-    features: Tensor = field(repr=False)  # (1 or prompts, references, patches, features)
-    null: Tensor = field(repr=False)  # (1, 1, patches, features)
+    image_features: Tensor = field(repr=False)  # (1 or prompts, references, patches, embed_dim)
+    uncond_features: Tensor = field(repr=False)  # (1, 1, patches, embed_dim)
     scale: Scale = 1.0
-    mask: Tensor | None = field(default=None, repr=False)  # (H, W) in 0 … 1
-    start: float = 0.0
-    end: float = 1.0
-    weights: Tensor | None = field(default=None, repr=False)  # (references,): 2 is the same as the reference given twice
+    mask: Tensor | None = field(default=None, repr=False)  # (height, width) in 0 … 1
+    start_at: float = 0.0  # of denoising, 0 … 1
+    end_at: float = 1.0
+    reference_weights: Tensor | None = field(default=None, repr=False)  # (references,): 2 is the same as the reference given twice
     aggregator: Aggregator | None = field(default=None, repr=False)  # instead of the adapter's own
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.end <= 1:
-            raise UserError(f"expected 0 ≤ start ≤ end ≤ 1, received start={self.start}, end={self.end}")
+        if not 0 <= self.start_at <= self.end_at <= 1:
+            raise UserError(f"expected 0 ≤ start_at ≤ end_at ≤ 1, received start_at={self.start_at}, end_at={self.end_at}")
 
     @torch.no_grad()
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
-        """Keys and values of the null and of the image, from one batched pass: (1 or prompts, tokens, hidden) each."""
-        which = self._chosen()
-        features, weights = self.features[:, which], None if self.weights is None else self.weights[which]
+        """Keys and values of no image and of the references, from one batched pass: (1 or prompts, tokens, hidden_dim) each."""
+        selected, aggregator, like = self._selected_references(), self.active_aggregator, next(self.adapter.parameters())
+        features = self.image_features[:, selected]
         prompts, references = features.shape[:2]
-        if type(self.together) is not Aggregator:
-            both = torch.cat([self.null.expand(1, references, -1, -1), features]).to(next(self.adapter.parameters()))
-            weights = None if weights is None else weights.to(both).expand(len(both), -1)
-            each = self.adapter(both, weights, self.together)
-            return (
-                {n: KeyValues(*(x[:1] for x in pair)) for n, pair in each.items()},
-                {n: KeyValues(*(x[1:] for x in pair)) for n, pair in each.items()},
-            )
-        pictures = torch.cat([self.null, features.flatten(0, 1)[:, None]])  # the null once, then every reference
-        each = self.adapter(pictures.to(next(self.adapter.parameters())), None, self.together)
-        null = {n: KeyValues(*(x[:1].repeat(1, references, 1) for x in pair)) for n, pair in each.items()}
-        image = {n: KeyValues(*(x[1:].unflatten(0, (prompts, references)).flatten(1, 2) for x in pair)) for n, pair in each.items()}
-        return null, image
+        if type(aggregator) is not Aggregator:
+            batch = torch.cat([self.uncond_features.expand(1, references, -1, -1), features]).to(like)
+            weights = None if self.reference_weights is None else self.reference_weights[selected].to(batch).expand(len(batch), -1)
+            key_values = self.adapter(batch, weights, aggregator)
+            return _map_tensors(key_values, lambda x: x[:1]), _map_tensors(key_values, lambda x: x[1:])
+        batch = torch.cat([self.uncond_features, features.flatten(0, 1)[:, None]])  # no image once, then every reference
+        key_values = self.adapter(batch.to(like), None, aggregator)
+        uncond = _map_tensors(key_values, lambda x: x[:1].repeat(1, references, 1))
+        return uncond, _map_tensors(key_values, lambda x: x[1:].unflatten(0, (prompts, references)).flatten(1, 2))
 
     @property
-    def together(self) -> Aggregator:
-        """What brings the references together."""
+    def active_aggregator(self) -> Aggregator:
+        """How several references are aggregated: the prompt's own aggregator, or the adapter's."""
         return self.aggregator or self.adapter.aggregator
 
-    def bias(self) -> Tensor | None:
-        """Of references that lie side by side: the logarithm of the weight of each token, (1, tokens)."""
-        if self.weights is None or not self.together.beside:
+    def attention_bias(self) -> Tensor | None:
+        """The logarithm of each image token's weight, (1, tokens), for weighted references that are concatenated; otherwise None."""
+        if self.reference_weights is None or not self.active_aggregator.concatenates:
             return None
-        tokens = self.adapter.tokens(self.features[:1, :1].to(next(self.adapter.parameters())), None, self.together).shape[1]
-        return self.weights[self._chosen()].log().repeat_interleave(tokens)[None]
+        features = self.image_features[:1, :1].to(next(self.adapter.parameters()))
+        num_tokens = self.adapter.image_tokens(features, None, self.active_aggregator).shape[1]
+        return self.reference_weights[self._selected_references()].log().repeat_interleave(num_tokens)[None]
 
-    def _chosen(self) -> list[int]:
-        """Which references are read, of those that have a weight."""
-        heard = list(range(self.features.shape[1])) if self.weights is None else self.weights.nonzero()[:, 0].tolist()
-        return [heard[n] for n in self.together.chosen(len(heard))]
+    def _selected_references(self) -> list[int]:
+        """The references that the aggregator uses, out of those whose weight is not zero."""
+        count, weights = self.image_features.shape[1], self.reference_weights
+        weighted = list(range(count)) if weights is None else weights.nonzero()[:, 0].tolist()
+        return [weighted[n] for n in self.active_aggregator.select_references(len(weighted))]
 
     def save(self, path: str | Path) -> None:
-        """Keep it in a `.safetensors` file; `Prompter.read` makes it again without the pictures."""
-        tensors = {"features": self.features, "null": self.null, "weights": self.weights, "mask": self.mask}
-        scale = dict(self.scale) if isinstance(self.scale, Mapping) else self.scale
-        how = self.aggregator.name if self.aggregator else ""
-        about = {"prompt": {"scale": scale, "start": self.start, "end": self.end, "combine": how, "adapter": _sums(self.adapter)}}
+        """Save it to a `.safetensors` file, from which `ImagePromptEncoder.load_prompt` restores it without the images."""
         if Path(path).suffix != ".safetensors":
-            raise UserError(f"an image prompt is kept in a .safetensors file, received {Path(path).name}")
-        checkpoints.write({name: value for name, value in tensors.items() if value is not None}, path, about)
+            raise UserError(f"an image prompt is saved to a .safetensors file, received {Path(path).name}")
+        names = ("image_features", "uncond_features", "reference_weights", "mask")
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        settings = {
+            "scale": dict(self.scale) if isinstance(self.scale, Mapping) else self.scale, "start_at": self.start_at, "end_at": self.end_at,
+            "aggregation": self.aggregator.name if self.aggregator else "", "adapter": _adapter_fingerprint(self.adapter),
+        }  # fmt: skip
+        checkpoints.write_tensors(tensors, path, {"prompt": settings})
 
-    def scaled(self, scale: Scale) -> "ImagePrompt":
+    def with_scale(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""
         return replace(self, scale=scale)
 
 
-class Prompter:
-    """An adapter with the image encoder that it was trained for."""
+def _map_tensors(key_values: Mapping[int, KeyValues], function: Callable[[Tensor], Tensor]) -> dict[int, KeyValues]:
+    return {n: KeyValues(*map(function, pair)) for n, pair in key_values.items()}
 
-    def __init__(self, adapter: Adapter, spec: Spec, encoder: Encoder):
-        width = encoder.width(spec.grid)
-        if width != spec.features:
+
+class ImagePromptEncoder:
+    """An adapter with the image encoder that it was trained with: turns reference images into image prompts."""
+
+    def __init__(self, adapter: Adapter, spec: AdapterSpec, encoder: FeatureEncoder):
+        embed_dim = encoder.embed_dim(patches=spec.uses_patch_features)
+        if embed_dim != spec.image_embed_dim:
             raise UserError(
-                f"the image encoder does not fit the adapter: expected {spec.encoder}, "
-                f"received features of width {width}; choose another with --encoder"
+                f"the image encoder does not fit the adapter: expected {spec.image_encoder}, "
+                f"received features of dimension {embed_dim}; choose another with --image-encoder"
             )
         self.adapter, self.spec, self.encoder = adapter, spec, encoder
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture] = (),
+        images: ImageInput | Sequence[ImageInput] = (),
+        *,
         scale: Scale = 1.0,
-        mask: Picture | Tensor | None = None,
-        start: float = 0.0,
-        end: float = 1.0,
-        fit: str = "crop",
-        weights: Sequence[float] | None = None,
-        combine: str | None = None,
-        negative: Picture | None = None,
-        faces: Faces | None = None,
+        mask: ImageInput | Tensor | None = None,
+        start_at: float = 0.0,
+        end_at: float = 1.0,
+        resize_mode: str = "crop",
+        reference_weights: Sequence[float] | None = None,
+        aggregation: str | None = None,
+        negative_image: ImageInput | None = None,
+        face_embeds: FaceEmbeds | None = None,
     ) -> ImagePrompt:
-        """An image prompt from one picture, or from several of one subject.
+        """An image prompt from one reference image, or from several of one subject.
 
-        scale is λ (a number, or a mapping from blocks to numbers); mask is white where the prompt is heard; start and
-        end are progress through the noise schedule, 0 … 1; fit says what happens to pictures that are not square.
-        weights has a number for each picture: 2 is the same as giving it twice, 0 as leaving it out. combine brings several
-        together without training: one of config.COMBINE (default: as the adapter was trained, or side by side). What is drawn is
-        guided away from `negative`, instead of from no image at all.
+        scale: λ, a number, or a mapping from UNet blocks to numbers.
+        mask: white where the image prompt applies; an image, or a tensor (height, width) in 0 … 1.
+        start_at, end_at: when it applies, as fractions of denoising, 0 … 1.
+        resize_mode: crop, pad, squash or tile, for images that are not square.
+        reference_weights: a number for each image; 2 is the same as giving it twice, 0 as leaving it out.
+        aggregation: how several references are aggregated without training, one of config.TRAINING_FREE_AGGREGATIONS (default: as
+            the adapter was trained, or by concatenation).
+        negative_image: its features replace the unconditional ones, so that guidance leads away from it.
+        face_embeds: identity embeddings, (faces, 512), or a `.npy` or `.safetensors` file of them, for adapters of the FaceID family;
+            without them they are computed from the images by InsightFace (pip install 'imprompt[faces]'). FaceID-Plus also takes the
+            image of each face: it is cropped from the images, or, with face_embeds, given as the images, one for each embedding.
 
-        Adapters of the FaceID family hear who somebody is: `faces` are identity embeddings, (faces, 512), or a `.npy` or
-        `.safetensors` file of them; without, they are computed from the pictures by InsightFace (pip install 'imprompt[faces]').
-        FaceID-Plus hears the faces' pictures too, which are cut out of yours; beside `faces`, as you give them, one for each.
+        Raises UserError for arguments that the adapter does not support, ImageError for images that cannot be used.
         """
-        together = combined(combine, self.adapter)
-        pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
+        aggregator = build_aggregator(aggregation, self.adapter)
+        features, weights = self.encode_references(images, resize_mode, reference_weights, face_embeds)
+        uncond = self.encode_negative(negative_image, resize_mode)
+        mask = None if mask is None else load_mask(mask)
+        return ImagePrompt(self.adapter, features[None], uncond[None], scale, mask, start_at, end_at, weights, aggregator)
+
+    def encode_references(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        resize_mode: str = "crop",
+        reference_weights: Sequence[float] | None = None,
+        face_embeds: FaceEmbeds | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features of the references, (references, patches, embed_dim), and their weights, (references,) or None. A tile is a reference."""
+        opened = [open_image(image) for image in ([images] if isinstance(images, ImageInput) else images)]
         if isinstance(self.encoder, FaceEncoder):
-            features, null = _of_faces(self.encoder, pictures, faces, fit), self.encoder.null(self.spec.grid)
-            if negative is not None:
-                null = _of_faces(self.encoder, [negative], None, fit)
-            given = _weights(weights, len(features))
-        elif faces is not None:
-            raise UserError(f"faces: a {self.spec.kind} adapter hears pictures; expected one of the FaceID family")
-        else:
-            tiles = [squares(open_image(picture), fit) for picture in pictures]
-            features, null = self.encode([tile for of_one in tiles for tile in of_one])
-            given = _weights(weights, len(pictures))
-            if given is not None:
-                given = given.repeat_interleave(torch.tensor([len(of_one) for of_one in tiles]))
-            if negative is not None:
-                null = self.encode(negative, "pad" if fit == "tile" else fit)[0]
-        where = None if mask is None else as_mask(mask)
-        return ImagePrompt(self.adapter, features[None], null[None], scale, where, start, end, given, together)
+            features = _encode_faces(self.encoder, opened, face_embeds, resize_mode)
+            return features, _check_weights(reference_weights, len(features))
+        if face_embeds is not None:
+            raise UserError(f"face_embeds: a {self.spec.adapter_type} adapter takes images; expected an adapter of the FaceID family")
+        if not opened:
+            raise ImageError("an image prompt needs at least one image")
+        tiles = [tile_to_squares(image, resize_mode) for image in opened]
+        weights = _check_weights(reference_weights, len(opened))
+        if weights is not None:
+            weights = weights.repeat_interleave(torch.tensor([len(group) for group in tiles]))
+        patches = self.spec.uses_patch_features
+        return self.encoder.encode_images([tile for group in tiles for tile in group], patches=patches), weights
 
-    def each(self, images: Sequence[Picture | Sequence[Picture]], **more: Any) -> ImagePrompt:
-        """One image prompt for a batch of prompts, each with references of its own; as many for each.
+    def encode_negative(self, negative_image: ImageInput | None = None, resize_mode: str = "crop") -> Tensor:
+        """The features that guidance leads away from, (1, patches, embed_dim): those of no image, or of a negative image."""
+        if negative_image is None:
+            return self.encoder.uncond_features(patches=self.spec.uses_patch_features)
+        image = open_image(negative_image)
+        if isinstance(self.encoder, FaceEncoder):
+            return self.encoder.preprocess([image])
+        return self.encoder.encode_images([_resize_whole(image, resize_mode)], patches=self.spec.uses_patch_features)
 
-        `more` is what a single call takes, weights for every prompt alike. The pipeline is given as many prompts.
+    def encode_batch(self, images: Sequence[ImageInput | Sequence[ImageInput]], **options: Any) -> ImagePrompt:
+        """One image prompt for a batch of prompts, each with its own references; every prompt has the same number of them.
+
+        `options` are those of a single call, the same for every prompt. The pipeline is called with as many prompts.
         """
-        apart = [self(pictures, **more) for pictures in images]
-        counts = {prompt.features.shape[1] for prompt in apart}
+        prompts = [self(references, **options) for references in images]
+        counts = {prompt.image_features.shape[1] for prompt in prompts}
         if len(counts) != 1:
-            raise UserError(f"each: expected as many references for every prompt, received {', '.join(map(str, sorted(counts)))}")
-        return replace(apart[0], features=torch.cat([prompt.features for prompt in apart]))
+            raise UserError(f"every prompt must have the same number of references, received {', '.join(map(str, sorted(counts)))}")
+        return replace(prompts[0], image_features=torch.cat([prompt.image_features for prompt in prompts]))
 
-    def read(self, path: str | Path) -> ImagePrompt:
-        """An image prompt that was kept with `ImagePrompt.save`. Raises UserError where it is none, or another adapter's."""
+    def load_prompt(self, path: str | Path) -> ImagePrompt:
+        """An image prompt that `ImagePrompt.save` wrote. Raises UserError for another file, or where another adapter encoded it."""
         path = Path(path)
-        tensors, about = checkpoints.read_tensors(path)
-        kept = about.get("prompt")
-        if not isinstance(kept, dict) or not {"features", "null"} <= set(tensors):
-            raise UserError(f"{path.name} holds no image prompt; expected a file that ImagePrompt.save or --save-prompt wrote")
-        mine, theirs = _sums(self.adapter), kept.get("adapter")
-        if not isinstance(theirs, list) or len(theirs) != len(mine) or not all(map(_close, mine, theirs)):
-            raise UserError(f"{path.name} was made with another adapter; expected the same one, or make it anew from the pictures")
+        tensors, metadata = checkpoints.read_tensors(path)
+        settings = metadata.get("prompt")
+        if not isinstance(settings, dict) or not {"image_features", "uncond_features"} <= set(tensors):
+            raise UserError(f"{path.name} contains no image prompt; expected a file that ImagePrompt.save or --save-embeds wrote")
+        expected, received = _adapter_fingerprint(self.adapter), settings.get("adapter")
+        if not isinstance(received, list) or len(received) != len(expected) or not all(map(_is_close, expected, received)):
+            raise UserError(f"{path.name} was made with another adapter; expected the same one, or encode the images again")
         device = next(self.adapter.parameters()).device
-        features, null = tensors["features"].to(device), tensors["null"].to(device)
-        together = combined(kept.get("combine") or None, self.adapter)
-        scale, start, end = kept.get("scale", 1.0), float(kept.get("start", 0)), float(kept.get("end", 1))
-        return ImagePrompt(self.adapter, features, null, scale, tensors.get("mask"), start, end, tensors.get("weights"), together)
+        features, uncond = tensors["image_features"].to(device), tensors["uncond_features"].to(device)
+        aggregator = build_aggregator(settings.get("aggregation") or None, self.adapter)
+        scale, start_at, end_at = settings.get("scale", 1.0), float(settings.get("start_at", 0)), float(settings.get("end_at", 1))
+        weights = tensors.get("reference_weights")
+        return ImagePrompt(self.adapter, features, uncond, scale, tensors.get("mask"), start_at, end_at, weights, aggregator)
 
-    def encode(self, images: Picture | Sequence[Picture], fit_: str = "crop") -> tuple[Tensor, Tensor]:
-        """Features of the pictures, (references, patches, width), and of the null, (1, patches, width)."""
-        pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
-        if not pictures:
-            raise ImageError("an image prompt needs at least one picture")
-        opened = [fit(open_image(picture), fit_) for picture in pictures]
-        return self.encoder.encode(opened, self.spec.grid), self.encoder.null(self.spec.grid)
-
-    def to(self, device: torch.device | str) -> "Prompter":
-        """Move encoder and adapter."""
+    def to(self, device: torch.device | str) -> "ImagePromptEncoder":
+        """Move image encoder and adapter to a device."""
         self.adapter.to(device)
         self.encoder.model.to(device)
         return self
 
 
-def _of_faces(encoder: FaceEncoder, pictures: list[Picture], faces: Faces | None, fit_: str) -> Tensor:
-    """Features of the FaceID family: of faces that are given, or of those that are found in the pictures."""
-    opened = [open_image(picture) for picture in pictures]
-    if faces is not None:
-        return encoder.beside(read_faces(faces, encoder.face), [fit(image, "pad" if fit_ == "tile" else fit_) for image in opened])
-    if not opened:
-        raise UserError("a FaceID adapter needs a face: give pictures, or identity embeddings as faces")
-    return encoder.prepare(opened)
+def _resize_whole(image: Image.Image, resize_mode: str) -> Image.Image:
+    """The whole image as one square; tiles are not possible where exactly one image is expected."""
+    return resize_to_square(image, "pad" if resize_mode == "tile" else resize_mode)
 
 
-def _sums(adapter: Adapter) -> list[float]:
-    """By which an adapter is known again, whatever device and precision it is used in."""
+def _encode_faces(encoder: FaceEncoder, images: Sequence[Image.Image], face_embeds: FaceEmbeds | None, resize_mode: str) -> Tensor:
+    """Features for the FaceID family: from given identity embeddings, or from the faces that are detected in the images."""
+    if face_embeds is not None:
+        id_embeds = load_id_embeds(face_embeds, encoder.id_embed_dim)
+        return encoder.combine_features(id_embeds, [_resize_whole(image, resize_mode) for image in images])
+    if not images:
+        raise UserError("a FaceID adapter needs a face: give images, or identity embeddings as face_embeds")
+    return encoder.preprocess(images)
+
+
+def _adapter_fingerprint(adapter: Adapter) -> list[float]:
+    """Numbers that identify an adapter, whatever its device and data type."""
     return [float(p.detach().cpu().double().abs().sum()) for p in adapter.image_proj.parameters()]
 
 
-def _close(mine: float, theirs: Any) -> bool:
-    return isinstance(theirs, (int, float)) and math.isclose(mine, theirs, rel_tol=0.01)
+def _is_close(expected: float, received: object) -> bool:
+    return isinstance(received, (int, float)) and math.isclose(expected, received, rel_tol=0.01)
 
 
-def combined(name: str | None, adapter: Adapter) -> Aggregator | None:
-    """What brings references together without training, by name; None where the adapter's own does. Raises UserError."""
-    if name is None:
+def build_aggregator(aggregation: str | None, adapter: Adapter) -> Aggregator | None:
+    """An aggregator without trained weights, by name; None for the adapter's own. Raises UserError where it does not fit."""
+    if aggregation is None:
         return None
-    if name not in COMBINE:
-        raise UserError(f"combine: expected one of {', '.join(COMBINE)}, received {name!r}")
-    if name == "joint" and not isinstance(adapter.image_proj, Resampler):
-        raise UserError("combine: joint lays the references' patches before a resampler, and this adapter has none; take average")
-    return AGGREGATORS[name](0, 0)
+    if aggregation not in TRAINING_FREE_AGGREGATIONS:
+        raise UserError(f"aggregation: expected one of {', '.join(TRAINING_FREE_AGGREGATIONS)}, received {aggregation!r}")
+    if aggregation == "joint" and not isinstance(adapter.image_proj, Resampler):
+        raise UserError("aggregation: joint passes the patches of all references to a resampler, and this adapter has none; use average")
+    return AGGREGATORS[aggregation](0, 0)
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> Tensor | None:
+def _check_weights(weights: Sequence[float] | None, count: int) -> Tensor | None:
+    """The weights as a tensor, (count,). Raises UserError unless there are `count` of them, none negative, and one positive."""
     if weights is None:
         return None
     if len(weights) != count:
-        raise UserError(f"weights: expected one for each of the {count} references, received {len(weights)}")
+        raise UserError(f"reference weights: expected one for each of the {count} references, received {len(weights)}")
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise UserError(f"weights: expected numbers of at least 0, and one above it; received {', '.join(map(str, weights))}")
+        raise UserError(f"reference weights: expected numbers of at least 0, and one above it; received {', '.join(map(str, weights))}")
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def as_mask(mask: Picture | Tensor) -> Tensor:
-    """A picture, white where the prompt is heard, as (height, width) in 0 … 1; a tensor stays."""
+def load_mask(mask: ImageInput | Tensor) -> Tensor:
+    """An image, white where the image prompt applies, as (height, width) in 0 … 1; a tensor of that shape is returned in float32."""
     if isinstance(mask, Tensor):
         if mask.ndim != 2:
             raise UserError(f"expected a mask of shape (height, width), received {tuple(mask.shape)}")
         return mask.float()
-    grey = open_image(mask).convert("L")
-    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(grey.height, grey.width) / 255
+    gray = open_image(mask).convert("L")
+    return torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(gray.height, gray.width) / 255
 
 
-def find_encoder(base: str, named: str | None, spec: Spec | None = None) -> ImageEncoder:
-    """The image encoder: the one named, the base's own, or the one the adapter was trained with."""
-    if named:
-        return ImageEncoder.load(named)
-    if base == "mini":
-        return ImageEncoder.load(hub.MINI / "image_encoder")
-    if spec is not None:
-        return ImageEncoder.load(*hub.default_encoder(spec))
-    return ImageEncoder.load(*hub.RELEASED_ENCODER)
+def resolve_image_encoder(model: str, image_encoder: str | None, spec: AdapterSpec | None = None) -> ImageEncoder:
+    """The image encoder of this name, or that of the base model, or the one that the adapter was trained with."""
+    if image_encoder:
+        return ImageEncoder.load(image_encoder)
+    if model == "mini":
+        return ImageEncoder.load(hub.MINI_PATH / "image_encoder")
+    return ImageEncoder.load(*(hub.DEFAULT_IMAGE_ENCODER if spec is None else hub.default_image_encoder(spec)))
 
 
-def load(source: str | Path, weight: str | None = None, encoder: str | Path | None = None) -> Prompter:
-    """Load an adapter and its encoder.
+def load(source: str | Path, weight_name: str | None = None, image_encoder: str | Path | None = None) -> ImagePromptEncoder:
+    """Load an adapter and its image encoder.
 
-    `source` is a file, or a hub id with the file's path in the repository as `weight`:
-    `load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")`. `mini` and `mini-plus` are the embedded adapters.
-    The encoder is found from the adapter's shapes; `encoder` (a folder or a hub id) overrules. Offline, with
-    HF_HUB_OFFLINE=1, hub ids are looked up in the local cache only.
+    `source` is a file, or a hub id with the file's path in the repository as `weight_name`:
+    `load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")`. `mini` and `mini-plus` are the bundled adapters.
+    The image encoder is determined from the adapter's shapes; `image_encoder` (a folder or a hub id) overrides it. Offline, with
+    HF_HUB_OFFLINE=1, hub ids are resolved in the local cache only. Raises UserError where something is missing or does not fit.
     """
-    path, found = hub.find_adapter(str(source), weight)
+    path, location = hub.resolve_adapter(str(source), weight_name)
     adapter, spec = checkpoints.load_adapter(path)
-    where = (str(encoder), None) if encoder else found
-    if spec.faces and not spec.grid:
-        return Prompter(adapter, spec, FaceEncoder(spec.features, normalised=spec.normalised))
-    picture = ImageEncoder.load(*(where or hub.default_encoder(spec)))
-    if isinstance(adapter.image_proj, FaceProjector):
-        return Prompter(adapter, spec, FaceEncoder(adapter.image_proj.face, picture, spec.normalised))
-    return Prompter(adapter, spec, picture)
+    if spec.is_faceid and not spec.uses_patch_features:
+        return ImagePromptEncoder(adapter, spec, FaceEncoder(spec.image_embed_dim, normalized=spec.normalized_id_embeds))
+    location = (str(image_encoder), None) if image_encoder else location
+    encoder = ImageEncoder.load(*(location or hub.default_image_encoder(spec)))
+    if isinstance(adapter.image_proj, FaceIDPlusProjection):
+        faces = FaceEncoder(adapter.image_proj.id_embed_dim, encoder, normalized=spec.normalized_id_embeds)
+        return ImagePromptEncoder(adapter, spec, faces)
+    return ImagePromptEncoder(adapter, spec, encoder)

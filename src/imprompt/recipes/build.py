@@ -1,78 +1,77 @@
-"""All of mini from nothing: the parts of the recipe, and then the adapters, by the same training that users run."""
+"""All of mini from scratch: the parts of the recipe, and then the adapters, by the same training that users run."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from imprompt.config import Train, read_toml
-from imprompt.config import build as configured
+from imprompt.config import TrainConfig, read_toml
 from imprompt.errors import UserError
 from imprompt.models import checkpoints
-from imprompt.models.hub import EMBEDDED, MINI
-from imprompt.recipes.controlnets import make_structure
-from imprompt.recipes.mini_models import ADAPTERS, PLANS, STRUCTURE, Build
-from imprompt.training import recorded, train
+from imprompt.models.hub import BUNDLED_ADAPTERS, MINI_PATH
+from imprompt.recipes.controlnets import train_control_model
+from imprompt.recipes.mini_models import ADAPTER_PARTS, CONTROL_PARTS, PLANS, MiniBuild
+from imprompt.training import log_steps, train_adapter
 from imprompt.utils.files import atomic_path
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def make(build: Build, only: Sequence[str] = ()) -> None:
-    """Make every part that is missing, in order; or only those named. What was interrupted goes on.
+def build_mini(build: MiniBuild, only: Sequence[str] = ()) -> None:
+    """Train every missing part in order, or only those named; an interrupted part is resumed.
 
-    Companions (STRUCTURE) alone are made for the embedded model where the folder has none of its own.
+    Control models (CONTROL_PARTS) alone are trained for the embedded model where the folder has no base of its own.
     """
-    if unknown := set(only) - {*PLANS, *ADAPTERS, *STRUCTURE}:
-        raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTERS, *STRUCTURE))}")
-    build.make([name for name in PLANS if not only or name in only])
-    wanted = [name for name in (*ADAPTERS, *STRUCTURE) if (not only or name in only) and not (build.parts / name).exists()]
-    own = (build.parts / "unet").exists()
-    if wanted and (own or not set(wanted) <= set(STRUCTURE)):
-        build.assemble(build.folder / "model")
+    if unknown := set(only) - {*PLANS, *ADAPTER_PARTS, *CONTROL_PARTS}:
+        raise UserError(f"mini has no part called {unknown.pop()!r}; expected {', '.join((*PLANS, *ADAPTER_PARTS, *CONTROL_PARTS))}")
+    build.train_parts([name for name in PLANS if not only or name in only])
+    wanted = [name for name in (*ADAPTER_PARTS, *CONTROL_PARTS) if (not only or name in only) and not (build.parts / name).exists()]
+    has_base = (build.parts / "unet").exists()
+    if wanted and (has_base or not set(wanted) <= set(CONTROL_PARTS)):
+        build.assemble_model(build.folder / "model")
     for name in wanted:
-        if name in STRUCTURE:
-            made = make_structure(name, build.folder / "model" if own else MINI, build.folder, build.report, build.budget)
+        if name in CONTROL_PARTS:
+            folder = train_control_model(
+                name, build.folder / "model" if has_base else MINI_PATH, build.folder, build.on_progress, build.budget
+            )
             build.parts.mkdir(exist_ok=True)
-            made.replace(build.parts / name)
+            folder.replace(build.parts / name)
             continue
-        choice = chosen(build, name)
-        for step in recorded(choice, train(choice)):
-            build.report(name, step.index, step.steps, step.loss)
-        keep_adapter(build, name, Path(choice.out) / "adapter.safetensors")
+        config = adapter_config(build, name)
+        for step in log_steps(config, train_adapter(config)):
+            build.on_progress(name, step.index, step.max_train_steps, step.loss)
+        save_adapter_part(build, name, Path(config.output_dir) / "adapter.safetensors")
 
 
-def install(build: Build) -> None:
-    """Make what was made the embedded model, or companions alone a part of it."""
+def install_mini(build: MiniBuild) -> None:
+    """Make the result the embedded model; without a base of its own, add its control models to it."""
     if (build.parts / "unet").exists():
-        build.assemble(MINI)
+        build.assemble_model(MINI_PATH)
     else:
-        build.add_companions(MINI)
+        build.add_control_models(MINI_PATH)
 
 
-def chosen(build: Build, name: str) -> Train:
-    """The committed settings, on the parts just made instead of those that ship."""
-    choice = configured(Train, read_toml(CONFIGS / f"{name}.toml"))
+def adapter_config(build: MiniBuild, name: str) -> TrainConfig:
+    """The committed options of an adapter, on the parts just trained instead of those that ship."""
+    config = TrainConfig.from_options(**read_toml(CONFIGS / f"{name}.toml")).with_defaults()
     model = build.folder / "model"
-    begin = choice.adapter and build.parts / Path(EMBEDDED[choice.adapter]).stem / "adapter.safetensors"
-    if begin and not begin.is_file():
-        raise UserError(f"{name} goes on from {begin.parent.name}, which is not there; make it first, or leave --only out")
-    return replace(
-        choice,
-        base=str(model),
-        adapter=str(begin) if begin else None,
-        encoder=str(model / "image_encoder"),
-        judge=str(model / "judge_clip"),
-        steps=max(2, round(choice.steps * build.budget)),
-        out=str(build.folder / name),
+    start = config.adapter and build.parts / Path(BUNDLED_ADAPTERS[config.adapter]).stem / "adapter.safetensors"
+    if start and not start.is_file():
+        raise UserError(f"{name} is fine-tuned from {start.parent.name}, which is missing; build it first, or remove --only")
+    return config.with_options(
+        model=str(model),
+        adapter=str(start) if start else None,
+        image_encoder=str(model / "image_encoder"),
+        clip_model=str(model / "judge_clip"),
+        max_train_steps=max(2, round(config.optimization.max_train_steps * build.budget)),
+        output_dir=str(build.folder / name),
     )
 
 
-def keep_adapter(build: Build, name: str, file: Path) -> None:
-    """Make a trained adapter a part, in half precision."""
+def save_adapter_part(build: MiniBuild, name: str, file: Path) -> None:
+    """Save a trained adapter as a part, in half precision."""
     adapter, _ = checkpoints.load_adapter(file)
-    recipe = f"imprompt train --config src/imprompt/mini/configs/{name}.toml"
-    about = {"base": "mini", "encoder": "mini CLIP", "aggregator": adapter.aggregator.name, "recipe": recipe}
+    recipe = f"imprompt train --config src/imprompt/recipes/configs/{name}.toml"
+    metadata = {"base": "mini", "encoder": "mini CLIP", "aggregator": adapter.aggregator.name, "recipe": recipe}
     with atomic_path(build.parts / name / "adapter.safetensors") as partial:
-        checkpoints.save(adapter, partial, about, torch.float16)
+        checkpoints.save(adapter, partial, metadata, torch.float16)

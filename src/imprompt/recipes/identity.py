@@ -1,7 +1,7 @@
-"""The identity encoder: tells one subject from another in whatever scene they are photographed. It only evaluates.
+"""The identity encoder: embeds subjects so that images of one subject are near each other in any scene. It only evaluates.
 
-Subjects and scenes are its own, its widths are not the judge's, and it knows nothing of the VAE or of what conditions: a figure
-of identity must not come from an encoder that took part in drawing.
+It is trained on subjects and scenes of its own, without the VAE and the image encoder that conditions: an identity metric must
+not come from an encoder that took part in generation.
 """
 
 import itertools
@@ -15,84 +15,87 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from imprompt.mini import world
-from imprompt.recipes.trainer import generator
+from imprompt.recipes.trainer import make_step_generator
 
-SEEDS = 8_000_000  # its subjects and scenes begin here: after the judge's, long before those of the prompts
-GROUP = 8  # look-alikes
+FIRST_IDENTITY_SEED = (
+    8_000_000  # its subjects and scenes begin here: after those of the attribute classifier, long before those of the prompts
+)
+GROUP_SIZE = 8  # similar subjects
 TEMPERATURE = 0.1
 
 
-def encoder(width: int = 64) -> ResNetForImageClassification:
-    """A ResNet whose outputs are the embedding, yet to be brought to length 1. Not trained, 1.2 M parameters."""
+def build_identity_encoder(embed_dim: int = 64) -> ResNetForImageClassification:
+    """An untrained ResNet whose outputs are the embedding before normalization; 1.2 M parameters."""
     return ResNetForImageClassification(
-        ResNetConfig(embedding_size=48, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], layer_type="basic", num_labels=width)
+        ResNetConfig(embedding_size=48, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], layer_type="basic", num_labels=embed_dim)
     )
 
 
-def look_alikes() -> Iterator[world.Subject]:
-    """The encoder's subjects, without end, in groups of GROUP that have kind, colour and pattern in common.
+def iterate_hard_negatives() -> Iterator[world.Subject]:
+    """Endless subjects in groups of GROUP_SIZE that have category, color and pattern in common.
 
-    Within a group only what is personal tells them apart: exact shade, second colour, period, direction of stripes, outline,
-    face, accessory, stretch.
+    Within a group they differ only in exact shade, second color, period and direction of the pattern, outline, face,
+    accessory and stretch.
     """
     waiting: dict[tuple[str, str, str], list[world.Subject]] = defaultdict(list)
-    for seed in itertools.count(SEEDS):
-        found = world.subject(seed)
-        group = waiting[found.kind, found.colour, found.pattern]
-        group.append(found)
-        if len(group) == GROUP:
+    for seed in itertools.count(FIRST_IDENTITY_SEED):
+        subject = world.make_subject(seed)
+        group = waiting[subject.category, subject.color, subject.pattern]
+        group.append(subject)
+        if len(group) == GROUP_SIZE:
             yield from group
             group.clear()
 
 
-def supervised_contrast(embeddings: Tensor, subjects: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """L_out: of all the others, each picture is to find those of its subject. (n, width) of length 1, (n,) → a scalar.
+def supervised_contrastive_loss(embeddings: Tensor, subjects: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Supervised contrastive loss L_out: (n, embed_dim) of length 1, (n,) subject indices → a scalar.
 
-    arXiv:2004.11362, equation 2, the mean over anchors instead of the sum. Each subject must come at least twice.
+    Khosla et al. 2020 (arXiv:2004.11362), equation 2, with the mean over anchors instead of the sum. Each subject must
+    occur at least twice.
     """
     logits = embeddings @ embeddings.T / temperature
-    own = torch.eye(len(subjects), dtype=torch.bool, device=logits.device)
-    same = (subjects[:, None] == subjects[None]) & ~own
-    found = logits.masked_fill(own, float("-inf")).log_softmax(1)
-    return -(found.masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
+    self_pairs = torch.eye(len(subjects), dtype=torch.bool, device=logits.device)
+    same = (subjects[:, None] == subjects[None]) & ~self_pairs
+    log_probs = logits.masked_fill(self_pairs, float("-inf")).log_softmax(1)
+    return -(log_probs.masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
 
 
-def worn(x: Tensor, g: torch.Generator) -> Tensor:
-    """Pictures (n, 3, height, width) in −1 … 1, each a little blurred and noisy, as what a VAE decodes."""
+def degrade(x: Tensor, g: torch.Generator) -> Tensor:
+    """Slightly blur each image and add noise, as a VAE's decoder does. x: (n, 3, height, width) in −1 … 1."""
     blur, noise = torch.rand(2, len(x), 1, 1, 1, generator=g).to(x.device)
     soft = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     return x.lerp(soft, blur) + 0.1 * noise * torch.randn(x.shape, generator=g).to(x.device)
 
 
-class Photographs(Protocol):
-    """A pool of `look_alikes`, so many photographs of each in succession."""
+class ImageSource(Protocol):
+    """A pool of `look_alikes`, so many of each in succession."""
 
     count: int
 
-    def images(self, rows: Tensor) -> Tensor: ...
+    def load_images(self, rows: Tensor) -> Tensor: ...
 
 
-class Telling(nn.Module):
-    """What the encoder minimises: each batch holds half of the look-alikes of several groups, with all their photographs."""
+class IdentityTraining(nn.Module):
+    """Objective of the encoder: each batch holds half of the subjects of several groups, with all their images."""
 
-    def __init__(self, model: ResNetForImageClassification, pool: Photographs, photographs: int, batch: int):
+    def __init__(self, model: ResNetForImageClassification, pool: ImageSource, images_per_subject: int, batch: int):
         super().__init__()
-        self.model, self.pool, self.photographs = model, pool, photographs
-        self.picks = GROUP // 2
-        self.groups = batch // (self.picks * photographs)
+        self.model, self.pool, self.images_per_subject = model, pool, images_per_subject
+        self.subjects_per_group = GROUP_SIZE // 2
+        self.num_groups = batch // (self.subjects_per_group * images_per_subject)
 
-    def subjects(self, step: int) -> Tensor:
-        """Whom a step sees: (groups × look-alikes,) places among the pool's subjects."""
-        g = generator("identity", step)
-        groups = torch.randint(self.pool.count // (GROUP * self.photographs), (self.groups,), generator=g)
-        picks = torch.rand(self.groups, GROUP, generator=g).argsort(1)[:, : self.picks]
-        return (groups[:, None] * GROUP + picks).flatten()
+    def sample_subjects(self, step: int) -> Tensor:
+        """Subjects of a step: (num_groups × subjects_per_group,) indices among the pool's subjects."""
+        g = make_step_generator("identity", step)
+        groups = torch.randint(self.pool.count // (GROUP_SIZE * self.images_per_subject), (self.num_groups,), generator=g)
+        picks = torch.rand(self.num_groups, GROUP_SIZE, generator=g).argsort(1)[:, : self.subjects_per_group]
+        return (groups[:, None] * GROUP_SIZE + picks).flatten()
 
-    def loss(self, step: int) -> Tensor:
+    def compute_loss(self, step: int) -> Tensor:
         device = self.model.device
-        subjects = self.subjects(step).repeat_interleave(self.photographs)
-        rows = subjects * self.photographs + torch.arange(self.photographs).repeat(len(subjects) // self.photographs)
-        x = worn(self.pool.images(rows), generator("identity wear", step)).to(device)
-        with torch.autocast(device.type, enabled=False):  # cosines of look-alikes lie close; and not every CPU knows bfloat16
+        subjects = self.sample_subjects(step).repeat_interleave(self.images_per_subject)
+        rows = subjects * self.images_per_subject + torch.arange(self.images_per_subject).repeat(len(subjects) // self.images_per_subject)
+        x = degrade(self.pool.load_images(rows), make_step_generator("identity wear", step)).to(device)
+        with torch.autocast(device.type, enabled=False):  # cosines of similar subjects are close together, and not every CPU has bfloat16
             embeddings = F.normalize(self.model(pixel_values=x).logits, dim=1)
-            return supervised_contrast(embeddings, subjects.to(device))
+            return supervised_contrastive_loss(embeddings, subjects.to(device))

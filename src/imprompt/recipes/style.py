@@ -1,6 +1,6 @@
 """A custom model: mini's UNet fine-tuned to another drawing style, as people fine-tune Stable Diffusion.
 
-An adapter trained on mini is to work on it untouched (arXiv:2308.06721, section 4.3.2).
+An adapter trained on mini should work on it unchanged (IP-Adapter, Ye et al., 2023, arXiv:2308.06721, section 4.3.2).
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-from imprompt.models.hub import MINI
-from imprompt.recipes.mini_models import Denoising, Latents, Pool
-from imprompt.recipes.trainer import Plan, fit
+from imprompt.models.hub import MINI_PATH
+from imprompt.recipes.mini_models import ImagePool, LatentPool, UNetTraining
+from imprompt.recipes.trainer import TrainPlan, train_module
 
-PICTURES = 16_000
+NUM_STYLE_IMAGES = 16_000
 
 
-def ink(image: Image.Image) -> Image.Image:
-    """Pale washes of colour under dark outlines, on paper."""
+def render_ink(image: Image.Image) -> Image.Image:
+    """Pale washes of color under dark outlines, on paper."""
     large = image.resize((4 * image.width, 4 * image.height), Image.Resampling.BICUBIC)
     edges = ImageOps.autocontrast(large.convert("L").filter(ImageFilter.GaussianBlur(2)).filter(ImageFilter.FIND_EDGES), cutoff=2)
     lines = edges.point(lambda v: 255 if v < 60 else 30).filter(ImageFilter.GaussianBlur(1.5)).convert("RGB")
@@ -28,8 +28,8 @@ def ink(image: Image.Image) -> Image.Image:
     return ImageChops.multiply(pale, lines.resize(image.size, Image.Resampling.BOX))
 
 
-def mosaic(image: Image.Image) -> Image.Image:
-    """Tiles of one colour each, with dark joints."""
+def render_mosaic(image: Image.Image) -> Image.Image:
+    """Tiles of one color each, with dark joints."""
     tile = 4
     small = image.resize((image.width // tile, image.height // tile), Image.Resampling.BOX)
     array = np.asarray(ImageOps.posterize(small, 4).resize(image.size, Image.Resampling.NEAREST)).copy()
@@ -38,11 +38,11 @@ def mosaic(image: Image.Image) -> Image.Image:
     return Image.fromarray(array)
 
 
-STYLES: dict[str, Callable[[Image.Image], Image.Image]] = {"ink": ink, "mosaic": mosaic}
+STYLES: dict[str, Callable[[Image.Image], Image.Image]] = {"ink": render_ink, "mosaic": render_mosaic}
 
 
-class StyledPool(Pool):
-    """The training pictures of mini, in a style."""
+class StyledImagePool(ImagePool):
+    """The training images of mini, in a style."""
 
     def __init__(self, folder: Path, count: int, style: str):
         super().__init__(folder, count)
@@ -50,20 +50,20 @@ class StyledPool(Pool):
         self._style = STYLES[style]
 
     def picture(self, i: int) -> Image.Image:
-        return self._style(super().picture(i))
+        return self._style(super().render_image(i))
 
 
-def make_style(style: str, folder: Path, report: Callable[[str, int, int, float], None], budget: float = 1.0) -> Path:
-    """Fine-tune in `folder` (resumable) and save the model as `folder/model`, in the form of any Stable Diffusion."""
-    pipe = StableDiffusionPipeline.from_pretrained(MINI, safety_checker=None, requires_safety_checker=False)
-    pool = StyledPool(folder, max(256, round(PICTURES * min(1.0, budget))), style)
-    pool.draw(lambda done, total, _: report("drawing", done, total, 0.0))
-    latents = Latents(folder, pool)
-    latents.encode(pipe.vae, lambda done, total, _: report("latents", done, total, 0.0))
-    plan = Plan(style, max(2, round(700 * budget)), 48, 3e-4, warmup=20, ema=0.99, muon=1.5e-3)
-    unet = UNet2DConditionModel.from_pretrained(MINI, subfolder="unet")
-    module = Denoising(unet, pipe.text_encoder, pipe.tokenizer, latents, plan.batch)
-    fit(plan, module, module.loss, folder, lambda done, total, loss: report(style, done, total, loss))
+def train_style(style: str, folder: Path, on_progress: Callable[[str, int, int, float], None], budget: float = 1.0) -> Path:
+    """Fine-tune in `folder` (resumable) and save the model as `folder/model`, as a diffusers folder."""
+    pipe = StableDiffusionPipeline.from_pretrained(MINI_PATH, safety_checker=None, requires_safety_checker=False)
+    pool = StyledImagePool(folder, max(256, round(NUM_STYLE_IMAGES * min(1.0, budget))), style)
+    pool.render_all(lambda done, total, _: on_progress("rendering", done, total, 0.0))
+    latents = LatentPool(folder, pool)
+    latents.encode_all(pipe.vae, lambda done, total, _: on_progress("latents", done, total, 0.0))
+    plan = TrainPlan(style, max(2, round(700 * budget)), 48, 3e-4, warmup_steps=20, ema_decay=0.99, muon_lr=1.5e-3)
+    unet = UNet2DConditionModel.from_pretrained(MINI_PATH, subfolder="unet")
+    module = UNetTraining(unet, pipe.text_encoder, pipe.tokenizer, latents, plan.batch_size)
+    train_module(plan, module, module.compute_loss, folder, lambda done, total, loss: on_progress(style, done, total, loss))
     unet.set_default_attn_processor()
     pipe.unet = unet
     pipe.to(dtype=torch.float16)

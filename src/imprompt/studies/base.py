@@ -1,41 +1,79 @@
-"""A paper's comparison, regenerated: every row trained, drawn and scored on the embedded model, and kept once it is finished.
+"""Base of the studies. A study reproduces a paper's comparison on the embedded model: every row is trained, generated and scored.
 
-OUT/cache-FEATURES/      what the frozen parts say to the training pictures
+OUT/cache-FEATURES/      cached features of the training images
 OUT/train/ROW/           a run of `imprompt train`
-OUT/evaluation…/         pictures and what was seen in them
-OUT/finished/ROW.json    a finished row: all that the report needs of it; with these alone a report can be gone on with
-OUT/report/              the table, the claims, the pictures
+OUT/evaluation…/         generated images and their features
+OUT/finished/ROW.json    a finished row: all that the report needs; a study can be continued from these files alone
+OUT/report/              table, claims, images
 """
 
 import json
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
-from dataclasses import asdict
-from multiprocessing import get_context
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
-from queue import Empty
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 
-from imprompt.config import READS, Encode, Evaluate, Reproduce, Train
+from imprompt.config import METHODS, PER_SUBJECT_METHODS, EncodeConfig, EvaluateConfig, ReproduceConfig, TrainConfig
+from imprompt.data.feature_cache import is_complete
 from imprompt.errors import UserError
-from imprompt.evaluation.metrics import Interval, diversity
-from imprompt.evaluation.report import score_row, strip
-from imprompt.evaluation.runner import Row, Studio, Task, facts, protocol
-from imprompt.evaluation.scoring import Score, Seen
-from imprompt.evaluation.store import Shelf, agree
-from imprompt.evaluation.workers import pool
-from imprompt.models.base_pipelines import claim_device, pick_dtype
-from imprompt.training import encode, recorded, train
-from imprompt.utils.files import atomic_path, writable_folder, write_file
+from imprompt.evaluation.metrics import pairwise_diversity
+from imprompt.evaluation.report import image_strip, score_row
+from imprompt.evaluation.runner import EvalRow, EvaluationWorker, built_in_row
+from imprompt.evaluation.scoring import RowFeatures, RowScore
+from imprompt.evaluation.systems import BUILT_IN_ROWS, NOT_GENERATED
+from imprompt.models.base_pipelines import resolve_dtype, set_device
+from imprompt.training import encode_dataset, log_steps, train_adapter
+from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
+from imprompt.utils.statistics import Interval
+
+SCHEDULER = "dpm++"  # on mini five to eight of its steps are as good as 25 of DDIM (docs/log.md)
+GUIDANCE_SCALE = 3.0
+CLIP_I, CLIP_T, FD, IS = "CLIP-I (mini)", "CLIP-T (mini)", "FD (mini)", "IS (mini)"  # labels of metrics
+DIVERSITY, ID_SIMILARITY, RANK1_ACCURACY = "diversity", "ID similarity", "rank-1 ID acc."
 
 
-class Progress(NamedTuple):
-    """What is being done for a row. `row` is empty where several are at work."""
+@dataclass(frozen=True)
+class RowId:
+    """What identifies a row of a study. As text it is the row's label in tables and its key in files."""
+
+    method: str  # a method, an aggregation, or a key of BUILT_IN_ROWS
+    seed: int | None = None  # training seed, in a study that trains with several
+    references: int | None = None  # reference images per subject, where not the study's usual number
+    scale: float | None = None  # λ, where the row is a point of a sweep over it
+    custom_model: bool = False  # on the custom base model instead of mini
+    sweep: bool = False  # a point of a sweep: fewer prompts, one image each
+
+    def __str__(self) -> str:
+        parts = [BUILT_IN_ROWS.get(self.method, self.method)]
+        if self.seed is not None:
+            parts.append(f"seed {self.seed}")
+        if self.references is not None:
+            parts.append(f"{self.references} ref{'s' if self.references > 1 else ''}")
+        if self.scale is not None:
+            parts.append(f"λ {self.scale:g}")
+        if self.custom_model:
+            parts.append("custom model")
+        return ", ".join(parts) + (" (sweep)" if self.sweep else "")
+
+    @property
+    def needs_other_row(self) -> bool:
+        """Whether the row is generated with the weights of another row, which has to be finished first."""
+        return self.sweep or self.custom_model or (self.seed is not None and self.references is not None)
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of files and folders."""
+        return re.sub(r"[^a-z0-9.]+", "-", str(self).replace("λ", "scale")).strip("-")
+
+
+class StudyProgress(NamedTuple):
+    """Progress of one row's stage; with an empty `row`, of the jobs of the whole study."""
 
     row: str
     stage: str
@@ -43,259 +81,260 @@ class Progress(NamedTuple):
     total: int
 
 
-class Finished(NamedTuple):
-    """A row with all that the report needs."""
+class RowResult(NamedTuple):
+    """A finished row: everything that the report needs of it."""
 
-    score: Score
-    minutes: dict[str, float]  # training, drawing
-    each: dict[str, list[float]]  # of every prompt: its mean CLIP-I, CLIP-T, diversity, identity
+    score: RowScore
+    minutes: dict[str, float]  # of training, generation and per-subject fine-tuning
+    per_prompt: dict[str, list[float]]  # metric → its mean over the images of each prompt
     protocol: dict[str, Any]
 
 
-Job = tuple[str, tuple[str, ...]]  # a verb of a study, and what it is told
-SAMPLER = "dpm++"  # on mini five to eight of its steps are as good as 25 of DDIM's (docs/log.md)
+Job = methodcaller  # of a method of Study that returns what it did; picklable
 
 
-class Study:
-    """One paper's rows, and a process' tools to finish them. What a paper has of its own stands in its class."""
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every trained row gets, and what all rows are measured on; each study adds its own numbers."""
 
-    def __init__(self, choice: Reproduce, tell: Callable[[Progress], None] = lambda at: None):
-        self.choice, self.out, self.tell = choice, Path(choice.out), tell
-        self._studios: dict[str, Studio] = {}
+    max_train_steps: int
+    train_batch_size: int
+    num_train_images: int  # distinct images of mini's training set
+    num_prompts: int
+    num_images_per_prompt: int
+    num_inference_steps: int  # of SCHEDULER
 
-    # Of a paper's own
+
+class Study(ABC):
+    """The rows of one paper's comparison and the jobs that finish them. Every paper has a subclass."""
+
+    budgets: ClassVar[Mapping[str, Budget]]
+
+    def __init__(self, config: ReproduceConfig, on_progress: Callable[[StudyProgress], None] = lambda progress: None):
+        self.config, self.out, self.on_progress = config, Path(config.output_dir), on_progress
+        self.budget = self.budgets[config.budget]
+        self._workers: dict[str, EvaluationWorker] = {}
 
     @property
-    def budget(self) -> Any:
-        """What every row gets: a dataclass."""
-        raise NotImplementedError
+    @abstractmethod
+    def train_data(self) -> str:
+        """The data of every training."""
 
-    def names(self) -> list[str]:
-        """Every row's name."""
-        raise NotImplementedError
+    @abstractmethod
+    def row_ids(self) -> list[RowId]:
+        """Every row that the configuration asks for."""
 
-    def stages(self, missing: Sequence[str]) -> list[list[Job]]:
-        """The work for these rows: what stands in a list can be done at the same time, one list after the other."""
-        raise NotImplementedError
+    @abstractmethod
+    def method_row(self, row_id: RowId) -> EvalRow:
+        """How a row that is not a baseline is generated."""
 
-    def row(self, name: str) -> tuple[Row, str]:
-        """What a row is, and the base that it is drawn on."""
-        raise NotImplementedError
+    @abstractmethod
+    def train_config(self, row_id: RowId) -> TrainConfig | None:
+        """The training that the row needs, or None."""
 
-    def training(self, name: str) -> Train | None:
-        """What is trained for a row, if anything."""
-        raise NotImplementedError
+    def evaluate_options(self) -> dict[str, Any]:
+        """Options of `EvaluateConfig` that this study adds to the shared ones."""
+        return {}
 
-    def evaluation(self, base: str, folder: Path) -> Evaluate:
-        """How the rows on a base are measured."""
-        raise NotImplementedError
+    def preparation_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        """The jobs that come before all rows: the feature caches that are needed and not complete."""
+        by_features = {METHODS[method].features: method for method in sorted(map(self.cached_method, self.untrained_ids(missing)))}
+        return [methodcaller("precompute", method) for features, method in by_features.items() if not is_complete(self.cache_dir(features))]
 
-    # Verbs, and what may not change while they work
+    def final_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        """The jobs that come after all rows."""
+        return []
 
-    def facts(self) -> dict[str, Any]:
-        """By which a folder knows whether it is the same study."""
-        return {"paper": self.choice.paper, "budget": self.choice.budget, "sampler": SAMPLER, **asdict(self.budget)}
+    def cached_method(self, row_id: RowId) -> str:
+        """The method whose features the training of a row reads."""
+        return row_id.method
 
-    def fill(self, data: str, method: str) -> str:
-        """Encode training pictures for the methods that read the same of them as this one."""
-        features = READS[method]
-        choice = Encode(data=data, out=str(self.cache(features)), method=method, batch=128, device=self.choice.device)
-        for at in encode(choice):
-            self.tell(Progress(features, "encoding", at.chunks, at.total))
+    def base_model(self, row_id: RowId) -> str:
+        """The base model on which the row is generated."""
+        return "mini"
+
+    def build_manifest(self) -> dict[str, Any]:
+        """What identifies the study in its folder: it may not change between two runs there."""
+        return {"paper": self.config.paper, "budget": self.config.budget, "scheduler": SCHEDULER, **asdict(self.budget)}
+
+    def plan_stages(self, missing: Sequence[RowId]) -> list[list[Job]]:
+        """The jobs for these rows: those of one list may run at the same time, one list after the other."""
+
+        def priority(row_id: RowId) -> int:  # the longest first
+            return 0 if row_id.method in PER_SUBJECT_METHODS else 1 if self.train_config(row_id) else 2
+
+        targets = [row_id for row_id in missing if row_id.method == "copy"]
+        dependent = [row_id for row_id in missing if row_id.needs_other_row]
+        independent = sorted((row_id for row_id in missing if row_id not in (*targets, *dependent)), key=priority)
+        shared = sorted(self.untrained_ids(missing).difference(missing), key=str)  # of finished rows without weights
+        return [
+            [*self.preparation_jobs(missing), *run_jobs(targets)],
+            [*(methodcaller("train_row", row_id) for row_id in shared), *run_jobs(independent)],
+            run_jobs(dependent),
+            self.final_jobs(missing),
+        ]
+
+    def eval_row(self, row_id: RowId) -> EvalRow:
+        """How the row is generated."""
+        if row_id.method not in BUILT_IN_ROWS or row_id.sweep:
+            return self.method_row(row_id)
+        num_samples = 1 if row_id.method in NOT_GENERATED else self.budget.num_images_per_prompt
+        return built_in_row(row_id.method, self.budget.num_prompts, num_samples)
+
+    # Jobs
+
+    def precompute(self, method: str) -> str:
+        """Encode training images for all methods that read the same features as this one."""
+        features = METHODS[method].features
+        config = EncodeConfig.from_options(
+            data=self.train_data, output_dir=str(self.cache_dir(features)), method=method, batch_size=128, device=self.config.device
+        )
+        for progress in encode_dataset(config):
+            self.on_progress(StudyProgress(features, "encoding", progress.chunks, progress.total))
         return features
 
-    def prepare(self, name: str) -> str:
-        """Train what a row needs, once, where several rows draw with it."""
-        if training := self.training(name):
-            self._train(training)
-        return name
+    def train_row(self, row_id: RowId) -> str:
+        """Train the weights that several rows share, once."""
+        if config := self.train_config(row_id):
+            self._train(config)
+        return str(row_id)
 
-    def finish(self, name: str) -> str:
-        """Train what the row needs, draw, score, and keep it."""
-        path = finished_path(self.out, name)
+    def run_row(self, row_id: RowId) -> str:
+        """Train what the row needs, generate it, score it, and save the result."""
+        path = result_path(self.out, row_id)
         if path.is_file():
-            return name
-        training = self.training(name)
-        minutes = {"training": self._train(training) if training else 0.0}
-        row, base = self.row(name)
-        studio = self.studio(base)
+            return str(row_id)
+        config = self.train_config(row_id)
+        minutes = {"training": self._train(config) if config else 0.0}
+        row, worker = self.eval_row(row_id), self.load_worker(self.base_model(row_id))
         if row.source != "copy":
-            self.draw(studio, Row("copy", "copy", "none", 1, studio.choice.limit))
-        minutes["drawing"] = self.draw(studio, row)
-        score = score_row(studio, row, studio.out)
-        seen = Seen(studio.out, row.name, studio.chunks(row))
-        learning = seen.column("learning")
-        if learning is not None and learning.any():
-            minutes["learning"] = float(learning.sum()) / 60
-        finished = Finished(score, minutes, self.each(seen, row, studio), protocol(studio.choice, studio))
-        if not row.curve:
+            self.generate_row(worker, self.eval_row(RowId("copy")))
+        minutes["generation"] = self.generate_row(worker, row)
+        score = score_row(worker, row)
+        features = worker.load_features(row)
+        finetuning = features.column("finetune_seconds")
+        if finetuning is not None and finetuning.any():
+            minutes["finetuning"] = float(finetuning.sum()) / 60
+        result = RowResult(score, minutes, self.per_prompt_scores(features, row, worker), dict(worker.protocol))
+        if not row.sweep_of:
             with atomic_path(path.with_suffix(".png")) as partial:
-                self.strip(studio, row).save(partial)
-        write_file(path, json.dumps(finished._asdict() | {"score": asdict(score)}))
-        return name
+                self.build_strip(worker, row).save(partial)
+        write_file(path, json.dumps(result._asdict() | {"score": asdict(score)}))
+        return str(row_id)
 
-    def clock(self) -> str:
-        """Time what can only be timed while nothing else is at work."""
-        raise NotImplementedError
+    # Parts of jobs
 
-    # Shared
-
-    def cache(self, features: str) -> Path:
+    def cache_dir(self, features: str) -> Path:
+        """The feature cache of the training images."""
         return self.out / f"cache-{features}"
 
-    def weights(self, trained: str) -> Path:
-        return self.out / "train" / trained / "adapter.safetensors"
+    def checkpoint_path(self, row_id: RowId) -> Path:
+        """The weights that the row is generated with; rows of one method and seed share them."""
+        return self.out / "train" / RowId(row_id.method, row_id.seed).slug / "adapter.safetensors"
 
-    def studio(self, base: str) -> Studio:
-        if base not in self._studios:
-            folder = writable_folder(self.out / ("evaluation" if base == "mini" else f"evaluation-{Path(base).parent.name}"))
-            self._studios[base] = Studio(self.evaluation(base, folder))
-        return self._studios[base]
+    def untrained_ids(self, row_ids: Iterable[RowId]) -> set[RowId]:
+        """The trainings that these rows need and that are not finished, each as the row of its method and seed."""
+        needed = {RowId(row_id.method, row_id.seed) for row_id in row_ids if self.train_config(row_id)}
+        return {row_id for row_id in needed if not (self.checkpoint_path(row_id).parent / "trained.json").is_file()}
 
-    def strip(self, studio: Studio, row: Row) -> Image.Image:
-        """Pictures that stand for a row."""
-        return strip(studio.out, row.name)
+    def train_options(self, row_id: RowId) -> dict[str, Any]:
+        """Options of `TrainConfig` that every training of the study shares."""
+        steps = self.budget.max_train_steps
+        return {
+            "max_train_steps": steps, "train_batch_size": self.budget.train_batch_size, "validation_steps": steps,
+            "checkpointing_steps": max(1, steps // 6), "checkpoints_total_limit": 1, "device": self.config.device,
+            "validation_num_inference_steps": min(20, self.budget.num_inference_steps),
+            "output_dir": str(self.checkpoint_path(row_id).parent),
+            "feature_cache": str(self.cache_dir(METHODS[self.cached_method(row_id)].features)),
+        }  # fmt: skip
 
-    def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:
-        """Figures prompt by prompt, by which rows are compared."""
-        found = {}
-        for name in ("CLIP-I", "CLIP-T"):
-            values = seen.column(f"score.{name}")
-            assert values is not None
-            found[name] = rounded(values.unflatten(0, (-1, row.samples)).mean(1))
-        clip = seen.column("clip")
-        if row.samples > 1 and clip is not None:
-            found["diversity"] = rounded(diversity(clip.unflatten(0, (-1, row.samples))))
-        return found
+    def load_worker(self, base_model: str) -> EvaluationWorker:
+        """The evaluation of the rows on a base model."""
+        if base_model not in self._workers:
+            folder = self.out / ("evaluation" if base_model == "mini" else f"evaluation-{Path(base_model).parent.name}")
+            shared = {
+                "model": base_model, "data": "mini", "clip_model": "mini", "feature_extractor": "mini", "batch_size": 64,
+                "num_prompts": self.budget.num_prompts,
+                "num_images_per_prompt": self.budget.num_images_per_prompt, "num_inference_steps": self.budget.num_inference_steps,
+                "scheduler": SCHEDULER, "guidance_scale": GUIDANCE_SCALE, "output_dir": str(ensure_writable_folder(folder)),
+                "device": self.config.device, "dtype": self.dtype_name(),
+            }  # fmt: skip
+            config = EvaluateConfig.from_options(**shared, **self.evaluate_options())
+            self._workers[base_model] = EvaluationWorker(config.with_defaults())
+        return self._workers[base_model]
 
-    def dtype(self) -> str:
-        """What every base computes in."""
-        return str(pick_dtype("auto", torch.device(claim_device(self.choice.device)).type, True)).removeprefix("torch.")
+    def build_strip(self, worker: EvaluationWorker, row: EvalRow) -> Image.Image:
+        """Images of a row side by side."""
+        return image_strip(worker.output_dir, row.name)
 
-    def _train(self, choice: Train) -> float:
-        choice = choice.settled()
-        name = Path(choice.out).name
-        kept, asked = Path(choice.out) / "trained.json", json.loads(json.dumps(asdict(choice)))
-        if kept.is_file():
-            done = json.loads(kept.read_text("utf-8"))
-            if done["settings"] != asked:
-                raise UserError(f"{choice.out} was trained with other settings; delete it, or choose another --out")
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+        """Metrics prompt by prompt, by which rows are compared."""
+        columns = {CLIP_I: features["score.CLIP-I"], CLIP_T: features["score.CLIP-T"]}
+        scores = {label: to_rounded_list(values.unflatten(0, (-1, row.num_samples)).mean(1)) for label, values in columns.items()}
+        if row.num_samples > 1:
+            scores[DIVERSITY] = to_rounded_list(pairwise_diversity(features["clip_embeds"].unflatten(0, (-1, row.num_samples))))
+        return scores
+
+    def dtype_name(self) -> str:
+        """The data type of all base models."""
+        return str(resolve_dtype("auto", torch.device(set_device(self.config.device)).type, is_mini=True)).removeprefix("torch.")
+
+    def generate_row(self, worker: EvaluationWorker, row: EvalRow) -> float:
+        """Generate the chunks of a row that are missing and extract their features. Returns the minutes that all chunks took."""
+        worker.write_manifests([row])
+        num_chunks = worker.num_chunks(row)
+        for chunk in range(num_chunks):
+            if not worker.store(row).has_chunk(chunk):
+                worker.run_chunk(row, chunk)
+            self.on_progress(StudyProgress(row.name, "generation", chunk + 1, num_chunks))
+        return worker.load_features(row).generation_seconds / 60
+
+    def _train(self, config: TrainConfig) -> float:
+        """Train unless it is done. Returns the minutes that it took."""
+        config = config.with_defaults()
+        folder = Path(config.output_dir)
+        done_path, options = folder / "trained.json", json.loads(json.dumps(config.to_options()))
+        if done_path.is_file():
+            done = json.loads(done_path.read_text("utf-8"))
+            if done["options"] != options:
+                raise UserError(f"{folder} was trained with other options; delete it, or choose another --output-dir")
             return float(done["minutes"])
-        last = None
-        for last in recorded(choice, train(choice)):
-            self.tell(Progress(name, "training", last.index, last.steps))
-        rate = last.images_per_second if last else 0.0  # of the steps alone, since the run was begun or continued
-        minutes = choice.steps * choice.batch / rate / 60 if rate else 0.0
-        write_file(kept, json.dumps({"minutes": minutes, "settings": asked}))
+        step = None
+        for step in log_steps(config, train_adapter(config)):
+            self.on_progress(StudyProgress(folder.name, "training", step.index, step.max_train_steps))
+        rate = step.images_per_second if step else 0.0  # of the steps alone, since the run was begun or continued
+        num_images = config.optimization.max_train_steps * config.optimization.train_batch_size
+        minutes = num_images / rate / 60 if rate else 0.0
+        write_file(done_path, json.dumps({"minutes": minutes, "options": options}))
         return minutes
 
-    def draw(self, studio: Studio, row: Row) -> float:
-        """Draw a row and look at it, chunk by chunk, what is there already left out. The minutes it took in all."""
-        agree(studio.out / "protocol.json", protocol(studio.choice, studio), f"the evaluation in {studio.out}")
-        agree(Shelf(studio.out, row.name).folder / "row.json", facts(row), f"row {row.name} in {studio.out}")
-        chunks = studio.chunks(row)
-        for number in range(chunks):
-            if not Shelf(studio.out, row.name).has(number):
-                studio.work(Task(row, number))
-            self.tell(Progress(row.name, "drawing", number + 1, chunks))
-        return Seen(studio.out, row.name, chunks).seconds / 60
+
+def to_rounded_list(values: torch.Tensor, digits: int = 6) -> list[float]:
+    """Values for JSON."""
+    return [round(value, digits) for value in values.tolist()]
 
 
-def rounded(values: torch.Tensor, digits: int = 6) -> list[float]:
-    return [round(v, digits) for v in values.tolist()]
+def result_path(out: Path, row_id: RowId) -> Path:
+    """The file of a finished row; its images have the same name with the suffix .png."""
+    return out / "finished" / f"{row_id.slug}.json"
 
 
-def finished_path(out: Path, name: str) -> Path:
-    return out / "finished" / f"{name.replace(' ', '-').replace('λ', 'lambda')}.json"
-
-
-def finished(out: Path, name: str) -> Finished | None:
-    """A row that is done, or None."""
-    path = finished_path(out, name)
+def load_result(out: Path, row_id: RowId) -> RowResult | None:
+    """A finished row, or None."""
+    path = result_path(out, row_id)
     if not path.is_file():
         return None
-    read = json.loads(path.read_text("utf-8"))
-    figures = {key: Interval(*value) for key, value in read["score"].pop("figures").items()}
-    return Finished(Score(**{**read["score"], "name": name}, figures=figures), read["minutes"], read["each"], read.get("protocol", {}))
+    fields = json.loads(path.read_text("utf-8"))
+    intervals = {name: Interval(*ends) for name, ends in fields["score"].pop("metrics").items()}
+    return RowResult(**fields | {"score": RowScore(**fields["score"] | {"name": str(row_id)}, metrics=intervals)})
 
 
-def strips_of(out: Path, rows: Mapping[str, str]) -> dict[str, Image.Image]:
-    """Pictures of finished rows, under the names by which a report tells of them: name → row."""
-    return {name: Image.open(finished_path(out, row).with_suffix(".png")).convert("RGB") for name, row in rows.items()}
+def load_results(out: Path, row_ids: Iterable[RowId]) -> dict[RowId, RowResult]:
+    """Those of the rows that are finished."""
+    results = {row_id: load_result(out, row_id) for row_id in row_ids}
+    return {row_id: result for row_id, result in results.items() if result}
 
 
-def study_of(choice: Reproduce, tell: Callable[[Progress], None] = lambda at: None) -> Study:
-    """The study of the paper that was chosen."""
-    from imprompt.studies.ip_adapter import FirstPaper
-    from imprompt.studies.personalization import SecondPaper
-
-    kinds: dict[str, type[Study]] = {"ip-adapter": FirstPaper, "personalisation": SecondPaper}
-    return kinds[choice.paper](choice, tell)
-
-
-def report_of(choice: Reproduce) -> tuple[Path, list[Any]]:
-    """Write the paper's report with the rows that are there: its page, and the claims with their verdicts."""
-    from imprompt.studies import ip_adapter_claims as claims
-    from imprompt.studies import personalization_claims as personal_claims
-
-    return {"ip-adapter": claims.report, "personalisation": personal_claims.report}[choice.paper](choice)
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
-_study: Study | None = None
-
-
-def _begin(choice: Reproduce, queue: Any) -> None:
-    global _study
-    _study = study_of(choice, queue.put)
-
-
-def _do(verb: str, words: tuple[str, ...]) -> str:
-    assert _study is not None
-    return str(getattr(_study, verb)(*words))
-
-
-def run(choice: Reproduce) -> Iterator[Progress]:
-    """Do everything that is missing. Interrupted, the same call goes on."""
-    out = writable_folder(choice.out)
-    study = study_of(choice)
-    agree(out / "reproduce.json", study.facts(), f"the work in {out}")
-    stages = study.stages([name for name in study.names() if not finished_path(out, name).is_file()])
-    done, total = 0, sum(len(stage) for stage in stages)
-    yield Progress("", "rows", done, total)
-    with get_context("spawn").Manager() as manager:
-        queue = manager.Queue()
-        with pool(choice.processes, _begin, choice, queue) as processes:
-            for stage in stages:
-                waiting: set[Future[str]] = {processes.submit(_do, verb, words) for verb, words in stage}
-                while waiting:
-                    ready, waiting = wait_for(waiting, timeout=0.5)
-                    yield from _told(queue)
-                    for future in ready:
-                        done += 1
-                        yield Progress("", future.result(), done, total)
-
-
-def prepared(names: Iterable[str]) -> list[Job]:
-    return [("prepare", (name,)) for name in sorted(set(names))]
-
-
-def rows(names: Sequence[str]) -> list[Job]:
-    return [("finish", (name,)) for name in names]
-
-
-def _told(queue: Any) -> Iterator[Progress]:
-    while True:
-        try:
-            yield queue.get_nowait()
-        except Empty:
-            return
-
-
-def machine() -> str:
-    """What the minutes were measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"one thread of {platform.processor() or platform.machine()} for each row"
+def run_jobs(row_ids: Iterable[RowId]) -> list[Job]:
+    """Jobs that finish rows."""
+    return [methodcaller("run_row", row_id) for row_id in row_ids]

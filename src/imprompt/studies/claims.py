@@ -1,78 +1,104 @@
-"""Claims about rows, and whether they hold.
+"""Claims about rows, and whether our rows support them.
 
-A claim that one row is better than another is judged by the mean of the differences, prompt by prompt; it holds where
-the whole 95 % interval of that mean is on the right side. A claim that names a share ("within 3 %") or a course
-("rises") is judged by the figures as the table prints them.
+A claim that one row is better than another is evaluated by the mean of the paired differences, prompt by prompt or, where prompts
+belong to subjects, subject by subject; it is supported if the whole 95 % interval of that mean lies on the right side of zero. A
+claim about a ratio ("within 3 %") or about a trend ("monotonically") is evaluated on the values as the table prints them.
 """
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from imprompt.evaluation.metrics import Interval, mean_interval
-from imprompt.evaluation.report import as_dict
-from imprompt.studies.base import Finished, machine
+from imprompt.evaluation.report import score_to_json
+from imprompt.studies.base import RowId, RowResult
+from imprompt.utils.statistics import Interval, mean_interval
 
-Rows = Mapping[str, Finished]
+Rows = Mapping[RowId, RowResult]
+Evaluator = Callable[[Rows], tuple[bool, str]]  # whether the rows support a claim, and the numbers that show it
 
 
 class Claim(NamedTuple):
-    """One claim and what became of it."""
+    """One claim and its evaluation."""
 
     letter: str
     text: str
-    holds: bool | None  # None: rows are missing
-    figures: str
+    supported: bool | None  # None: rows are missing
+    evidence: str
 
     @property
     def verdict(self) -> str:
-        return "not judged" if self.holds is None else "holds" if self.holds else "does not hold"
+        """The evaluation in words."""
+        return "not evaluated" if self.supported is None else "supported" if self.supported else "not supported"
 
 
-def better(rows: Rows, one: str, other: str, column: str) -> Interval:
-    """Mean difference of two rows over the same prompts."""
-    a, b = (torch.tensor(rows[name].each[column]) for name in (one, other))
-    return mean_interval(a - b, torch.arange(len(a)))
+def evaluate_claims(rows: Rows, evaluators: Mapping[str, tuple[str, Evaluator]]) -> list[Claim]:
+    """Evaluate claims by letter: each has its text and its evaluator."""
+    claims = []
+    for letter, (text, evaluate) in evaluators.items():
+        try:
+            claims.append(Claim(letter, text, *evaluate(rows)))
+        except KeyError as missing:
+            claims.append(Claim(letter, text, None, f"{missing.args[0]} is not there yet"))
+    return claims
 
 
-def difference(value: Interval) -> str:
+def metric_value(rows: Rows, row_id: RowId, name: str) -> float:
+    """A row's value of a metric."""
+    return rows[row_id].score.metrics[name].value
+
+
+def paired_difference(rows: Rows, first: RowId, second: RowId, name: str) -> Interval:
+    """Mean difference in a metric, first − second, over the prompts that both rows have; over subjects where there are any."""
+    a, b = rows[first].per_prompt, rows[second].per_prompt
+    count = min(len(a[name]), len(b[name]))  # sweeps have fewer prompts
+    differences = [x - y for x, y in zip(a[name][:count], b[name][:count], strict=True)]
+    return independent_mean(mean_per_subject(differences, a["subject"][:count]) if "subject" in a else torch.tensor(differences))
+
+
+def mean_per_subject(values: Sequence[float], subjects: Sequence[float]) -> torch.Tensor:
+    """The mean of each subject's values, (subjects,) in float64. subjects: the number of each value's subject, from 0."""
+    groups = torch.tensor(subjects, dtype=torch.long)
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, torch.tensor(values, dtype=torch.float64))
+    return sums / groups.bincount()
+
+
+def independent_mean(values: torch.Tensor) -> Interval:
+    """The mean of independent values, one for each subject (or prompt), with its interval."""
+    return mean_interval(values, torch.arange(len(values)))
+
+
+def format_difference(value: Interval) -> str:
+    """A difference with both ends of its interval."""
     return f"{value.value:+.3f} ({value.low:+.3f} … {value.high:+.3f})"
 
 
-def value_of(rows: Rows, name: str, column: str) -> float:
-    return rows[name].score.figures[column].value
-
-
-def judged(rows: Rows, texts: Mapping[str, tuple[str, Callable[[Rows], tuple[bool, str]]]]) -> list[Claim]:
-    """Each claim by its letter: its text, and what judges it."""
-    found = []
-    for letter, (text, judge) in texts.items():
-        try:
-            found.append(Claim(letter, text, *judge(rows)))
-        except KeyError as missing:
-            found.append(Claim(letter, text, None, f"row {missing.args[0]} is not there yet"))
-    return found
-
-
-def plain(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
-    """For JSON: the claims, every row's figures, and what they were made on."""
+def to_json(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
+    """The claims, the metrics of every row, and the machine that they were computed on."""
     return {
-        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "figures": c.figures} for c in claims],
-        "rows": {name: as_dict(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for name, row in rows.items()},
-        "machine": machine(),
+        "claims": [{"claim": c.letter, "text": c.text, "verdict": c.verdict, "evidence": c.evidence} for c in claims],
+        "rows": {str(r): score_to_json(row.score) | {"minutes": row.minutes, "protocol": row.protocol} for r, row in rows.items()},
+        "machine": machine_name(),
     }
 
 
-def protocols(rows: Rows) -> dict[str, str]:
-    """The protocol, field by field; where rows differ in it, all that they have and which rows it is."""
-    kept = {name: row.protocol for name, row in rows.items() if row.protocol}
-    found = {}
-    for field in dict.fromkeys(field for protocol in kept.values() for field in protocol):
-        whose: dict[str, list[str]] = {}
-        for name, protocol in kept.items():
-            whose.setdefault(str(protocol.get(field, "–")), []).append(name)
-        most = max(whose, key=lambda value: len(whose[value]))
-        others = [f"{value} ({', '.join(names)})" for value, names in whose.items() if value != most]
-        found[field] = "; ".join([most, *others])
-    return found
+def merge_protocols(rows: Rows) -> dict[str, str]:
+    """The protocol, field by field; where rows differ, every value, and after all but the most frequent one the rows that have it."""
+    protocols = {row_id: row.protocol for row_id, row in rows.items() if row.protocol}
+    merged = {}
+    for field in dict.fromkeys(field for protocol in protocols.values() for field in protocol):
+        rows_by_value: dict[str, list[str]] = {}
+        for row_id, protocol in protocols.items():
+            rows_by_value.setdefault(str(protocol.get(field, "–")), []).append(str(row_id))
+        most_frequent = max(rows_by_value, key=lambda value: len(rows_by_value[value]))
+        others = [f"{value} ({'; '.join(labels)})" for value, labels in rows_by_value.items() if value != most_frequent]
+        merged[field] = "; ".join([most_frequent, *others])
+    return merged
+
+
+def machine_name() -> str:
+    """The hardware on which the rows' minutes were measured."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"one thread of {platform.processor() or platform.machine()} for each row"

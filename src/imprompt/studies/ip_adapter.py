@@ -1,121 +1,107 @@
-"""The first paper's comparison (arXiv:2308.06721, table 1): every method at one budget, the curve of λ, a custom model."""
+"""The comparison of IP-Adapter (Ye, Zhang, Liu, Han, Yang, 2023, arXiv:2308.06721, table 1) on the embedded model.
 
-from collections.abc import Sequence
+Rows: baselines, every method at one training budget, the sweep over the scale λ, and the adapter on a custom base model.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
+from typing import ClassVar
 
-from imprompt.config import COPIES, GENERAL, METHODS, READS, Evaluate, Reproduce, Train
-from imprompt.data.feature_cache import complete
-from imprompt.evaluation.runner import Row, Studio, curve_of
-from imprompt.evaluation.scoring import Seen
-from imprompt.recipes.style import make_style
-from imprompt.studies.base import SAMPLER, Job, Progress, Study, prepared, rounded, rows
-from imprompt.utils.files import writable_folder
+from imprompt.config import IP_ADAPTER_PAPER_METHODS, REFERENCE_METHODS, UNET_METHODS, TrainConfig
+from imprompt.evaluation.runner import SWEEP_SCALES, EvalRow, EvaluationWorker
+from imprompt.evaluation.scoring import RowFeatures
+from imprompt.recipes.style import train_style
+from imprompt.studies.base import Budget, Job, RowId, Study, StudyProgress, to_rounded_list
+from imprompt.utils.files import ensure_writable_folder
 
-STYLE = "ink"
-CUSTOM = "on a custom model"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every trained row gets, and what all are measured on."""
-
-    steps: int  # of the optimiser
-    batch: int
-    pictures: int  # different ones, of mini's training set
-    prompts: int
-    samples: int
-    drawing: int  # steps of SAMPLER
-    curve: int  # prompts of the curve of λ
-    style: float  # share of the custom model's usual training
+CUSTOM_MODEL_STYLE = "ink"
+BASELINE_IDS = (RowId("copy"), RowId("real"), RowId("text"))
+ADAPTER_ID = RowId("ip-adapter")
+SWEEP_IDS = tuple(RowId("ip-adapter", scale=scale, sweep=True) for scale in SWEEP_SCALES)
+TEXT_SWEEP_ID = RowId("text", sweep=True)  # the base model on the sweep's prompts
+CUSTOM_MODEL_IDS = (RowId("text", custom_model=True), RowId("ip-adapter", custom_model=True))
 
 
-BUDGETS = {
-    "full": Budget(500, 48, 24_000, 1_000, 4, 5, 200, 0.6),
-    "smoke": Budget(2, 4, 64, 4, 2, 2, 2, 0.004),
-}
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterBudget(Budget):
+    """The budget of this study."""
+
+    num_sweep_prompts: int
+    custom_model_share: float  # of the usual training of a custom model
 
 
-class FirstPaper(Study):
-    """Rows: what is not trained, the methods, the curve of λ, and the adapter on a custom model."""
+class IPAdapterStudy(Study):
+    """The rows of the IP-Adapter paper and the jobs that finish them."""
+
+    budget: IPAdapterBudget
+    budgets: ClassVar[Mapping[str, IPAdapterBudget]] = {
+        "full": IPAdapterBudget(
+            max_train_steps=500, train_batch_size=48, num_train_images=24_000, num_images_per_prompt=4, num_inference_steps=5,
+            num_prompts=1_000, num_sweep_prompts=200, custom_model_share=0.6,
+        ),
+        "smoke": IPAdapterBudget(
+            max_train_steps=2, train_batch_size=4, num_train_images=64, num_images_per_prompt=2, num_inference_steps=2,
+            num_prompts=4, num_sweep_prompts=2, custom_model_share=0.004,
+        ),
+    }  # fmt: skip
+
+    def row_ids(self) -> list[RowId]:
+        requested = self.config.method
+        methods = [name for name in IP_ADAPTER_PAPER_METHODS if not requested or name in requested]
+        methods.sort(key=lambda name: name not in UNET_METHODS)
+        further = [] if requested and "ip-adapter" not in requested else [*SWEEP_IDS, TEXT_SWEEP_ID, *CUSTOM_MODEL_IDS]
+        return [*BASELINE_IDS, *map(RowId, methods), *further]
 
     @property
-    def budget(self) -> Budget:
-        return BUDGETS[self.choice.budget]
+    def train_data(self) -> str:
+        return f"mini:{self.budget.num_train_images}"
 
-    def names(self) -> list[str]:
-        asked = self.choice.method
-        methods = [name for name in GENERAL if not asked or name in asked]
-        more = [] if asked and "ip-adapter" not in asked else [*curve_names(), *CUSTOM_NAMES]
-        return ["copy", "real", "text", *sorted(methods, key=lambda name: name not in COPIES), *more]
+    def preparation_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        jobs = super().preparation_jobs(missing)
+        if any(row_id.custom_model for row_id in missing) and not (self.custom_model_path / "model_index.json").is_file():
+            jobs.append(methodcaller("make_custom_model"))
+        return jobs
 
-    def stages(self, missing: Sequence[str]) -> list[list[Job]]:
-        plain = [n for n in missing if n in ("copy", "real", "text")]
-        methods = [n for n in missing if n in GENERAL]
-        after = [n for n in missing if n not in plain and n not in methods]  # need the adapter, or the custom model
-        taught = {n if n in METHODS else "ip-adapter" for n in missing if self.training(n)}
-        untrained = sorted(n for n in taught if not (self.weights(n).parent / "trained.json").is_file())
-        caches = {READS[name]: name for name in untrained}
-        data = f"mini:{self.budget.pictures}"
-        first: list[Job] = [("fill", (data, method)) for features, method in caches.items() if not complete(self.cache(features))]
-        if any(CUSTOM in name for name in missing) and not (self.out / STYLE / "model" / "model_index.json").is_file():
-            first.append(("style", ()))
-        needed = prepared(n for n in untrained if n not in methods)  # its row is there, its weights are not
-        return [[*first, *rows(plain[:1])], [*needed, *rows([*methods, *plain[1:]])], rows(after)]
+    def make_custom_model(self) -> str:
+        """Fine-tune mini to another style."""
+        train_style(
+            CUSTOM_MODEL_STYLE,
+            ensure_writable_folder(self.custom_model_path.parent),
+            lambda part, done, total, _: self.on_progress(StudyProgress(CUSTOM_MODEL_STYLE, part, done, total)),
+            self.budget.custom_model_share,
+        )
+        return CUSTOM_MODEL_STYLE
 
-    def style(self) -> str:
-        """Make the custom model."""
-        folder = writable_folder(self.out / STYLE)
-        make_style(STYLE, folder, lambda part, done, total, _: self.tell(Progress(STYLE, part, done, total)), self.budget.style)
-        return STYLE
+    @property
+    def custom_model_path(self) -> Path:
+        """The folder of the custom model."""
+        return self.out / CUSTOM_MODEL_STYLE / "model"
 
-    def row(self, name: str) -> tuple[Row, str]:
-        b = self.budget
-        if name in ("copy", "real"):
-            return Row(name, name, "none", 1, b.prompts), "mini"
-        base = str(self.out / STYLE / "model") if CUSTOM in name else "mini"
-        if name.startswith("text"):
-            return Row("text", "text", "caption", b.samples, b.prompts), base
-        if " λ " in name:
-            prompts = min(b.curve, b.prompts)
-            if name.endswith("base"):
-                return Row(name, "text", "other", 1, prompts, 1.0, "base"), base
-            return next(r for r in curve_of(f"ip-adapter={self.weights('ip-adapter')}", prompts) if r.name == name), base
-        method = name.removesuffix(f" {CUSTOM}")
-        source = method if method not in METHODS else f"{method}={self.weights(method)}"
-        return Row(method, source, "none", b.samples, b.prompts), base
+    def base_model(self, row_id: RowId) -> str:
+        return str(self.custom_model_path) if row_id.custom_model else "mini"
 
-    def training(self, name: str) -> Train | None:
-        method = "ip-adapter" if name.startswith("ip-adapter ") and not name.endswith("base") else name
-        return training(self.choice, method, self.out) if method in METHODS else None
+    def method_row(self, row_id: RowId) -> EvalRow:
+        b, method = self.budget, row_id.method
+        source = f"{method}={self.checkpoint_path(row_id)}" if method in REFERENCE_METHODS else method
+        if not row_id.sweep:
+            return EvalRow(str(row_id), source, "none", b.num_images_per_prompt, b.num_prompts)
+        scale, label = 1.0 if row_id.scale is None else row_id.scale, str(RowId(method))
+        return EvalRow(str(row_id), source, "other", 1, min(b.num_sweep_prompts, b.num_prompts), scale, label)
 
-    def evaluation(self, base: str, folder: Path) -> Evaluate:
-        b = self.budget
-        return Evaluate(
-            base=base, data="mini", limit=b.prompts, samples=b.samples, steps=b.drawing, scheduler=SAMPLER, guidance=3.0, judge="mini",
-            features="mini", encoder=None, out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(),
-        ).settled()  # fmt: skip
+    def train_config(self, row_id: RowId) -> TrainConfig | None:
+        """The same budget and data for every method, with the options that `imprompt train` has for mini."""
+        method, b = row_id.method, self.budget
+        if method not in REFERENCE_METHODS:
+            return None
+        return TrainConfig.from_options(
+            method=method, data=self.train_data, num_validation_images=min(8, b.num_prompts),
+            sanity_check=self.config.budget == "full", lr_warmup_steps=min(100, b.max_train_steps // 2), **self.train_options(row_id),
+        )  # fmt: skip
 
-    def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:
-        found = super().each(seen, row, studio)
-        clip = seen.column("clip")
-        if row.curve and (row.curve == "base" or row.scale == 0) and clip is not None:
-            found["seen"] = rounded(clip.flatten(), 5)  # of λ = 0 and of the base, to be compared
-        return found
-
-
-def curve_names() -> list[str]:
-    return [row.name for row in curve_of("ip-adapter", 1)] + ["ip-adapter λ base"]
-
-
-CUSTOM_NAMES = [f"text {CUSTOM}", f"ip-adapter {CUSTOM}"]
-
-
-def training(choice: Reproduce, method: str, out: Path) -> Train:
-    """The training of one row: the same budget and data for each, on the settings that `imprompt train` has for mini."""
-    b = BUDGETS[choice.budget]
-    return Train(
-        method=method, data=f"mini:{b.pictures}", cache=str(out / f"cache-{READS[method]}"), steps=b.steps, batch=b.batch,
-        out=str(out / "train" / method), validation=min(8, b.prompts), validate_every=b.steps, save_every=max(1, b.steps // 6), keep=1,
-        validation_steps=min(20, b.drawing), preflight=choice.budget == "full", device=choice.device, warmup=min(100, b.steps // 2),
-    )  # fmt: skip
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+        scores = super().per_prompt_scores(features, row, worker)
+        if row.sweep_of and (row.source == "text" or row.scale == 0):
+            scores["CLIP embeddings"] = to_rounded_list(features["clip_embeds"].flatten(), 5)  # to be equal at λ = 0
+        return scores

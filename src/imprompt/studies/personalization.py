@@ -1,234 +1,206 @@
-"""The second paper's comparison: the same subject again, after several photographs, by every method that can.
+"""The comparison of personalization methods by Kazistova, Stepanov and Filatov on the embedded model.
 
-Every row draws the same held-out subjects, told kind and place; what they look like is for their photographs to tell. The
-trained rows go on from the embedded adapters, leave one out, at one budget, with three seeds each. Methods that learn a
-subject learn each one with a seed of its own.
+К. М. Казистова, И. Д. Степанов, А. В. Филатов (K. M. Kazistova, I. D. Stepanov, A. V. Filatov), «Создание персонализированных
+генераций изображений», MIPT: images of the same subject, conditioned on several of its images, by every method that can.
+
+Every row generates images of the same held-out subjects; the prompt names class and background, and the reference images show what
+the subject looks like. Trained rows fine-tune the embedded adapters by leave-one-out training, at one budget, with three seeds each.
+Per-subject methods are fine-tuned on each subject with a seed of its own.
 """
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
 from statistics import median
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
-from imprompt.config import MINI_SUBJECT, PERSONAL, READS, Evaluate, Train
-from imprompt.data.feature_cache import complete
-from imprompt.evaluation.metrics import cosines, recognised
-from imprompt.evaluation.report import strip
-from imprompt.evaluation.runner import Row, Studio
-from imprompt.evaluation.scoring import Seen
-from imprompt.evaluation.system import Contender
-from imprompt.evaluation.systems import REAL, SHOWN, WithMethod
-from imprompt.studies.base import SAMPLER, Job, Progress, Study, prepared, rounded, rows
+from imprompt.config import MINI_SUBJECT_OPTIONS, PER_SUBJECT_METHODS, TrainConfig
+from imprompt.evaluation.metrics import cosine_similarity, rank1_identification
+from imprompt.evaluation.report import image_strip
+from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.scoring import RowFeatures
+from imprompt.evaluation.systems import BUILT_IN_ROWS, MethodSystem, System
+from imprompt.studies.base import ID_SIMILARITY, RANK1_ACCURACY, Budget, Job, RowId, Study, StudyProgress, to_rounded_list
 from imprompt.utils.files import write_file
 
-NINE = 9
-COARSE, FINE = "mini", "mini-plus"  # the embedded adapters: of a pooled embedding, of a grid
-PLAIN = {  # rows without training: what they draw with, after how many references
-    "one": (COARSE, 1),
-    "one-plus": (FINE, 1),
-    "concat": (f"{COARSE}@concat", NINE),
-    "average": (f"{COARSE}@average", NINE),
-    "max": (f"{COARSE}@max", NINE),
-    "average-tokens": (f"{FINE}@average-tokens", NINE),
-    "max-tokens": (f"{FINE}@max-tokens", NINE),
-    "average-plus": (f"{FINE}@average", NINE),
-    "max-plus": (f"{FINE}@max", NINE),
+BASE_ADAPTER, PLUS_ADAPTER = "mini", "mini-plus"  # the embedded adapters: of the pooled embedding, of patch features
+NUM_REFERENCES = 9
+IMAGES_PER_TRAIN_SUBJECT = 10  # the paper's: one target, nine references
+GALLERY_SIZE = 16  # images of a test subject that can be references
+UNTRAINED_ROWS = {  # method → adapter and aggregation that it generates with
+    "base": BASE_ADAPTER,
+    "plus": PLUS_ADAPTER,
+    "concat": f"{BASE_ADAPTER}@concat",
+    "average": f"{BASE_ADAPTER}@average",
+    "max": f"{BASE_ADAPTER}@max",
+    "average-tokens": f"{PLUS_ADAPTER}@average-tokens",
+    "max-tokens": f"{PLUS_ADAPTER}@max-tokens",
+    "average-plus": f"{PLUS_ADAPTER}@average",
+    "max-plus": f"{PLUS_ADAPTER}@max",
 }
-SEVERAL = ("concat", "average", "max", "average-tokens")  # those whose curve is drawn
-TRAINED = {"self-attention": COARSE, "attention-tokens": FINE}  # each way, and the adapter that it goes on from
-SECONDS = Path("finished") / "seconds.json"  # way → seconds for a new subject
-ALONE = "given one"  # a trained way's row after one reference: what the others add is told by the difference
+SINGLE_REFERENCE_METHODS = ("base", "plus")
+SWEPT_METHODS = ("concat", "average", "max", "average-tokens")  # untrained methods of the sweep over the number of references
+TRAINED_AGGREGATIONS = {"self-attention": BASE_ADAPTER, "attention-tokens": PLUS_ADAPTER}  # with the adapter that each fine-tunes
+TIMINGS_FILE = Path("finished") / "seconds.json"  # method → seconds for a new subject
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What every trained row gets, and what all are measured on."""
+@dataclass(frozen=True, kw_only=True)
+class PersonalizationBudget(Budget):
+    """The budget of this study."""
 
-    steps: int  # of the optimiser
-    batch: int
-    pictures: int  # of mini's training set, PHOTOS of each subject
-    seeds: int
-    subjects: int  # to test on
-    targets: int  # photographs of each that are to be drawn
-    samples: int
-    drawing: int  # steps of SAMPLER
-    counts: tuple[int, ...]  # of references, for the curve
-    curve: int  # subjects of the curve
-    learning: int  # steps of the methods that learn a subject; 0 for their own
-    prior: int  # pictures of the class that they are to keep; −1 for their own number
-
-
-PHOTOS = 10  # the second paper's: one to be drawn, nine references
-GALLERY = 16  # photographs of a test subject that can be references
-BUDGETS = {
-    "full": Budget(300, 32, 12_000, 3, 100, 2, 2, 8, (1, 2, 3, 5, 9, 16), 50, 0, -1),
-    "smoke": Budget(2, 4, 40, 2, 3, 2, 2, 2, (1, 9), 2, 2, 2),
-}
-
-
-class SecondPaper(Study):
-    """Rows: what is not drawn, one reference, several by each method, and the curves over their number."""
+    num_seeds: int
+    targets_per_subject: int
+    reference_counts: tuple[int, ...]  # of the sweep
+    num_sweep_subjects: int
+    finetune_steps: int | None = None  # of per-subject methods; None for their own
+    num_class_images: int | None = None  # of their prior preservation; None for their own number
 
     @property
-    def budget(self) -> Budget:
-        return BUDGETS[self.choice.budget]
+    def num_subjects(self) -> int:
+        """Test subjects."""
+        return self.num_prompts // self.targets_per_subject
 
-    def names(self) -> list[str]:
-        def asked(kind: str) -> bool:
-            return not self.choice.method or kind in self.choice.method
 
-        trained = [name for kind in TRAINED if asked(kind) for seed in self.seeds(kind) for name in (seed, f"{seed} {ALONE}")]
-        learned = [name for name in PERSONAL if asked(name)]
-        plain = [name for name in PLAIN if asked(name)]
-        curves = [name for names in self.curves().values() for name in names] if asked("references") else []
-        return [*SHOWN, *plain, *trained, *learned, *curves]
+class PersonalizationStudy(Study):
+    """The rows of the personalization paper and the jobs that finish them."""
 
-    def seeds(self, kind: str) -> list[str]:
-        """The rows of a way that is trained: one for each seed."""
-        return [f"{kind} seed {seed}" for seed in range(self.budget.seeds)]
+    budget: PersonalizationBudget
+    budgets: ClassVar[Mapping[str, PersonalizationBudget]] = {
+        "full": PersonalizationBudget(
+            max_train_steps=300, train_batch_size=32, num_train_images=12_000, num_images_per_prompt=2, num_inference_steps=8,
+            num_prompts=200, num_seeds=3, targets_per_subject=2, reference_counts=(1, 2, 3, 5, 9, 16), num_sweep_subjects=50,
+        ),
+        "smoke": PersonalizationBudget(
+            max_train_steps=2, train_batch_size=4, num_train_images=40, num_images_per_prompt=2, num_inference_steps=2,
+            num_prompts=6, num_seeds=2, targets_per_subject=2, reference_counts=(1, 9), num_sweep_subjects=2,
+            finetune_steps=2, num_class_images=2,
+        ),
+    }  # fmt: skip
 
-    def curves(self) -> dict[str, list[str]]:
-        """For each way the rows of its curve over the number of references; of the trained ways with the first seed."""
-        ways = [*SEVERAL, *(f"{kind} seed 0" for kind in TRAINED)]
-        return {way: [f"{way} after {count}" for count in self.budget.counts] for way in ways}
+    def row_ids(self) -> list[RowId]:
+        def requested(method: str) -> bool:
+            return not self.config.method or method in self.config.method
 
-    def stages(self, missing: Sequence[str]) -> list[list[Job]]:
-        trains = [name for name in missing if self.training(name) and not (self.weights(_way(name)).parent / "trained.json").is_file()]
-        first: list[Job] = []
-        for method in sorted({_method(name) for name in trains}):
-            if not complete(self.cache(READS[method])):
-                first.append(("fill", (f"mini:{self.budget.pictures}x{PHOTOS}", method)))
-        curves = [name for name in missing if " after " in name or name.endswith(ALONE)]  # drawn with another row's weights
-        slow = [name for name in missing if name in PERSONAL]
-        trained = [name for name in missing if _kind(name) in TRAINED and name not in curves]
-        plain = [name for name in missing if name not in (*curves, *slow, *trained, "copy")]
-        copied = rows([name for name in missing if name == "copy"])
-        needed = prepared(_way(name) for name in curves if name in trains and _way(name) not in missing)
-        timing: list[Job] = [("clock", ())] if self.to_time(missing) else []
-        return [[*first, *copied], [*rows(slow), *needed, *rows([*trained, *plain])], rows(curves), timing]  # the longest first
+        untrained = [main_row(method) for method in UNTRAINED_ROWS if requested(method)]
+        trained = [row_id for method in TRAINED_AGGREGATIONS if requested(method) for row_id in self.seed_rows(method)]
+        trained = [variant for row_id in trained for variant in (row_id, replace(row_id, references=1))]
+        per_subject = [RowId(method) for method in PER_SUBJECT_METHODS if requested(method)]
+        sweep = [row_id for row_ids in self.sweep_rows().values() for row_id in row_ids] if requested("reference-sweep") else []
+        return [*map(RowId, BUILT_IN_ROWS), *untrained, *trained, *per_subject, *sweep]
 
-    def row(self, name: str) -> tuple[Row, str]:
-        b = self.budget
-        prompts = b.subjects * b.targets
-        if name in REAL:
-            return Row(name, name, "none", 1, prompts), "mini"
-        if name == "text":
-            return Row(name, "text", "caption", b.samples, prompts), "mini"
-        if name in PLAIN:
-            source, references = PLAIN[name]
-            return Row(name, f"{name}={source}", "caption", b.samples, prompts, references=references), "mini"
-        if name in PERSONAL:
-            return Row(name, name, "caption", b.samples, prompts, references=NINE), "mini"
-        way, _, count = name.partition(" after ")
-        source = f"{name}={self.weights(way) if _kind(way) in TRAINED else PLAIN[way][0]}"
-        if name.endswith(ALONE):
-            return Row(name, f"{name}={self.weights(_way(name))}", "caption", b.samples, prompts, references=1), "mini"
-        if count:
-            return Row(name, source, "caption", 1, b.curve * b.targets, references=int(count)), "mini"
-        return Row(name, source, "caption", b.samples, prompts, references=NINE), "mini"
+    def seed_rows(self, method: str) -> list[RowId]:
+        """The rows of a trained aggregation: one for each seed."""
+        return [RowId(method, seed) for seed in range(self.budget.num_seeds)]
 
-    def training(self, name: str) -> Train | None:
-        """Leave one out, from an embedded adapter on."""
-        way, b = _way(name), self.budget
-        if _kind(way) not in TRAINED:
+    def sweep_rows(self) -> dict[str, list[RowId]]:
+        """The rows of the sweep over the number of references, by method; of trained aggregations with the first seed."""
+        rows = [*map(RowId, SWEPT_METHODS), *(RowId(method, 0) for method in TRAINED_AGGREGATIONS)]
+        return {r.method: [replace(r, references=count, sweep=True) for count in self.budget.reference_counts] for r in rows}
+
+    @property
+    def train_data(self) -> str:
+        return f"mini:{self.budget.num_train_images}x{IMAGES_PER_TRAIN_SUBJECT}"
+
+    def final_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        return [methodcaller("time_encoding")] if self.methods_to_time(missing) else []
+
+    def cached_method(self, row_id: RowId) -> str:
+        return "ip-adapter" if TRAINED_AGGREGATIONS[row_id.method] == BASE_ADAPTER else "ip-adapter-plus"
+
+    def method_row(self, row_id: RowId) -> EvalRow:
+        b, method, source = self.budget, row_id.method, row_id.method
+        if method not in PER_SUBJECT_METHODS:
+            source = f"{row_id.slug}={self.checkpoint_path(row_id) if method in TRAINED_AGGREGATIONS else UNTRAINED_ROWS[method]}"
+        num_samples, num_prompts = b.num_images_per_prompt, b.num_prompts
+        if row_id.sweep:
+            num_samples, num_prompts = 1, b.num_sweep_subjects * b.targets_per_subject
+        return EvalRow(str(row_id), source, "caption", num_samples, num_prompts, num_references=row_id.references or NUM_REFERENCES)
+
+    def train_config(self, row_id: RowId) -> TrainConfig | None:
+        """Leave-one-out training of an embedded adapter with an aggregation."""
+        if row_id.method not in TRAINED_AGGREGATIONS:
             return None
-        kind, _, seed = way.partition(" seed ")
-        return Train(
-            adapter=TRAINED[kind], combine=kind, cache=str(self.cache(READS[_method(way)])),
-            subjects=PHOTOS, references=NINE, seed=int(seed), steps=b.steps, batch=b.batch, out=str(self.out / "train" / way),
-            validation=min(8, b.subjects), validate_every=b.steps, save_every=max(1, b.steps // 6), keep=1,
-            validation_steps=min(20, b.drawing), preflight=False, device=self.choice.device, warmup=min(50, b.steps // 2),
-            **MINI_SUBJECT,
+        return TrainConfig.from_options(
+            adapter=TRAINED_AGGREGATIONS[row_id.method], aggregation=row_id.method, seed=row_id.seed,
+            min_images_per_subject=IMAGES_PER_TRAIN_SUBJECT, num_references=NUM_REFERENCES, sanity_check=False,
+            num_validation_images=min(8, self.budget.num_subjects), lr_warmup_steps=min(50, self.budget.max_train_steps // 2),
+            **self.train_options(row_id), **MINI_SUBJECT_OPTIONS,
         )  # fmt: skip
 
-    def evaluation(self, base: str, folder: Path) -> Evaluate:
+    def evaluate_options(self) -> dict[str, Any]:
         b = self.budget
-        return Evaluate(
-            base=base, data="mini", subjects=GALLERY + b.targets, references=GALLERY, targets=b.targets, limit=b.subjects * b.targets,
-            samples=b.samples, text="caption", steps=b.drawing, scheduler=SAMPLER, guidance=3.0, judge="mini", features="mini",
-            identity="mini", out=str(folder), device=self.choice.device, batch=64, dtype=self.dtype(), learning=b.learning, prior=b.prior,
-        ).settled()  # fmt: skip
+        return {
+            "targets_per_subject": b.targets_per_subject, "min_images_per_subject": GALLERY_SIZE + b.targets_per_subject,
+            "num_references": GALLERY_SIZE, "prompt_mode": "caption", "identity_encoder": "mini",
+            "finetune_steps": b.finetune_steps, "num_class_images": b.num_class_images,
+        }  # fmt: skip
 
-    def each(self, seen: Seen, row: Row, studio: Studio) -> dict[str, list[float]]:
-        found = super().each(seen, row, studio)
-        drawn, group, gallery = seen.column("identity"), seen.column("group"), studio.gallery
-        assert drawn is not None and group is not None and gallery is not None
-        alike = cosines(drawn, gallery.centroids[group])
-        right = recognised(drawn, group, gallery.centroids).double()
-        found["identity"], found["recognised"] = (rounded(v.unflatten(0, (-1, row.samples)).mean(1)) for v in (alike, right))
-        found["subject"] = group[:: row.samples].tolist()
-        return found
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+        scores = super().per_prompt_scores(features, row, worker)
+        assert worker.gallery is not None
+        embeddings, subjects, centroids = features["id_embeds"], features["group"], worker.gallery.centroids
+        similarity = cosine_similarity(embeddings, centroids[subjects])
+        is_rank1 = rank1_identification(embeddings, subjects, centroids).double()
+        for name, values in ((ID_SIMILARITY, similarity), (RANK1_ACCURACY, is_rank1)):
+            scores[name] = to_rounded_list(values.unflatten(0, (-1, row.num_samples)).mean(1))
+        scores["subject"] = subjects[:: row.num_samples].tolist()
+        return scores
 
-    def clock(self) -> str:
-        """Seconds before a new subject can be drawn, by every way that learns nothing of it, one after the other."""
-        studio, seconds, ways = self.studio("mini"), timed(self.out), self.to_time([])
-        for number, way in enumerate(ways, 1):
-            row, _ = self.row(row_of(way))
-            seconds[way] = heard_in(studio.contender(row.source), studio.cases[0].references[: row.references])
-            self.tell(Progress(way, "timing", number, len(ways)))
-        write_file(self.out / SECONDS, json.dumps(seconds, indent=1))
-        return "seconds for a new subject"
+    def time_encoding(self) -> str:
+        """Time, method by method, how long a new subject takes that needs no fine-tuning; run while nothing else is at work."""
+        worker, seconds, methods = self.load_worker("mini"), load_timings(self.out), self.methods_to_time([])
+        for number, method in enumerate(methods, 1):
+            row = self.eval_row(main_row(method))
+            seconds[method] = time_until_attached(worker.load_system(row.source), worker.eval_set[0].references[: row.num_references])
+            self.on_progress(StudyProgress(method, "timing", number, len(methods)))
+        write_file(self.out / TIMINGS_FILE, json.dumps(seconds, indent=1))
+        return "time per new subject"
 
-    def to_time(self, missing: Sequence[str]) -> list[str]:
-        """The ways that are not timed yet and can be: what they draw with is there, or will be since their row is missing."""
-        known, names = timed(self.out), set(self.names())
-        ways = [way for way in (*PLAIN, *TRAINED) if way not in known and row_of(way) in names]
-        return [way for way in ways if way in PLAIN or row_of(way) in missing or self.weights(row_of(way)).is_file()]
+    def methods_to_time(self, missing: Sequence[RowId]) -> list[str]:
+        """The methods that are not timed yet and whose weights are there, or will be because their row is missing."""
+        timed, row_ids = load_timings(self.out), set(self.row_ids())
+        candidates = {method: main_row(method) for method in (*UNTRAINED_ROWS, *TRAINED_AGGREGATIONS) if method not in timed}
+        return [
+            method
+            for method, row_id in candidates.items()
+            if row_id in row_ids and (method in UNTRAINED_ROWS or row_id in missing or self.checkpoint_path(row_id).is_file())
+        ]
 
-    def strip(self, studio: Studio, row: Row) -> Image.Image:
-        """One picture of each of the first subjects."""
-        return strip(studio.out, row.name, range(0, row.prompts, self.budget.targets))
+    def build_strip(self, worker: EvaluationWorker, row: EvalRow) -> Image.Image:
+        """One image of each of the first subjects."""
+        return image_strip(worker.output_dir, row.name, range(0, row.num_prompts, self.budget.targets_per_subject))
 
 
 @torch.no_grad()
-def heard_in(contender: Contender, references: Sequence[Image.Image]) -> float:
-    """Seconds from the pictures of a new subject to keys and values in the UNet: the median of some, the first left out."""
-    assert isinstance(contender, WithMethod)
-    method, times = contender.method, []
-    device = contender.pipe.unet.device
-    null = method.null()[None].to(device)
+def time_until_attached(system: System, references: Sequence[Image.Image]) -> float:
+    """Seconds from the images of a new subject to keys and values in the UNet: the median of seven runs after a first one."""
+    assert isinstance(system, MethodSystem)
+    method, times = system.method, []
+    device = system.pipe.unet.device
+    uncond = method.uncond_features()[None].to(device)
     for _ in range(8):
-        began = time.perf_counter()
-        features = method.encoder.encode(references, method.grid)[None].to(device)
-        with method.attached(contender.pipe, features, null):
+        start = time.perf_counter()
+        features = method.encoder.encode_images(references, patches=method.uses_patch_features)[None].to(device)
+        with method.apply_to(system.pipe, features, uncond):
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
     return median(times[1:])
 
 
-def timed(out: Path) -> dict[str, float]:
-    """Way → seconds, of those that were timed."""
-    return dict(json.loads((out / SECONDS).read_text("utf-8"))) if (out / SECONDS).is_file() else {}
+def load_timings(out: Path) -> dict[str, float]:
+    """Method → seconds for a new subject, of the methods that were timed."""
+    return dict(json.loads((out / TIMINGS_FILE).read_text("utf-8"))) if (out / TIMINGS_FILE).is_file() else {}
 
 
-def row_of(way: str) -> str:
-    """The row that is drawn in a way; of a trained one that of the first seed."""
-    return f"{way} seed 0" if way in TRAINED else way
-
-
-def _way(name: str) -> str:
-    """A row without the number of references."""
-    return name.partition(" after ")[0].removesuffix(f" {ALONE}")
-
-
-def _method(name: str) -> str:
-    """The method whose features a trained row's cache holds."""
-    return "ip-adapter" if TRAINED[_kind(name)] == COARSE else "ip-adapter-plus"
-
-
-def _kind(name: str) -> str:
-    """A row's way of bringing references together, without its seed."""
-    return _way(name).partition(" seed ")[0]
-
-
-def by_subject(values: Sequence[float], subjects: Sequence[float]) -> torch.Tensor:
-    """The mean for each subject."""
-    groups = torch.tensor(subjects, dtype=torch.long)
-    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, torch.tensor(values, dtype=torch.float64))
-    return sums / groups.bincount()
+def main_row(method: str) -> RowId:
+    """The row of a method at its usual number of references; of a trained aggregation that of the first seed."""
+    if method in SINGLE_REFERENCE_METHODS:
+        return RowId(method, references=1)
+    return RowId(method, 0) if method in TRAINED_AGGREGATIONS else RowId(method)

@@ -1,56 +1,71 @@
-"""Training an adapter: the objective, the loop, what is kept, what is shown."""
+"""Training an adapter: objective, loop, checkpoints, validation and log."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from accelerate import Accelerator
+from imprompt.config import METHODS, TrainConfig
+from imprompt.config.training import ValidationConfig
+from imprompt.training.checkpointing import CheckpointManager, list_checkpoints
+from imprompt.training.loop import Trainer, TrainStep, make_accelerator, run_training_loop, start_trackers
+from imprompt.training.precompute import EncodingProgress, fill_feature_cache
+from imprompt.training.precompute import encode_dataset as encode_dataset
+from imprompt.training.run_log import log_steps as log_steps
+from imprompt.training.sanity_check import SanityReport, run_sanity_check
+from imprompt.training.setup import TrainingContext, setup_training
+from imprompt.utils.memory import explain_oom
 
-from imprompt.config import Train
-from imprompt.training.loop import Step, accelerate, loop
-from imprompt.training.precompute import Progress, cached
-from imprompt.training.precompute import encode as encode
-from imprompt.training.run_log import recorded as recorded
-from imprompt.training.sanity_check import Report, preflight
-from imprompt.training.setup import Setting, build, states
-from imprompt.utils.memory import enough_memory
-
-SMALLER = "take a smaller --batch with more --accumulate, or --checkpointing, or train from a --cache"
+OUT_OF_MEMORY_ADVICE = (
+    "reduce --train-batch-size and raise --gradient-accumulation-steps, or add --gradient-checkpointing, or train from a --feature-cache"
+)
 
 
-def train(choice: Train) -> Iterator[Step]:
-    """Train as `choice` says; every step is handed out. The adapter is in `choice.out` when the generator ends.
+def train_adapter(config: TrainConfig) -> Iterator[TrainStep]:
+    """Train an adapter and yield every optimizer step; the adapter is in `config.output_dir` when the generator ends.
 
-    A run found in that folder is continued (`resume`). Raises UserError for what the user can mend.
+    A run in that folder is continued, unless `resume_from_checkpoint` is "never". Raises UserError for what the user can correct.
     """
-    steps, _ = begin(choice)
+    steps, _ = start_training(config)
     yield from steps
 
 
-def begin(choice: Train, told: Callable[[Progress], None] | None = None) -> tuple[Iterator[Step], Report | None]:
-    """Everything up to the first step, and what the preflight of a new run found. `told` hears of the cache being filled."""
-    choice = choice.settled()
-    with enough_memory(SMALLER):
-        accelerator = accelerate(choice)
-        for progress in cached(choice, accelerator.process_index, accelerator.num_processes):
-            if told:
-                told(progress)
+def start_training(
+    config: TrainConfig, on_progress: Callable[[EncodingProgress], None] | None = None
+) -> tuple[Iterator[TrainStep], SanityReport | None]:
+    """Do everything that comes before the first step: the steps, and the report of the sanity check of a new run.
+
+    `on_progress` is called while the feature cache is filled. Raises UserError for what the user can correct.
+    """
+    config = config.with_defaults()
+    with explain_oom(OUT_OF_MEMORY_ADVICE):
+        accelerator = make_accelerator(config.pipeline.device, config.runtime, config.optimization, config.output_dir)
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        if config.feature_cache:
+            for progress in fill_feature_cache(config.encode_config(), config.adapter, rank, num_processes):
+                if on_progress:
+                    on_progress(progress)
         accelerator.wait_for_everyone()
-        setting = build(choice, accelerator.device, accelerator.process_index, accelerator.num_processes)
-        fresh = choice.resume == "never" or not states(Path(choice.out))
-        report = _tried(choice, setting) if choice.preflight and fresh else None
-    return _run(choice, accelerator, setting), report
+        context = setup_training(config, accelerator.device, rank, num_processes)
+        is_new = config.checkpointing.resume_from_checkpoint == "never" or not list_checkpoints(Path(config.output_dir))
+        report = None
+        if config.runtime.sanity_check and is_new:
+            trains_unet = METHODS[config.method].trains_unet
+            report = _run_sanity_check(context, config.optimization.learning_rate, trains_unet=trains_unet)
+        start_trackers(accelerator, config.output_dir, config.to_options())
+        trainer = Trainer(accelerator, context, config.optimization, config.loss)
+        checkpoints = CheckpointManager(Path(config.output_dir), config.checkpointing, accelerator, context.loader, context.metadata)
+    return _run(context, trainer, checkpoints, config.validation), report
 
 
-def _run(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[Step]:
+def _run(context: TrainingContext, trainer: Trainer, checkpoints: CheckpointManager, config: ValidationConfig) -> Iterator[TrainStep]:
     try:
-        with enough_memory(SMALLER):
-            yield from loop(choice, accelerator, setting)
+        with explain_oom(OUT_OF_MEMORY_ADVICE):
+            yield from run_training_loop(context, trainer, checkpoints, config)
     finally:
-        setting.method.release()
+        context.method.remove_from_unet()
 
 
-def _tried(choice: Train, setting: Setting) -> Report:
+def _run_sanity_check(context: TrainingContext, learning_rate: float, *, trains_unet: bool) -> SanityReport:
     try:
-        return preflight(choice, setting)
+        return run_sanity_check(context, learning_rate, trains_unet=trains_unet)
     finally:
-        setting.method.release()
+        context.method.remove_from_unet()

@@ -1,11 +1,11 @@
-"""The loop: a generator of steps over Accelerate. Whoever wants a log takes it from there."""
+"""The training loop: a generator of optimizer steps on top of Accelerate. Logs are written by whoever consumes the steps."""
 
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,211 +14,247 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
-from imprompt.config import Train
-from imprompt.core.optim import Muon
+from imprompt.config.training import LossConfig, OptimizationConfig, RuntimeConfig, ValidationConfig
+from imprompt.core.optim import Muon, lr_multiplier
 from imprompt.errors import UserError
-from imprompt.models.base_pipelines import claim_device, pick_precision
-from imprompt.training.checkpointing import Keeper, Memory
-from imprompt.training.objective import Objective, losses
-from imprompt.training.setup import Setting
-from imprompt.training.validation import Examiner, Findings
+from imprompt.models.base_pipelines import resolve_mixed_precision, set_device
+from imprompt.training.checkpointing import CheckpointManager, TrainState
+from imprompt.training.objective import compute_loss
+from imprompt.training.setup import TrainingContext
+from imprompt.training.validation import ValidationResult, Validator
+from imprompt.utils.compat import reset_accelerate_state
 
-PATIENCE = timedelta(hours=12)  # how long a process waits for another that still fills the cache
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # a process may wait this long for another one that still fills the feature cache
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimiser step was like."""
+class TrainStep:
+    """The result of one optimizer step."""
 
-    index: int  # steps done
-    steps: int
-    loss: float  # mean over all processes
+    index: int  # optimizer steps taken so far, this one included
+    max_train_steps: int
+    loss: float  # mean over all batches and processes
     lr: float
-    norm: float  # of the gradient, before clipping
-    images_per_second: float  # since the run was begun or continued
-    skipped: int  # steps left out so far because a number was not finite
-    unreadable: int  # records left out so far
-    findings: Findings | None  # of an examination at this step
-    saved: Path | None  # the adapter's file, where one was written
+    grad_norm: float  # before clipping
+    images_per_second: float  # since the run was started or resumed
+    nonfinite_steps: int  # steps so far that did not change the weights, because a gradient was not finite
+    unreadable: int  # records skipped so far, because they could not be read
+    validation: ValidationResult | None  # where this step was validated
+    adapter_path: Path | None  # where this step was saved
 
 
-def loop(choice: Train, accelerator: Accelerator, setting: Setting) -> Iterator[Step]:
-    """From batch to step."""
-    method, memory = setting.method, Memory()
-    bare = method.module.float().train()
-    method.module, *optimisers = accelerator.prepare(bare, *optimisers_of(choice, bare))
-    average = EMAModel(bare.parameters(), decay=choice.ema, foreach=True) if choice.ema else None
-    accelerator.register_for_checkpointing(memory, *([average] if average else []))
-    keeper = Keeper(choice, accelerator, setting)
-    if choice.resume == "auto":
-        keeper.resume()
-    else:
-        keeper.clear()
-    if average:
-        average.to(accelerator.device)  # a state that was read is on the CPU
-    examiner = Examiner(choice, setting) if setting.examined.texts and accelerator.is_main_process else None
-    objective = objective_of(choice)
-    batches = iter(setting.batches())
-    began, before = time.monotonic(), memory.step
+def run_training_loop(
+    context: TrainingContext, trainer: "Trainer", checkpoints: CheckpointManager, config: ValidationConfig
+) -> Iterator[TrainStep]:
+    """Resume or start the run, train it to its last step and yield every optimizer step; validate and save in between."""
+    accelerator, state = trainer.accelerator, trainer.state
+    checkpoints.resume_or_clear()
+    trainer.move_ema()
+    validator = Validator(context, config) if context.validation_set.prompts and accelerator.is_main_process else None
+    start_time, first_step = time.monotonic(), state.step
     try:
-        while memory.step < choice.steps:
-            rate = choice.lr * share(memory.step, choice)
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-            total, norm = torch.zeros((), device=accelerator.device), 0.0
-            for _ in range(choice.accumulate):
-                encoded = next(batches)
-                with accelerator.accumulate(method.module):
-                    with accelerator.autocast():
-                        loss = losses(method, setting.unet, setting.schedule, encoded, setting.nulls, objective).mean()
-                    accelerator.backward(loss)
-                    total += loss.detach() / choice.accumulate
-                    if accelerator.sync_gradients:
-                        norm = clipped(accelerator, method.module, choice.clip)
-                    for optimiser in optimisers:
-                        if math.isfinite(norm) or accelerator.scaler is not None:  # a scaler leaves such a step out by itself
-                            optimiser.step()
-                        optimiser.zero_grad(set_to_none=True)
-            memory.step += 1
-            memory.skipped += not math.isfinite(norm)
-            if average:
-                average.step(bare.parameters())
-            last = memory.step == choice.steps
-            findings = saved = None
-            with averaged(average, bare, last or memory.step % choice.validate_every == 0 or memory.step % choice.save_every == 0):
-                if examiner and (last or memory.step % choice.validate_every == 0):
-                    findings = examiner.examine()
-                if last or memory.step % choice.save_every == 0:
-                    saved = keeper.adapter(bare, memory.step)
-                if findings and not choice.subjects:  # examined on the subjects that are tested on: nothing is chosen by them
-                    keeper.best(bare, memory, findings)
-            if last or memory.step % choice.save_every == 0:
-                keeper.state(memory)
-            images = (memory.step - before) * choice.batch * choice.accumulate * accelerator.num_processes
-            done = Step(
-                memory.step, choice.steps, float(accelerator.reduce(total, "mean")), rate, norm, images / (time.monotonic() - began),
-                memory.skipped, setting.skipped.count, findings, saved,
+        while not trainer.is_finished:
+            loss, lr, grad_norm = trainer.take_step()
+            validation, adapter_path = _validate_and_save(trainer, checkpoints, validator, config.validation_steps)
+            images_per_second = (state.step - first_step) * trainer.images_per_step / (time.monotonic() - start_time)
+            step = TrainStep(
+                state.step, trainer.max_steps, loss, lr, grad_norm, images_per_second, state.nonfinite_steps,
+                context.error_budget.failed, validation, adapter_path,
             )  # fmt: skip
-            track(accelerator, done)
-            yield done
+            log_to_trackers(accelerator, step)
+            yield step
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
 
 
-def accelerate(choice: Train) -> Accelerator:
-    """Devices, processes and precision."""
-    deepspeed = None
-    device = claim_device(choice.device)
-    if choice.deepspeed:
-        if find_spec("deepspeed") is None:
-            raise UserError("DeepSpeed is not installed; install it with: pip install 'imprompt[deepspeed]'")
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # Accelerate looks here, and nowhere else, before it sets up the processes
-        if device == "cpu":
-            os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
-            PartialState(cpu=True, timeout=PATIENCE)  # Accelerate joins processes on CPU, and takes DeepSpeed, but not both in one call
-        deepspeed = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=choice.accumulate, gradient_clipping=choice.clip or None)
-        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = choice.batch
-    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    precision = str(pick_precision(choice.precision, torch.device(device).type)).removeprefix("torch.")
-    if choice.tracker and find_spec(choice.tracker) is None:
-        raise UserError(f"{choice.tracker} is not installed; install it with: pip install {choice.tracker}")
-    AcceleratorState._reset_state()  # of an earlier training in this process, perhaps in another precision
-    GradientState._reset_state()
-    accelerator = Accelerator(
+class Trainer:
+    """What changes during a run: the weights in float32, their moving average, the optimizers and the counters."""
+
+    def __init__(self, accelerator: Accelerator, context: TrainingContext, optimization: OptimizationConfig, loss: LossConfig):
+        self.accelerator, self.context, self.optimization, self.loss_config = accelerator, context, optimization, loss
+        self.state = TrainState()
+        self.module = context.method.module.float().train()  # `method.module` may be wrapped from here on
+        _check_optimizer(optimization.optimizer, accelerator)
+        optimizers = make_optimizers(optimization, self.module)
+        context.method.module, *self.optimizers = accelerator.prepare(self.module, *optimizers)
+        decay = optimization.ema_decay
+        self.ema = EMAModel(self.module.parameters(), decay=decay, foreach=True) if decay else None
+        accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
+        self.max_steps = optimization.max_train_steps
+        images_per_batch = optimization.train_batch_size * accelerator.num_processes
+        self.images_per_step = images_per_batch * optimization.gradient_accumulation_steps
+        self._batches = context.batches()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.state.step >= self.max_steps
+
+    def move_ema(self) -> None:
+        """Move the moving average to the device: one that was read from a checkpoint is on the CPU."""
+        if self.ema:
+            self.ema.to(self.accelerator.device)
+
+    def take_step(self) -> tuple[float, float, float]:
+        """One optimizer step: the mean loss over all batches and processes, the learning rate, and the norm of the gradient."""
+        config, state = self.optimization, self.state
+        lr = config.learning_rate * lr_multiplier(state.step, config.max_train_steps, config.lr_warmup_steps, config.lr_scheduler)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        loss, grad_norm = torch.zeros((), device=self.accelerator.device), 0.0
+        for _ in range(config.gradient_accumulation_steps):
+            batch_loss, grad_norm = self._train_on_batch()
+            loss += batch_loss / config.gradient_accumulation_steps
+        state.step += 1
+        state.nonfinite_steps += not math.isfinite(grad_norm)
+        if self.ema:
+            self.ema.step(self.module.parameters())
+        return float(self.accelerator.reduce(loss, "mean")), lr, grad_norm
+
+    def _train_on_batch(self) -> tuple[Tensor, float]:
+        """The loss of a batch, and the norm of the gradient where the batch completes an optimizer step."""
+        accelerator, context, method = self.accelerator, self.context, self.context.method
+        batch, grad_norm = next(self._batches), 0.0
+        with accelerator.accumulate(method.module):
+            with accelerator.autocast():
+                loss = compute_loss(method, context.unet, context.noise_schedule, batch, context.uncond, self.loss_config).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = clip_gradients(accelerator, method.module, self.optimization.max_grad_norm)
+            for optimizer in self.optimizers:
+                if math.isfinite(grad_norm) or accelerator.scaler is not None:  # a gradient scaler skips such a step itself
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), grad_norm
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the context the module has its averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.module.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+
+def _validate_and_save(
+    trainer: Trainer, checkpoints: CheckpointManager, validator: Validator | None, validation_steps: int
+) -> tuple[ValidationResult | None, Path | None]:
+    """After the steps at which it is due: the result of the validation, and the path of the adapter."""
+    step, result, adapter_path = trainer.state.step, None, None
+    validates, saves = (trainer.is_finished or step % every == 0 for every in (validation_steps, checkpoints.steps))
+    if not validates and not saves:
+        return None, None
+    with trainer.ema_weights():
+        if validator and validates:
+            result = validator.validate()
+        if saves:
+            adapter_path = checkpoints.save_adapter(trainer.module, step)
+        if result and not trainer.context.validation_set.is_test_split:  # nothing may be selected on test subjects
+            checkpoints.save_if_best(trainer.module, trainer.state, result.metrics["val/loss"])
+    if saves:
+        checkpoints.save_state(trainer.state)
+    return result, adapter_path
+
+
+def make_accelerator(device: str, runtime: RuntimeConfig, optimization: OptimizationConfig, output_dir: str) -> Accelerator:
+    """Set up the device, the processes, the precision and the tracker. Raises UserError for a library that is not installed."""
+    device = set_device(device)
+    deepspeed = _deepspeed_plugin(device, optimization) if runtime.deepspeed else None
+    dtype = resolve_mixed_precision(runtime.mixed_precision, torch.device(device).type)
+    if runtime.report_to and find_spec(runtime.report_to) is None:
+        raise UserError(f"{runtime.report_to} is not installed; install it with: pip install {runtime.report_to}")
+    reset_accelerate_state()
+    return Accelerator(
         cpu=device == "cpu" and deepspeed is None,
-        mixed_precision=mixed[precision],
-        gradient_accumulation_steps=choice.accumulate,
+        mixed_precision={torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        gradient_accumulation_steps=optimization.gradient_accumulation_steps,
         deepspeed_plugin=deepspeed,
         step_scheduler_with_optimizer=False,
-        log_with=choice.tracker or None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        project_dir=choice.out,
+        log_with=runtime.report_to or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
+        project_dir=output_dir,
     )
-    if choice.tracker:
-        shown = {name: value for name, value in asdict(choice).items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("tracker", config=shown, init_kwargs={"wandb": {"dir": choice.out, "name": Path(choice.out).name}})
-    return accelerator
 
 
-def track(accelerator: Accelerator, step: Step) -> None:
-    """Tell the trackers, if there are any."""
+def _deepspeed_plugin(device: str, optimization: OptimizationConfig) -> DeepSpeedPlugin:
+    """ZeRO-2: optimizer states and gradients are sharded among the processes."""
+    if find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed; install it with: pip install 'imprompt[deepspeed]'")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # the only place where Accelerate looks before it sets up the processes
+    if device == "cpu":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        PartialState(cpu=True, timeout=PROCESS_GROUP_TIMEOUT)  # Accelerate joins CPU processes and takes a plugin, but not in one call
+    accumulation, max_norm = optimization.gradient_accumulation_steps, optimization.max_grad_norm or None
+    plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=accumulation, gradient_clipping=max_norm)
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = optimization.train_batch_size
+    return plugin
+
+
+def start_trackers(accelerator: Accelerator, output_dir: str, options: Mapping[str, Any]) -> None:
+    """Tell TensorBoard or W&B, where one was asked for, about a new run and its options."""
+    if accelerator.log_with:
+        config = {name: value for name, value in options.items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("tracker", config=config, init_kwargs={"wandb": {"dir": output_dir, "name": Path(output_dir).name}})
+
+
+def log_to_trackers(accelerator: Accelerator, step: TrainStep) -> None:
+    """Send a step to TensorBoard or W&B, if one is in use."""
     if not accelerator.trackers:
         return
-    figures = {"loss": step.loss, "lr": step.lr, "norm": step.norm, "images_per_second": step.images_per_second}
-    accelerator.log(figures | (step.findings.figures if step.findings else {}), step=step.index)
-    if step.findings is None:
+    values = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "images_per_second": step.images_per_second}
+    accelerator.log(values | (step.validation.metrics if step.validation else {}), step=step.index)
+    if step.validation is None:
         return
+    grid = step.validation.sample_grid
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(step.findings.sheet)[None]}, step=step.index, dataformats="NHWC")
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step.index, dataformats="NHWC")
         else:
-            tracker.log_images({"samples": [step.findings.sheet]}, step=step.index)
+            tracker.log_images({"samples": [grid]}, step=step.index)
 
 
-def optimisers_of(choice: Train, module: nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW with P1's settings (arXiv:2308.06721, section 4.1.2), in eight bits where asked; or Muon (Jordan et al., 2024).
+def make_optimizers(config: OptimizationConfig, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW as in IP-Adapter (Ye et al., 2023, arXiv:2308.06721, section 4.1.2), in 8 bits on request; or Muon (Jordan et al., 2024).
 
-    Muon takes the matrices, with steps as large as AdamW's would be, and AdamW the rest.
+    Muon updates the matrices, with steps as large as AdamW's would be, and AdamW everything else.
     """
-    settings: dict[str, Any] = {"lr": choice.lr, "weight_decay": choice.weight_decay}
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     parameters = list(module.parameters())
-    if choice.optimizer == "adamw8bit":
+    if config.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise UserError("adamw8bit needs bitsandbytes; install it with: pip install 'imprompt[8bit]'") from error
         return [AdamW8bit(parameters, **settings)]
-    if choice.optimizer == "muon":
-        if choice.precision == "float16" or choice.deepspeed:
-            raise UserError("muon trains in bfloat16 or float32, and not under DeepSpeed; choose another --precision or --optimizer adamw")
+    if config.optimizer == "muon":
         matrices = [p for p in parameters if p.ndim == 2]
         others = [p for p in parameters if p.ndim != 2]
-        found: list[torch.optim.Optimizer] = [Muon(matrices, **settings)] if matrices else []
-        return found + ([torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings)] if others else [])
+        optimizers: list[torch.optim.Optimizer] = [Muon(matrices, **settings)] if matrices else []
+        return optimizers + ([torch.optim.AdamW(others, fused=True, betas=(0.9, 0.99), **settings)] if others else [])
     return [torch.optim.AdamW(parameters, fused=True, **settings)]
 
 
-def objective_of(choice: Train) -> Objective:
-    return Objective(
-        choice.drop_text, choice.drop_image, choice.drop_both, choice.timesteps or "uniform", choice.min_snr, choice.noise_offset
-    )
+def _check_optimizer(optimizer: str, accelerator: Accelerator) -> None:
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if optimizer == "muon" and (accelerator.mixed_precision == "fp16" or is_deepspeed):
+        raise UserError(
+            "muon trains in bfloat16 or float32, and not under DeepSpeed; choose another --mixed-precision, or --optimizer adamw"
+        )
 
 
-def share(step: int, choice: Train) -> float:
-    """Share of the learning rate at a step: linear warm-up, then as the schedule says."""
-    if step < choice.warmup:
-        return (step + 1) / choice.warmup
-    left = 1 - (step - choice.warmup) / max(1, choice.steps - choice.warmup)
-    match choice.schedule:
-        case "cosine":
-            return 0.5 * (1 - math.cos(math.pi * left))
-        case "linear":
-            return left
-    return 1.0
-
-
-def clipped(accelerator: Accelerator, module: nn.Module, most: float) -> float:
-    """Clip the gradient; its norm before."""
-    norm = accelerator.clip_grad_norm_(module.parameters(), most or math.inf)
-    return 0.0 if norm is None else float(norm)  # DeepSpeed clips by itself
-
-
-@contextmanager
-def averaged(average: EMAModel | None, module: nn.Module, now: bool) -> Iterator[None]:
-    """Within the context the module has its averaged weights."""
-    if average is None or not now:
-        yield
-        return
-    average.store(module.parameters())
-    average.copy_to(module.parameters())
-    try:
-        yield
-    finally:
-        average.restore(module.parameters())
+def clip_gradients(accelerator: Accelerator, module: nn.Module, max_norm: float) -> float:
+    """Clip the gradient to `max_norm`, 0 for no clipping. The norm before clipping; 0 under DeepSpeed, which clips by itself."""
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_norm or math.inf)
+    return 0.0 if norm is None else float(norm)

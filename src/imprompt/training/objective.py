@@ -1,88 +1,110 @@
-"""The objective, from an encoded batch to one loss per picture."""
+"""The training objective: from an encoded batch to one loss per image."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from imprompt.core.noise_schedule import Schedule, add_noise, min_snr_weight, target_of
-from imprompt.training.frozen_encoders import Encoded, Nulls, Text, extras
-
-
-@dataclass(frozen=True)
-class Objective:
-    """P1's settings (arXiv:2308.06721, section 4.1.2) unless told otherwise."""
-
-    drop_text: float = 0.05
-    drop_image: float = 0.05
-    drop_both: float = 0.05
-    timesteps: str = "uniform"  # or logit-normal (arXiv:2403.03206, section 3.1)
-    min_snr: float = 0.0  # γ; 0 leaves the weights alone
-    noise_offset: float = 0.0
+from imprompt.config.training import LossConfig
+from imprompt.core.noise_schedule import NoiseSchedule, add_noise, logit_normal_quantile, min_snr_weight, training_target
+from imprompt.training.frozen_encoders import TrainingBatch, UncondInputs, added_cond_kwargs
 
 
 class Denoiser(Protocol):
-    """A method in training: a denoiser that is conditioned on text and image."""
+    """A method in training: predicts the target of the noise schedule, conditioned on text and image."""
 
-    def denoise(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor, **extra: Any) -> Tensor: ...
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object
+    ) -> Tensor: ...
 
 
-class Chance(NamedTuple):
-    """All that is random in a step; each picture's follows from its own seed."""
+class BatchRandomness(NamedTuple):
+    """All random numbers of a training step. Those of an image depend on its own seed alone."""
 
-    latent: Tensor  # (batch, channels, height, width)
-    noise: Tensor
-    offset: Tensor  # (batch, channels, 1, 1)
-    time: Tensor  # (batch,) in 0 … 1
-    drop: Tensor  # (batch,) in 0 … 1
+    latent_noise: Tensor  # (batch, channels, height, width): samples the VAE's posterior
+    noise: Tensor  # like latent_noise
+    offset_noise: Tensor  # (batch, channels, 1, 1)
+    timestep_u: Tensor  # (batch,), uniform in 0 … 1
+    drop_u: Tensor  # (batch,), uniform in 0 … 1
 
     @classmethod
-    def draw(cls, encoded: Encoded) -> "Chance":
-        """The numbers do not depend on how pictures are put together into batches, nor on the device."""
-        shape = encoded.mean.shape[1:]
-        rows = []
-        for seed in encoded.seeds:
-            g = torch.Generator().manual_seed(seed)
-            latent, noise, offset = (torch.randn(size, generator=g) for size in (shape, shape, (shape[0], 1, 1)))
-            rows.append((latent, noise, offset, *torch.rand(2, generator=g)))
-        return cls(*(torch.stack(column).to(encoded.mean.device) for column in zip(*rows, strict=True)))
+    def sample(cls, batch: TrainingBatch) -> "BatchRandomness":
+        """The numbers depend neither on how images are grouped into batches nor on the device."""
+        shape = batch.latent_mean.shape[1:]
+        samples = []
+        for seed in batch.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            normals = (torch.randn(size, generator=generator) for size in (shape, shape, (shape[0], 1, 1)))
+            samples.append((*normals, *torch.rand(2, generator=generator)))
+        return cls(*(torch.stack(column).to(batch.latent_mean.device) for column in zip(*samples, strict=True)))
 
 
-def losses(method: Denoiser, unet: Any, schedule: Schedule, encoded: Encoded, nulls: Nulls, how: Objective) -> Tensor:
-    """L = E‖y − y_θ(x_t, c_t, c_i, t)‖² for each picture, (batch,), in float32."""
-    chance = Chance.draw(encoded)
-    t = _timesteps(chance.time, len(schedule.time), how.timesteps)
-    keep_text, keep_image = kept(chance.drop, how)
-    text = encoded.text.rows(keep_text, nulls.text)
-    image = torch.where(keep_image[:, None, None, None], encoded.image, nulls.image.to(encoded.image))
-    each = errors(method, unet, schedule, encoded, text, image, t, chance, how)
-    return each if encoded.counts is None else each * encoded.counts
-
-
-def errors(
-    method: Denoiser, unet: Any, schedule: Schedule, encoded: Encoded, text: Text, image: Tensor, t: Tensor, chance: Chance, how: Objective
+def compute_loss(
+    method: Denoiser, unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: TrainingBatch, uncond: UncondInputs, config: LossConfig
 ) -> Tensor:
-    """The error of each picture at timesteps t, with this text and this image."""
-    clean = encoded.mean.float() + encoded.std.float() * chance.latent
-    noise = chance.noise + how.noise_offset * chance.offset
-    x = add_noise(schedule, clean, noise, t).to(encoded.text.states.dtype)
-    said = method.denoise(x, schedule.time[t], text.states, image, **extras(unet, encoded, text))
-    error = (said.float() - target_of(schedule, clean, noise, t)).square()
-    if encoded.weight is not None:
-        weight = encoded.weight.float().expand_as(error)
-        error = error * weight / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
-    each = error.mean((1, 2, 3))
-    return each * min_snr_weight(schedule, t, how.min_snr).to(each) if how.min_snr else each
+    """L = E‖y − y_θ(x_t, c_t, c_i, t)‖² with dropped conditions, times the loss weight of each image: (batch,), in float32.
+
+    IP-Adapter (Ye et al., 2023, arXiv:2308.06721, equation 6, and section 4.1.2 for the drop probabilities).
+    """
+    randomness = BatchRandomness.sample(batch)
+    timesteps = _timesteps_from_uniform(randomness.timestep_u, len(schedule.timesteps), config.timestep_sampling)
+    batch = drop_conditions(batch, uncond, *keep_masks(randomness.drop_u, config))
+    loss = denoising_error(
+        method, unet, schedule, batch, timesteps, randomness, noise_offset=config.noise_offset, snr_gamma=config.snr_gamma
+    )
+    return loss if batch.loss_weight is None else loss * batch.loss_weight
 
 
-def kept(drop: Tensor, how: Objective) -> tuple[Tensor, Tensor]:
-    """Whose text and whose image stay: one draw in 0 … 1 decides between text, both, image and nothing."""
-    a, b = how.drop_text, how.drop_text + how.drop_both
-    return drop >= b, (drop < a) | (drop >= b + how.drop_image)
+def denoising_error(
+    method: Denoiser,
+    unet: UNet2DConditionModel,
+    schedule: NoiseSchedule,
+    batch: TrainingBatch,
+    timesteps: Tensor,
+    randomness: BatchRandomness,
+    *,
+    noise_offset: float = 0.0,
+    snr_gamma: float = 0.0,
+) -> Tensor:
+    """The squared error of the prediction for each image, averaged within the batch's mask: (batch,), in float32.
+
+    timesteps: (batch,), indices into the noise schedule. snr_gamma: γ of the min-SNR weight; 0 for none.
+    """
+    latents = batch.latent_mean.float() + batch.latent_std.float() * randomness.latent_noise
+    noise = randomness.noise + noise_offset * randomness.offset_noise
+    prompt_embeds = batch.text.prompt_embeds
+    noisy_latents = add_noise(schedule, latents, noise, timesteps).to(prompt_embeds.dtype)
+    kwargs = added_cond_kwargs(unet, batch)
+    prediction = method.predict(noisy_latents, schedule.timesteps[timesteps], prompt_embeds, batch.image_features, **kwargs)
+    error = (prediction.float() - training_target(schedule, latents, noise, timesteps)).square()
+    if batch.mask is not None:
+        mask = batch.mask.float().expand_as(error)
+        error = error * mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    loss = error.mean((1, 2, 3))
+    return loss * min_snr_weight(schedule, timesteps, snr_gamma).to(loss) if snr_gamma else loss
 
 
-def _timesteps(u: Tensor, count: int, how: str) -> Tensor:
-    if how == "logit-normal":
-        u = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)) - 0.3)
-    return (u * count).long().clamp(max=count - 1)
+def keep_masks(drop_u: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Which images keep their text and which their image features: two boolean tensors, (batch,).
+
+    One uniform number decides: below `text_drop_prob` the text is dropped, in the next interval both, in the next the image.
+    """
+    text_end = config.text_drop_prob
+    both_end = text_end + config.both_drop_prob
+    return drop_u >= both_end, (drop_u < text_end) | (drop_u >= both_end + config.image_drop_prob)
+
+
+def drop_conditions(batch: TrainingBatch, uncond: UncondInputs, keep_text: Tensor, keep_image: Tensor) -> TrainingBatch:
+    """The batch with the unconditional inputs where a mask, (batch,), is False."""
+    uncond_features = uncond.image_features.to(batch.image_features)
+    return batch._replace(
+        text=batch.text.where(keep_text, uncond.text),
+        image_features=torch.where(keep_image[:, None, None, None], batch.image_features, uncond_features),
+    )
+
+
+def _timesteps_from_uniform(u: Tensor, num_timesteps: int, sampling: str) -> Tensor:
+    if sampling == "logit-normal":
+        u = logit_normal_quantile(u)
+    return (u * num_timesteps).long().clamp(max=num_timesteps - 1)

@@ -1,118 +1,110 @@
-"""A run's diary: every figure as a JSON line, curves, sheets, and one page that opens offline."""
+"""The log of a run: every value as a JSON line, curves, sample grids, and one page that opens offline."""
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from io import BytesIO
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from imprompt.config import Train
-from imprompt.training.loop import Step
+from imprompt.config import TrainConfig
+from imprompt.training.loop import TrainStep
 from imprompt.utils.files import atomic_path, write_file
-from imprompt.utils.html import inline, table, write_page
+from imprompt.utils.html import render_html, write_page
+from imprompt.utils.plots import plot_panels
 
-EVERY = 2.0  # seconds between two lines
-SHEETS = 6  # on the page
+LOG_INTERVAL_SECONDS = 2.0
+MAX_SAMPLE_GRIDS = 6  # on the page
 
 
-def recorded(choice: Train, steps: Iterable[Step]) -> Iterator[Step]:
-    """The same steps; on the way their figures are written to the run's folder."""
-    diary = Diary(Path(choice.out), choice)
+def log_steps(config: TrainConfig, steps: Iterable[TrainStep]) -> Iterator[TrainStep]:
+    """Pass on the steps of a training, and write their values to its folder on the way."""
+    log = RunLog(Path(config.output_dir), f"{config.method} on {config.pipeline.model}", config.to_options())
     for step in steps:
-        diary.note(step)
+        log.record(step)
         yield step
 
 
-class Diary:
-    """`log.jsonl`, `curves.png`, `samples/step-N.png` and `index.html` in a run's folder."""
+class RunLog:
+    """`log.jsonl`, `curves.png`, `samples/step-N.png` and `index.html` in a run's folder; the page shows a title and the options."""
 
-    def __init__(self, folder: Path, choice: Train):
-        self.folder, self.choice = folder, choice
+    def __init__(self, folder: Path, title: str, options: Mapping[str, Any]):
+        self.folder, self.title, self.options = folder, title, options
         self.path = folder / "log.jsonl"
         self._losses: list[float] = []
-        self._written = 0.0
-        self._begun = False
+        self._last_write = 0.0
+        self._is_started = False
 
-    def note(self, step: Step) -> None:
-        """Take down a step: its mean loss since the last line, and what an examination found."""
-        if not self._begun:
-            self._forget(step.index)
-            self._begun = True
+    def record(self, step: TrainStep) -> None:
+        """Log a step: every few seconds a line with the mean loss since the last one, and every validation."""
+        if not self._is_started:
+            self._truncate(step.index)
+            self._is_started = True
         self._losses.append(step.loss)
         now = time.monotonic()
-        if not (step.findings or step.index == step.steps or now - self._written > EVERY):
+        if not (step.validation or step.index == step.max_train_steps or now - self._last_write > LOG_INTERVAL_SECONDS):
             return
-        line = {"step": step.index, "loss": sum(self._losses) / len(self._losses), "lr": step.lr, "norm": step.norm}
-        line |= {"images_per_second": round(step.images_per_second, 2), "skipped": step.skipped, "unreadable": step.unreadable}
-        line |= step.findings.figures if step.findings else {}
+        line = {"step": step.index, "loss": sum(self._losses) / len(self._losses), "lr": step.lr, "grad_norm": step.grad_norm}
+        line |= {"images_per_second": round(step.images_per_second, 2)}
+        line |= {"nonfinite_steps": step.nonfinite_steps, "unreadable": step.unreadable}
+        line |= step.validation.metrics if step.validation else {}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._losses, self._written = [], now
-        if step.findings:
+        self._losses, self._last_write = [], now
+        if step.validation:
             with atomic_path(self.folder / "samples" / f"step-{step.index:07}.png") as partial:
-                step.findings.sheet.save(partial)
-            self.page()
+                step.validation.sample_grid.save(partial)
+            self.write_page()
 
-    def _forget(self, first: int) -> None:
-        """Of a run that is continued, drop the lines behind the state it goes on from."""
-        lines = [line for line in self.lines() if line["step"] < first]
+    def _truncate(self, first_step: int) -> None:
+        """Of a run that is resumed, drop the lines from after the checkpoint."""
+        lines = [line for line in self.read_lines() if line["step"] < first_step]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What was taken down so far; a line that a kill cut off is left out."""
-        found = []
+    def read_lines(self) -> list[dict[str, Any]]:
+        """The lines logged so far, without one that was cut off when the process was killed."""
+        lines = []
         for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except ValueError:
                 continue
-        return found
+        return lines
 
-    def page(self) -> None:
-        """Draw the curves and write the page."""
-        lines = self.lines()
-        curves = draw_curves(lines)
+    def write_page(self) -> None:
+        """Plot the curves and write the page."""
+        lines = self.read_lines()
+        curves = plot_curves(lines)
         write_file(self.folder / "curves.png", curves)
-        sheets = sorted((self.folder / "samples").glob("step-*.png"))[-SHEETS:]
-        last = next((line for line in reversed(lines) if "validation" in line), lines[-1])
-        pictures = "".join(f"<h2>Step {int(p.stem.removeprefix('step-'))}</h2>{inline(p.read_bytes())}" for p in reversed(sheets))
-        write_page(
-            self.folder / "index.html",
-            self.folder.name,
-            f"{inline(curves)}<h2>Last examination</h2>{table(last)}"
-            f"<p>Above: references. Below: drawn after them alone, empty text, λ = 1.</p>{pictures}"
-            f"<details><summary>Settings</summary>{table(asdict(self.choice))}</details>",
-            heading=f"{self.choice.method} on {self.choice.base}",
-        )
+        grids = sorted((self.folder / "samples").glob("step-*.png"))[-MAX_SAMPLE_GRIDS:]
+        last = next((line for line in reversed(lines) if "val/loss" in line), lines[-1])
+        images = {int(path.stem.removeprefix("step-")): path.read_bytes() for path in reversed(grids)}
+        body = render_html(_BODY, curves=curves, last=last, images=images, options=self.options)
+        write_page(self.folder / "index.html", self.folder.name, body, heading=self.title)
 
 
-_PANELS = (
-    ("loss", ("loss", "validation")),
-    ("what the reference tells", ("gap to no reference", "gap to a wrong reference")),
-    ("likeness", ("CLIP-I", "CLIP-I (its own encoder)", "CLIP-T")),
-)
+_BODY = """\
+{{ inline_image(curves) }}
+<h2>Last validation</h2>
+{{ key_value_table(last) }}
+<p>Top: reference images. Bottom: generated from them alone, with an empty prompt and λ = 1.</p>
+{% for step, image in images.items() %}
+<h2>Step {{ step }}</h2>
+{{ inline_image(image) }}
+{% endfor %}
+<details><summary>Options</summary>{{ key_value_table(options) }}</details>
+"""
+_PANELS = {  # title → beginnings of the names of the values
+    "loss": ("loss", "val/loss"),
+    "validation loss minus that with the reference": ("val/uncond_gap", "val/shuffled_reference_gap"),
+    "CLIP similarity": ("CLIP-I", "CLIP-T"),
+}
 
 
-def draw_curves(lines: list[dict[str, Any]]) -> bytes:
-    """A PNG of the figures over the steps, three panels."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(14, 4), layout="constrained")
-    for axis, (title, names) in zip(axes, _PANELS, strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, linewidth=1.2, label=name)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+def plot_curves(lines: list[dict[str, Any]]) -> bytes:
+    """A PNG of the logged values over the steps, in three panels."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    panels = {}
+    for title, prefixes in _PANELS.items():
+        shown = [name for name in names if name.startswith(prefixes)]
+        panels[title] = {name: [(line["step"], line[name]) for line in lines if name in line] for name in shown}
+    return plot_panels(panels, "step")

@@ -1,8 +1,8 @@
-"""What a run works with: the base and its frozen parts, the method, the data. Everything that can be wrong is found here."""
+"""The setup of a run: its data, the base model with its frozen encoders, and the method. What does not fit together is found here."""
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -10,266 +10,387 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from imprompt.config import PERSONAL, Train
+from imprompt.config import METHOD_OF_ADAPTER_TYPE, METHODS, PipelineConfig, TrainConfig
+from imprompt.config.training import CheckpointConfig, DataConfig, FinetuningConfig, RuntimeConfig, SubjectConfig, is_mini_data
 from imprompt.core.adapter import Adapter
-from imprompt.core.noise_schedule import Schedule
-from imprompt.data.dreambooth import Personal, class_text, subject_text
-from imprompt.data.feature_cache import Cache, Row, Siblings, Stored
-from imprompt.data.loader import UNREADABLE, Loader, Skipped
-from imprompt.data.readers import Mini, Shards, is_mini, open_data
-from imprompt.data.records import Counted, Record, Records, Without
-from imprompt.data.subjects import Identities, split
-from imprompt.data.transforms import Example, Framing, example, stack
+from imprompt.core.noise_schedule import NoiseSchedule
+from imprompt.data.dreambooth import DreamBoothDataset
+from imprompt.data.feature_cache import CachedSample, CachedSubjects, FeatureCache, SampleRef
+from imprompt.data.loader import READ_ERRORS, ErrorBudget, Loader
+from imprompt.data.readers import MiniWorld, WebDatasetShards, open_data
+from imprompt.data.records import MapRecords, Record, Records, Subset
+from imprompt.data.subjects import SubjectDataset, split_subjects
+from imprompt.data.transforms import Example, TransformConfig, collate, load_example
 from imprompt.errors import UserError
-from imprompt.methods import Method, create
-from imprompt.methods.inversion import Inversion
-from imprompt.methods.ip_adapter import KINDS, IPAdapter
-from imprompt.methods.loading import to_train
-from imprompt.models.base_pipelines import guidance_of, load_base, pick_precision, schedule_of
-from imprompt.models.checkpoints import Spec
+from imprompt.methods import Method, build_method
+from imprompt.methods.inversion import TextualInversion
+from imprompt.methods.ip_adapter import IPAdapter
+from imprompt.methods.loading import load_for_finetuning
+from imprompt.methods.prompt_templates import format_class_prompt, format_instance_prompt
+from imprompt.models.base_pipelines import load_pipeline, noise_schedule_from, resolve_mixed_precision
+from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.image_encoders import ImageEncoder
-from imprompt.models.image_prompt import Prompter, find_encoder
-from imprompt.training.class_images import class_pictures
-from imprompt.training.frozen_encoders import Encoded, Frozen, Nulls
-from imprompt.training.precompute import check, framing_of
-from imprompt.unet.injection import check_fit
-from imprompt.utils.files import writable_folder, write_file
+from imprompt.models.image_prompt import ImagePromptEncoder, resolve_image_encoder
+from imprompt.training.checkpointing import check_state_version, list_checkpoints
+from imprompt.training.class_images import generate_class_images
+from imprompt.training.frozen_encoders import FrozenEncoders, TrainingBatch, UncondInputs
+from imprompt.training.precompute import check_cache_encoders, make_transform_config
+from imprompt.unet.injection import check_compatible
+from imprompt.utils.files import ensure_writable_folder, write_file
+from imprompt.utils.protocols import UNetPipeline
 
-HELD_OUT_SEED = 7_919  # chooses what is examined
-MOST_PHOTOS = 1_000  # of one subject
-PRIOR_STEPS = 30  # of denoising
+VALIDATION_SEED = 7_919  # selects the validation images
+MAX_SUBJECT_IMAGES = 1_000
 
 
-class Examined(NamedTuple):
-    """What is examined again and again, and never trained on where the data can be counted."""
+class ValidationSet(NamedTuple):
+    """What a run is validated on; not trained on, except where there are too few records, or a stream of them."""
 
-    batches: list[Encoded]  # on the device
-    targets: list[Image.Image]
-    texts: list[str]
+    batches: list[TrainingBatch]  # on the device
+    images: list[Image.Image]
+    prompts: list[str]
+    is_test_split: bool  # of test subjects, on which nothing may be selected
 
 
 @dataclass
-class Setting:
+class TrainingContext:
     """The parts of a run."""
 
-    pipe: Any
-    encoder: ImageEncoder | None  # none for a method of one subject
+    pipe: UNetPipeline
+    model: str  # name of the base model
+    image_encoder: ImageEncoder | None  # None for per-subject methods
     method: Method
-    frozen: Frozen
-    schedule: Schedule
+    frozen_encoders: FrozenEncoders
+    noise_schedule: NoiseSchedule
     loader: Loader[Any]
-    encode: Callable[[list[Any]], Encoded]  # what the loader gives → a batch on the device
-    skipped: Skipped
-    nulls: Nulls
-    examined: Examined
-    data: str
-    device: torch.device
-    precision: torch.dtype
+    make_batch: Callable[[list[Any]], TrainingBatch]  # encodes items of the loader; the batch is on the device
+    error_budget: ErrorBudget
+    uncond: UncondInputs
+    validation_set: ValidationSet
+    metadata: dict[str, str]  # of the adapter files
 
     @property
-    def unet(self) -> Any:
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet of the base model."""
         return self.pipe.unet
 
-    def batches(self) -> Iterator[Encoded]:
-        """Encoded batches without end, on the device."""
-        return map(self.encode, self.loader)
+    @property
+    def device(self) -> torch.device:
+        """The device that is trained on."""
+        return self.pipe.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the frozen parts, and of the computation."""
+        return self.pipe.unet.dtype
+
+    def batches(self) -> Iterator[TrainingBatch]:
+        """Encoded batches without end, on the device. The loader is not read before the first one is asked for."""
+        return map(self.make_batch, self.loader)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Records, what a loader makes of each, and how such items become a batch and pictures."""
+class DataSource:
+    """Records, and how they become items of the loader, batches and images."""
 
     records: Records
-    make: Callable[[Any, int], Any]
-    revive: Callable[..., Any]
-    encode: Callable[[list[Any]], Encoded]
-    pictures: Callable[[list[Any], Encoded], list[Image.Image]]
+    make_item: Callable[[Any, int], Any]  # from a record and a seed
+    rebuild_item: Callable[..., Any]  # from the values of an item that was saved with the state of a run
+    make_batch: Callable[[list[Any]], TrainingBatch]
+    decode_images: Callable[[list[Any], TrainingBatch], list[Image.Image]]
 
     @classmethod
-    def fresh(cls, records: Records, framing: Framing, frozen: Frozen) -> "Source":
-        """Pictures and texts, encoded at every step."""
+    def from_images(cls, records: Records, transform: TransformConfig, encoders: FrozenEncoders) -> "DataSource":
+        """Images and captions, encoded in every step."""
         return cls(
             records,
-            lambda record, seed: example(record, seed, framing, frozen.encoder.prepare),
+            lambda record, seed: load_example(record, seed, transform, encoders.image_encoder.preprocess),
             Example,
-            lambda items: frozen.encode(stack(items)).to(frozen.device),
-            lambda items, _: [Image.fromarray(e.pixels.permute(1, 2, 0).numpy()) for e in items],
+            lambda items: encoders.encode_batch(collate(items)).to(encoders.device),
+            lambda items, _: [Image.fromarray(item.pixel_values.permute(1, 2, 0).numpy()) for item in items],
         )
 
     @classmethod
-    def cached(cls, cache: Cache, frozen: Frozen, precision: torch.dtype, choice: Train) -> "Source":
-        """Rows of a feature cache; their pictures are what the VAE makes of the latents."""
+    def from_cache(
+        cls, cache: FeatureCache, encoders: FrozenEncoders, dtype: torch.dtype, num_references: int, subjects: SubjectConfig
+    ) -> "DataSource":
+        """Samples of a feature cache, whose images are decoded from their latents; by subject, references are chosen here."""
 
-        def make(stored: Stored, seed: int) -> Row:
-            return cache.after(stored, seed, choice.references, choice.fewest) if stored.others else cache.row(stored.at, seed)
+        def load_sample(ref: SampleRef, seed: int) -> CachedSample:
+            if not ref.reference_indices:
+                return cache.load_sample(ref.sample_index, seed)
+            return cache.load_with_references(ref, seed, num_references, subjects.min_distinct_references)
 
+        min_images = subjects.min_images_per_subject
         return cls(
-            cast(Records, Siblings(cache, choice.subjects) if choice.subjects else cache),
-            make,
-            Row,
-            lambda rows: Encoded.of(rows, precision).to(frozen.device),
-            lambda _, encoded: frozen.pictures(encoded.mean),
+            cast(Records, CachedSubjects(cache, min_images) if min_images else cache),
+            load_sample,
+            CachedSample,
+            lambda samples: TrainingBatch.from_cached_samples(samples, dtype).to(encoders.device),
+            lambda _, batch: encoders.decode_latents(batch.latent_mean),
         )
 
-    def examined(self, records: Sequence[Record], batch: int) -> Examined:
-        """Those of the records that can be read, in batches of one shape."""
-        shapes: dict[Any, list[Any]] = {}
+    def make_validation_set(self, records: Sequence[Record], batch_size: int, *, is_test_split: bool) -> ValidationSet:
+        """The records that can be read, in batches of one shape."""
+        by_shape: dict[Any, list[Any]] = {}
         for seed, record in enumerate(records):
-            with suppress(*UNREADABLE):
-                item = self.make(record, seed)
-                shapes.setdefault(item.shape, []).append(item)
-        groups = [group[i : i + batch] for group in shapes.values() for i in range(0, len(group), batch)]
-        batches = [self.encode(group) for group in groups]
-        targets = [picture for group, encoded in zip(groups, batches, strict=True) for picture in self.pictures(group, encoded)]
-        return Examined(batches, targets, [item.text for group in groups for item in group])
+            with suppress(*READ_ERRORS):
+                item = self.make_item(record, seed)
+                by_shape.setdefault(item.shape, []).append(item)
+        groups = [items[i : i + batch_size] for items in by_shape.values() for i in range(0, len(items), batch_size)]
+        batches = [self.make_batch(items) for items in groups]
+        images = [image for items, batch in zip(groups, batches, strict=True) for image in self.decode_images(items, batch)]
+        return ValidationSet(batches, images, [item.caption for items in groups for item in items], is_test_split)
 
 
-def build(choice: Train, device: torch.device, rank: int = 0, ranks: int = 1) -> Setting:
-    """Load and open everything. Raises UserError with the next move for whatever does not fit."""
-    out = writable_folder(choice.out)
-    cache = Cache(choice.cache) if choice.cache else None
-    data = cache.about["data"] if cache else choice.data
-    opened = open_data(data) if cache is None or is_mini(data) else None  # before anything large is loaded
-    if choice.subjects and is_mini(data) and choice.held_out:
-        raise UserError("held_out: mini has test subjects of its own, and all that are trained on are others; leave it out")
-    if opened is not None and choice.subjects:
-        opened = by_subject(opened, choice.subjects)
-    precision = pick_precision(choice.precision, device.type)
-    pipe = load_base(choice.base, str(device), precision)
-    given = to_train(choice.adapter) if choice.adapter else None
-    personal = choice.method in PERSONAL
-    encoder = None if personal else find_encoder(choice.base, choice.encoder, given[1] if given else None)
-    if encoder is not None:
-        encoder.model.to(device, precision)  # type: ignore[arg-type]
-    if choice.checkpointing:
+class OpenedData(NamedTuple):
+    """The data of a run, before anything large is loaded."""
+
+    name: str
+    cache: FeatureCache | None
+    images: Records | None  # None where there is only a feature cache
+
+
+def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num_processes: int = 1) -> TrainingContext:
+    """Open the data and load all models of a run. Raises UserError, with what to do next, where something does not fit together."""
+    seed, model, subjects = config.runtime.seed, config.pipeline.model, config.subjects
+    output_dir, resumes = open_output_dir(config.output_dir, config.checkpointing)
+    data = open_training_data(config.dataset.data, config.feature_cache, subjects)
+    pipe = load_base_model(config.pipeline, config.runtime, device)
+    pretrained = load_pretrained_adapter(config.adapter, config.method) if config.adapter else None
+    image_encoder = None if config.per_subject else load_image_encoder(model, config.image_encoder, pretrained, pipe)
+    torch.manual_seed(seed)
+    method = build_trainable_method(config.method, pipe, image_encoder, pretrained, config.finetuning, subjects.aggregation)
+    if config.per_subject:
+        dataset = build_dreambooth_dataset(data.images, method, pipe, model, config.finetuning, output_dir)
+        data = data._replace(images=dataset)
+        if rank == 0:
+            check_same_subject(output_dir, dataset, config.finetuning, resumes=resumes)
+    encoders = make_frozen_encoders(pipe, method)
+    if data.cache:
+        check_cache_encoders(data.cache, encoders, config.method, model, by_subject=bool(subjects.min_images_per_subject))
+    source, validation_source = make_data_sources(data, encoders, config.dataset, subjects)
+    num_images = config.validation.num_validation_images
+    validation_records, train_records = split_validation(validation_source.records, num_images, subjects.test_fraction, seed)
+    if source is not validation_source:
+        train_records = source.records
+    if subjects.min_images_per_subject and rank == 0:
+        check_same_split(output_dir, source.records, train_records, subjects, seed, resumes=resumes)
+    batch_size, is_test_split = config.optimization.train_batch_size, bool(subjects.min_images_per_subject)
+    validation_set = validation_source.make_validation_set(validation_records, batch_size, is_test_split=is_test_split)
+    log = output_dir / f"unreadable-{rank}.tsv"
+    error_budget = make_error_budget(config.dataset.max_unreadable_fraction, log, data.images, train_records)
+    loader: Loader[Any] = Loader(
+        train_records, source.make_item, batch_size=batch_size, seed=seed, rank=rank, world_size=num_processes,
+        workers=config.dataset.dataloader_num_workers, error_budget=error_budget, batch_key=lambda item: item.shape,
+        rebuild_item=source.rebuild_item,
+    )  # fmt: skip
+    noise_schedule, uncond = noise_schedule_from(pipe.scheduler).to(device), encoders.encode_uncond(method.uncond_features())
+    if data.cache:
+        encoders.offload()
+    metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": Path(data.name).name}
+    return TrainingContext(
+        pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, error_budget, uncond, validation_set,
+        metadata | method.metadata,
+    )  # fmt: skip
+
+
+def open_output_dir(path: str, config: CheckpointConfig) -> tuple[Path, bool]:
+    """The folder of a run, and whether a run in it is resumed. Raises UserError where it cannot be."""
+    folder = ensure_writable_folder(path)
+    resumes = config.resume_from_checkpoint == "latest" and bool(list_checkpoints(folder))
+    if resumes:
+        check_state_version(folder)
+    return folder, resumes
+
+
+def open_training_data(data: str, feature_cache: str | None, subjects: SubjectConfig) -> OpenedData:
+    """Open the feature cache or the images; both for a cache of mini, because the validation images of mini are not in it."""
+    cache = FeatureCache(feature_cache) if feature_cache else None
+    name = cache.manifest["data"] if cache else data
+    images = open_data(name) if cache is None or is_mini_data(name) else None
+    if subjects.min_images_per_subject and is_mini_data(name) and subjects.test_fraction:
+        raise UserError("test_fraction: mini has a fixed test split; remove --test-fraction")
+    if images is not None and subjects.min_images_per_subject:
+        images = group_by_subject(images, subjects.min_images_per_subject)
+    return OpenedData(name, cache, images)
+
+
+def group_by_subject(records: Records, min_images: int) -> SubjectDataset:
+    """The records by subject. Raises UserError for a stream, in which the images of a subject are far apart."""
+    if not isinstance(records, MapRecords):
+        raise UserError(
+            "min_images_per_subject: shards are read as a stream, in which the images of a subject are far apart; "
+            "encode them with --feature-cache FOLDER"
+        )
+    return SubjectDataset(records, min_images)
+
+
+def load_base_model(config: PipelineConfig, runtime: RuntimeConfig, device: torch.device) -> UNetPipeline:
+    """The pipeline in the precision of the training; its UNet recomputes activations where that is asked for."""
+    dtype = resolve_mixed_precision(runtime.mixed_precision, device.type)
+    pipe: UNetPipeline = load_pipeline(config.model, str(device), dtype, config.model_config)
+    if runtime.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     else:
         pipe.unet.disable_gradient_checkpointing()
-    torch.manual_seed(choice.seed)
-    if given and encoder:
-        method: Method = tuned(choice, pipe.unet, *given, encoder)
+    return pipe
+
+
+def load_pretrained_adapter(source: str, method: str) -> tuple[Adapter, AdapterSpec]:
+    """An adapter to fine-tune. Raises UserError where it is not one of this method."""
+    if METHODS[method].adapter_type is None:
+        raise UserError(f"method: expected one of the ip-adapter family to fine-tune an adapter, received {method!r}")
+    adapter, spec = load_for_finetuning(source)
+    expected = METHOD_OF_ADAPTER_TYPE[spec.adapter_type]
+    if method not in ("ip-adapter", expected):  # the first is the default of the option
+        raise UserError(f"method: {source} is a {spec.adapter_type} adapter; expected {expected}, received {method}")
+    return adapter, spec
+
+
+def load_image_encoder(
+    model: str, image_encoder: str | None, pretrained: tuple[Adapter, AdapterSpec] | None, pipe: UNetPipeline
+) -> ImageEncoder:
+    """The image encoder that was named, or the one of the base model or the adapter, on the device of the UNet and in its dtype."""
+    encoder = resolve_image_encoder(model, image_encoder, pretrained[1] if pretrained else None)
+    encoder.model.to(pipe.unet.device, pipe.unet.dtype)  # type: ignore[arg-type]
+    return encoder
+
+
+def build_trainable_method(
+    name: str,
+    pipe: UNetPipeline,
+    image_encoder: ImageEncoder | None,
+    pretrained: tuple[Adapter, AdapterSpec] | None,
+    finetuning: FinetuningConfig,
+    aggregation: str,
+) -> Method:
+    """The method with new weights, or with those of an adapter. Raises UserError where it does not fit base model or encoder."""
+    if pretrained and image_encoder:
+        adapter, spec = pretrained
+        ImagePromptEncoder(adapter, spec, image_encoder)  # raises UserError where they do not fit
+        check_compatible(adapter, pipe.unet)
+        method: Method = IPAdapter(pipe.unet, image_encoder, adapter)
+    elif name == "inversion":
+        method = TextualInversion.create(pipe, finetuning.class_noun, finetuning.instance_token)
     else:
-        method = Inversion(pipe, choice.token) if choice.method == "inversion" else create(choice.method, pipe, encoder)
-    if choice.combine != "auto":
-        cast(IPAdapter, method).bring_together(choice.combine)
-    words = method if isinstance(method, Inversion) else None
-    if personal:
-        opened = of_one_subject(choice, opened, pipe)
-        method.about |= {"noun": choice.noun, "token": choice.token}
-    if words:
-        words.start(pipe, choice.noun)
-    method.module.to(device).requires_grad_(True)
-    frozen = Frozen(pipe, method.encoder, method.grid, words)
-    framing = framing_of(choice, pipe)
-    fresh = Source.fresh(opened, framing, frozen) if opened is not None else None
-    if cache is not None:
-        check(cache, choice, frozen)
-    source = Source.cached(cache, frozen, precision, choice) if cache else cast(Source, fresh)
-    shown = fresh or source  # of a cache of mini too: the world has held-out subjects of its own
-    held, rest = held_out(shown.records, choice)
-    if choice.subjects and rank == 0:
-        split_of = split_facts(cast(Identities, source.records), rest if shown is source else source.records, choice)
-        same_run(out / "subjects.json", split_of, choice, "the data, --subjects, --held-out and --seed")
-    if personal and rank == 0:
-        learned = {"noun": choice.noun, "token": choice.token, "photographs": cast(Personal, opened).contents()}
-        same_run(out / "subject.json", learned, choice, "the photographs, --noun and --token")
-    examined = shown.examined(held, choice.batch)
-    skipped = Skipped(choice.max_unreadable, out / f"unreadable-{rank}.tsv")
-    records = rest if shown is source else source.records
-    if isinstance(opened, Identities) and opened.lost:
-        skipped.total += len(opened.records) - len(opened.lost)  # they told whose they are
-        for where, why in opened.lost.items():
-            skipped.lost(where, why)
-    if isinstance(records, Shards):
-        records.lost = skipped.lost
-    loader: Loader[Any] = Loader(
-        records, source.make, choice.batch, choice.seed, rank, ranks, choice.workers, skipped, lambda item: item.shape, source.revive
-    )
-    schedule, nulls = schedule_of(pipe.scheduler).to(device), frozen.nulls(method.null())
-    if cache is not None:
-        frozen.park()
-    return Setting(pipe, encoder, method, frozen, schedule, loader, source.encode, skipped, nulls, examined, data, device, precision)
+        method = build_method(name, pipe, image_encoder)
+    if aggregation != "auto":
+        cast(IPAdapter, method).set_aggregator(aggregation)
+    if METHODS[name].per_subject:
+        method.metadata |= {"noun": finetuning.class_noun, "token": finetuning.instance_token}
+    method.module.to(pipe.unet.device).requires_grad_(True)
+    return method
 
 
-def tuned(choice: Train, unet: Any, adapter: Adapter, spec: Spec, encoder: ImageEncoder) -> IPAdapter:
-    """A method that goes on from an adapter's file. Raises UserError where it does not fit base or encoder."""
-    if not choice.method.startswith("ip-adapter"):
-        raise UserError(f"method: expected one of the ip-adapter family to go on from a file, received {choice.method!r}")
-    if choice.method not in ("ip-adapter", KINDS[spec.kind]):  # the first is what stands there where nothing was said
-        raise UserError(f"method: {choice.adapter} is a {spec.kind} adapter; expected {KINDS[spec.kind]}, received {choice.method}")
-    Prompter(adapter, spec, encoder)
-    check_fit(adapter, unet)
-    return IPAdapter(unet, encoder, adapter)
+def make_frozen_encoders(pipe: UNetPipeline, method: Method) -> FrozenEncoders:
+    """The encoders of the base model, with the image encoder that the method reads."""
+    inversion = method if isinstance(method, TextualInversion) else None
+    return FrozenEncoders(pipe, method.encoder, patches=method.uses_patch_features, inversion=inversion)
 
 
-def of_one_subject(choice: Train, photos: Records | None, pipe: Any) -> Personal:
-    """Photographs of one subject, and beside them pictures of its class, which the base draws now where they are missing."""
-    if not isinstance(photos, Counted):
-        raise UserError(f"{choice.method} learns from a few photographs of one subject: expected a folder or a list of them")
-    if len(photos) > MOST_PHOTOS:
-        raise UserError(f"{choice.method} learns from a few photographs of one subject, at most {MOST_PHOTOS}; received {len(photos)}")
-    prior: list[Path] = []
-    if choice.prior > 0 and choice.method != "inversion":
-        folder = writable_folder(choice.prior_folder or str(Path(choice.out) / "class"))
-        guidance = guidance_of(choice.base)
-        prior = list(class_pictures(pipe, choice.noun, choice.prior, folder, PRIOR_STEPS, guidance, base=choice.base))
-    alone = choice.method == "inversion"
-    text = subject_text(choice.token, "" if alone else choice.noun)
-    pictures = [photos[i].target for i in range(len(photos))]
-    return Personal(pictures, text, prior, class_text(choice.noun), choice.prior_weight)
+def build_dreambooth_dataset(
+    images: Records | None, method: Method, pipe: UNetPipeline, model: str, config: FinetuningConfig, output_dir: Path
+) -> DreamBoothDataset:
+    """Images of one subject, and images of its class, of which the base model generates those that do not exist yet."""
+    purpose = f"{method.name} is fine-tuned on a few images of one subject"
+    if not isinstance(images, MapRecords):
+        raise UserError(f"{purpose}: expected a folder or a list of them")
+    if len(images) > MAX_SUBJECT_IMAGES:
+        raise UserError(f"{purpose}: expected at most {MAX_SUBJECT_IMAGES}, received {len(images)}")
+    class_images: list[Path] = []
+    is_inversion = isinstance(method, TextualInversion)
+    if config.num_class_images > 0 and not is_inversion:
+        folder = ensure_writable_folder(config.class_data_dir or output_dir / "class")
+        class_images = list(generate_class_images(pipe, model, config.class_noun, config.num_class_images, folder))
+    prompt = format_instance_prompt(config.instance_token, "" if is_inversion else config.class_noun)
+    instance_images = [images[i].target for i in range(len(images))]
+    class_prompt = format_class_prompt(config.class_noun)
+    return DreamBoothDataset(instance_images, prompt, class_images, class_prompt, config.prior_loss_weight)
 
 
-def by_subject(records: Records, least: int) -> Identities:
-    """Records put together by subject. Raises UserError for a stream, where subjects are not together."""
-    if not isinstance(records, Counted):
-        raise UserError("subjects: shards are read as a stream, in which a subject's pictures are far apart; encode them: --cache FOLDER")
-    return Identities(records, least)
+def make_data_sources(
+    data: OpenedData, encoders: FrozenEncoders, config: DataConfig, subjects: SubjectConfig
+) -> tuple[DataSource, DataSource]:
+    """The source of the training, and that of the validation: the images, where there are any, otherwise the same."""
+    image_source = None
+    transform = make_transform_config(config, encoders.pipe, subjects.min_distinct_references)
+    if data.images is not None:
+        image_source = DataSource.from_images(data.images, transform, encoders)
+    if data.cache is None:
+        return cast(DataSource, image_source), cast(DataSource, image_source)
+    source = DataSource.from_cache(data.cache, encoders, encoders.pipe.unet.dtype, config.num_references, subjects)
+    return source, image_source or source
 
 
-def split_facts(everyone: Identities, rest: Records, choice: Train) -> dict[str, Any]:
-    """Which subjects are trained on, and which are left for testing."""
-    trained = sorted(cast(Identities, rest).subjects)
-    facts = {"least": choice.subjects, "held_out": choice.held_out, "seed": choice.seed}
-    return facts | {"train": trained, "test": sorted(set(everyone.subjects) - set(trained))}
+def make_error_budget(max_fraction: float, log: Path, images: Records | None, train_records: Records) -> ErrorBudget:
+    """The budget of unreadable records, with those that were found when the images were grouped by subject."""
+    budget = ErrorBudget(max_fraction, log)
+    if isinstance(images, SubjectDataset) and images.unreadable:
+        budget.total += len(images.records) - len(images.unreadable)
+        for key, reason in images.unreadable.items():
+            budget.record_failure(key, reason)
+    if isinstance(train_records, WebDatasetShards):
+        train_records.on_unreadable = budget.record_failure
+    return budget
 
 
-def states(folder: Path) -> list[Path]:
-    """The states of a run, the newest last."""
-    return sorted((folder / "state").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+def check_same_subject(folder: Path, dataset: DreamBoothDataset, config: FinetuningConfig, *, resumes: bool) -> None:
+    """Record what a per-subject method is fine-tuned on. Raises UserError where the run that is resumed had another subject."""
+    manifest = {"class_noun": config.class_noun, "instance_token": config.instance_token, "images": dataset.image_checksums()}
+    _check_same_run(folder / "subject.json", manifest, "the images, --class-noun and --instance-token", resumes=resumes)
 
 
-def same_run(path: Path, facts: dict[str, Any], choice: Train, of: str) -> None:
-    """Write down whom a run is about. Raises UserError where the one that would be continued is about somebody else."""
-    going_on = choice.resume == "auto" and states(path.parent)
-    text = json.dumps(facts, indent=1)
-    if going_on and path.is_file() and path.read_text("utf-8") != text:
+def check_same_split(folder: Path, records: Records, train_records: Records, config: SubjectConfig, seed: int, *, resumes: bool) -> None:
+    """Record which subjects are trained and tested on. Raises UserError where the run that is resumed had another split."""
+    train_subjects = sorted(cast(SubjectDataset, train_records).subjects)
+    test_subjects = sorted(set(cast(SubjectDataset, records).subjects) - set(train_subjects))
+    manifest: dict[str, object] = {
+        "min_images_per_subject": config.min_images_per_subject,
+        "test_fraction": config.test_fraction,
+        "seed": seed,
+    }
+    manifest |= {"train": train_subjects, "test": test_subjects}
+    options = "the data, --min-images-per-subject, --test-fraction and --seed"
+    _check_same_run(folder / "subjects.json", manifest, options, resumes=resumes)
+
+
+def _check_same_run(path: Path, manifest: Mapping[str, object], options: str, *, resumes: bool) -> None:
+    text = json.dumps(manifest, indent=1)
+    if resumes and path.is_file() and path.read_text("utf-8") != text:
         raise UserError(
-            f"the run in {choice.out} was begun with other subjects; use {of} that it was begun with, another --out, or --resume never"
+            f"the run in {path.parent} was started with other subjects; use {options} that it was started with, "
+            "another --output-dir, or --resume-from-checkpoint never"
         )
     write_file(path, text)
 
 
-def held_out(records: Records, choice: Train) -> tuple[list[Record], Records]:
-    """What is examined and never trained on, and the rest.
+def split_validation(records: Records, num_images: int, test_fraction: float, seed: int) -> tuple[list[Record], Records]:
+    """The validation records, and those to train on.
 
-    Of shards the first records are examined, and trained on too; so is a very small set. Where subjects are trained on,
-    others are examined, each in one picture.
+    By subject, the validation images are of test subjects, one of each; those of mini are of its test split. The first records of
+    a stream, and some of a very small dataset, are used for both.
     """
-    count = choice.validation
-    if isinstance(records, Identities) and not isinstance(records.records, Mini):
-        trained, tested = split(list(records.subjects), choice.held_out, choice.seed) if choice.held_out else (list(records.subjects), [])
-        other = records.of(tested or trained)
-        firsts = [n for n in range(len(other)) if n == 0 or other.subject_of(n) != other.subject_of(n - 1)]
-        return [other[n] for n in firsts[:count]], records.of(trained)
-    world = records.records if isinstance(records, Identities) else records
-    if isinstance(world, Mini):
-        fresh: Counted = Mini(max(count, 1) * world.photos, held_out=True, photos=world.photos, look=world.look)
-        if isinstance(records, Identities):
-            fresh = Identities(fresh, records.least)
-        return [fresh[i * world.photos] for i in range(count)], records
-    if isinstance(records, Counted):
-        chosen = random.Random(HELD_OUT_SEED).sample(range(len(records)), min(count, len(records)))
-        return [records[i] for i in chosen], records if len(records) < 8 * count else Without(records, chosen)
-    return list(islice((r for shard in records.shards for r in records.read(shard)), count)), records
+    if isinstance(records, SubjectDataset) and not isinstance(records.records, MiniWorld):
+        subjects = list(records.subjects)
+        train_subjects, test_subjects = split_subjects(subjects, test_fraction, seed) if test_fraction else (subjects, [])
+        candidates = records.subset(test_subjects or train_subjects)
+        firsts = [n for n in range(len(candidates)) if n == 0 or candidates.get_subject(n) != candidates.get_subject(n - 1)]
+        return [candidates[n] for n in firsts[:num_images]], records.subset(train_subjects)
+    world = records.records if isinstance(records, SubjectDataset) else records
+    if isinstance(world, MiniWorld):
+        per_subject = world.images_per_subject
+        test_split: MapRecords = MiniWorld(
+            max(num_images, 1) * per_subject, held_out=True, images_per_subject=per_subject, describe_appearance=world.describe_appearance
+        )
+        if isinstance(records, SubjectDataset):
+            test_split = SubjectDataset(test_split, records.min_images)
+        return [test_split[i * per_subject] for i in range(num_images)], records
+    if isinstance(records, MapRecords):
+        selected = random.Random(VALIDATION_SEED).sample(range(len(records)), min(num_images, len(records)))
+        return [records[i] for i in selected], records if len(records) < 8 * num_images else Subset(records, selected)
+    stream = (record for shard in records.shards for record in records.read_shard(shard))
+    return list(islice(stream, num_images)), records

@@ -1,1 +1,1 @@
-"""Where an adapter plugs into a denoiser. The only rooms that know diffusers' attention."""
+"""Attaching image prompts to UNets of diffusers. The only package that depends on diffusers' attention layers."""

@@ -1,4 +1,4 @@
-"""Reference pictures: opened safely, fitted to an encoder's square, laid out on sheets."""
+"""Images: opened safely, made square for an image encoder, arranged on contact sheets."""
 
 import io
 import os
@@ -9,139 +9,140 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imprompt.config import FITS
-from imprompt.errors import ImageError, brief
+from imprompt.errors import ImageError, summarize_error
 
-MAX_PIXELS = 100_000_000  # a 10 000 × 10 000 picture; a larger one would need more than a gigabyte
-MOST_TILES = 8  # of one picture
-_ENOUGH = 2048  # pixels a side of a padded or squashed picture: encoders look at 224 to 448
+MAX_PIXELS = 100_000_000  # an image of 10 000 × 10 000 pixels; a larger one would need more than a gigabyte
+MAX_TILES = 8  # of one image
+_MAX_PADDED_SIDE = 2048  # in pixels, of a padded or squashed image: encoders take 224 to 448
 
-Picture = str | Path | bytes | Image.Image  # bytes: the content of a file
+ImageInput = str | Path | bytes | Image.Image  # bytes are the content of a file
 
 
-def open_image(source: Picture) -> Image.Image:
-    """Open a picture as 8-bit RGB, upright.
+def open_image(source: ImageInput) -> Image.Image:
+    """Open an image as 8-bit RGB, rotated as its EXIF orientation says.
 
-    Transparency is laid on white, 16-bit grey is scaled, CMYK converted, and the first frame of an animation taken.
-    Raises ImageError where the file is missing, no picture, damaged, empty or larger than MAX_PIXELS.
+    Transparency is composited on white, 16-bit gray is scaled, CMYK converted, and the first frame of an animation used.
+    Raises ImageError where the file is missing, not an image, damaged, empty or larger than MAX_PIXELS.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "a picture in memory")
+        return _decode(io.BytesIO(source), "an image in memory")
     if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"expected a picture as a path, bytes or a PIL image, received {type(source).__name__}")
+        raise ImageError(f"expected an image as a path, bytes or a PIL image, received {type(source).__name__}")
     path = Path(source)
     if not os.path.isfile(path):  # unlike Path.is_file, it does not raise for a name too long
-        raise ImageError(f"no picture at {path}")
+        raise ImageError(f"no image at {path}")
     return _decode(path, path.name)
 
 
 def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit below is ours, and odd metadata are no obstacle
+            warnings.simplefilter("ignore")  # the size is checked below, and odd metadata do not matter
             with Image.open(source) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(
                         f"{name} is {width} × {height} pixels; expected at most {MAX_PIXELS // 1_000_000} million: reduce it first"
                     )
+                frames = getattr(image, "n_frames", 1)
                 image.load()
-                return to_rgb(image)
+                converted = to_rgb(image)
+                converted.info["n_frames"] = frames
+                return converted
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
+        raise ImageError(f"{name} is not an image that can be read (PNG, JPEG, WebP, GIF, TIFF …)") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name} claims to be enormous; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first"
+            f"{name} declares an enormous size; expected at most {MAX_PIXELS // 1_000_000} million pixels: reduce it first"
         ) from error
     except ImageError:
         raise
-    except Exception as error:  # struct.error, RuntimeError, MemoryError …: Pillow's readers raise nearly anything
-        raise ImageError(f"{name} is damaged or cut off ({brief(error)}); save or download it again") from error
+    except Exception as error:  # Pillow's readers raise nearly any exception: struct.error, RuntimeError, MemoryError …
+        raise ImageError(f"{name} is damaged or truncated ({summarize_error(error)}); save or download it again") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, turned as its EXIF says."""
+    """The image as 8-bit RGB, rotated as its EXIF orientation says. Raises ImageError for an empty image."""
     if 0 in image.size:
-        raise ImageError(f"a picture of {image.width} × {image.height} pixels is empty")
+        raise ImageError(f"an image of {image.width} × {image.height} pixels is empty")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: the brightest value of the type is white
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0)
-        top = 65535 if image.mode.startswith("I") else max(values.max(), 1e-9)
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+        white = 65535 if image.mode.startswith("I") else max(values.max(), 1e-9)
+        image = Image.fromarray((np.clip(values / white, 0, 1) * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def is_animated(source: Picture) -> bool:
-    """Whether a file holds several frames, of which only the first is used."""
-    if isinstance(source, Image.Image):
-        return getattr(source, "n_frames", 1) > 1
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return getattr(image, "n_frames", 1) > 1
+def is_animated(image: Image.Image) -> bool:
+    """Whether an image that `open_image` returned has several frames in its file, of which only the first is used."""
+    return image.info.get("n_frames", 1) > 1
 
 
-def fit(image: Image.Image, how: str = "crop") -> Image.Image:
-    """Make a picture square for the encoder: cut the longer side, pad the shorter one with white, or squash."""
-    side = min(image.size) if how == "crop" else min(max(image.size), _ENOUGH)
-    if how == "crop":
+def resize_to_square(image: Image.Image, resize_mode: str = "crop") -> Image.Image:
+    """A square image: center-cropped (`crop`), padded with white (`pad`) or distorted (`squash`). Raises ImageError for another mode."""
+    side = min(image.size) if resize_mode == "crop" else min(max(image.size), _MAX_PADDED_SIDE)
+    if resize_mode == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    if how == "pad":
-        small = _within(image, side, Image.Resampling.BICUBIC)
-        page = Image.new(image.mode, (side, side), "white")
-        page.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
-        return page
-    if how == "squash":
+    if resize_mode == "pad":
+        resized = _resize_longest_side(image, side, Image.Resampling.BICUBIC)
+        square = Image.new(image.mode, (side, side), "white")
+        square.paste(resized, ((side - resized.width) // 2, (side - resized.height) // 2))
+        return square
+    if resize_mode == "squash":
         return image.resize((side, side), Image.Resampling.BICUBIC)
-    raise ImageError(f"unknown way to fit a reference: {how}; expected one of {', '.join(FITS)}")
+    raise ImageError(f"resize_mode: expected one of crop, pad, squash, tile; received {resize_mode!r}")
 
 
-def squares(image: Image.Image, how: str = "crop") -> list[Image.Image]:
-    """A picture as what the encoder looks at: one square, or with `tile` as many as cover it side by side, overlapping evenly."""
-    if how != "tile":
-        return [fit(image, how)]
+def tile_to_squares(image: Image.Image, resize_mode: str = "crop") -> list[Image.Image]:
+    """The squares that an image encoder takes: one, or with `tile` as many as cover the image, overlapping evenly."""
+    if resize_mode != "tile":
+        return [resize_to_square(image, resize_mode)]
     side, length = min(image.size), max(image.size)
-    count = min(-(-length // side), MOST_TILES)
-    places = [round(i * (length - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
-    wide = image.width >= image.height
-    return [image.crop((p, 0, p + side, side) if wide else (0, p, side, p + side)) for p in places]
+    count = min(-(-length // side), MAX_TILES)
+    offsets = [round(i * (length - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
+    is_wide = image.width >= image.height
+    return [image.crop((x, 0, x + side, side) if is_wide else (0, x, side, x + side)) for x in offsets]
 
 
-def _within(image: Image.Image, side: int, method: Image.Resampling) -> Image.Image:
-    """Scaled so that the longer side has `side` pixels, and the shorter one at least one."""
+def _resize_longest_side(image: Image.Image, side: int, method: Image.Resampling) -> Image.Image:
+    """The image scaled so that its longer side has `side` pixels, and its shorter one at least one."""
     width, height = (max(1, round(n * side / max(image.size))) for n in image.size)
     return image.resize((width, height), method)
 
 
-def cut_share(image: Image.Image) -> float:
-    """Share of the picture that a centre crop to a square loses."""
+def cropped_fraction(image: Image.Image) -> float:
+    """The fraction of the image, 0 … 1, that a center crop to a square loses."""
     return 1 - min(image.size) / max(image.size)
 
 
-def sheet(references: Sequence[Image.Image], results: Sequence[Image.Image], columns: int = 4, cell: int = 192) -> Image.Image:
-    """A contact sheet: the references on the left, behind a rule the results in rows of `columns`."""
-    columns = max(1, min(columns, len(results)))
-    rows = max(-(-len(results) // columns), 1)
-    left = -(-len(references) // rows) if references else 0
-    gap, rule = 6, 14 if references else 0
-    width = (left + columns) * (cell + gap) + gap + rule
-    height = rows * (cell + gap) + gap
-    page = Image.new("RGB", (width, height), "white")
+def make_contact_sheet(
+    references: Sequence[Image.Image], images: Sequence[Image.Image], columns: int = 4, cell_size: int = 192
+) -> Image.Image:
+    """A contact sheet: references on the left, separated by a line from the images in rows of `columns`. cell_size: in pixels."""
+    columns = max(1, min(columns, len(images)))
+    rows = max(-(-len(images) // columns), 1)
+    reference_columns = -(-len(references) // rows) if references else 0
+    gap, separator = 6, 14 if references else 0
+    width = (reference_columns + columns) * (cell_size + gap) + gap + separator
+    height = rows * (cell_size + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
 
-    def place(image: Image.Image, column: int, row: int, shift: int) -> None:
-        method = Image.Resampling.NEAREST if max(image.size) * 2 <= cell else Image.Resampling.LANCZOS
-        small = _within(image, cell, method)
-        x = gap + column * (cell + gap) + shift + (cell - small.width) // 2
-        page.paste(small, (x, gap + row * (cell + gap) + (cell - small.height) // 2))
+    def paste(image: Image.Image, column: int, row: int, shift: int) -> None:
+        method = Image.Resampling.NEAREST if max(image.size) * 2 <= cell_size else Image.Resampling.LANCZOS
+        resized = _resize_longest_side(image, cell_size, method)
+        x = gap + column * (cell_size + gap) + shift + (cell_size - resized.width) // 2
+        sheet.paste(resized, (x, gap + row * (cell_size + gap) + (cell_size - resized.height) // 2))
 
     for i, image in enumerate(references):
-        place(image, i // rows, i % rows, 0)
+        paste(image, i // rows, i % rows, 0)
     if references:
-        x = gap + left * (cell + gap) + rule // 2 - gap // 2
-        page.paste((200, 200, 200), (x - 1, gap, x + 1, height - gap))
-    for i, image in enumerate(results):
-        place(image, left + i % columns, i // columns, rule)
-    return page
+        x = gap + reference_columns * (cell_size + gap) + separator // 2 - gap // 2
+        sheet.paste((200, 200, 200), (x - 1, gap, x + 1, height - gap))
+    for i, image in enumerate(images):
+        paste(image, reference_columns + i % columns, i // columns, separator)
+    return sheet

@@ -1,28 +1,28 @@
-"""Memory: how much was used at the peak, and what to say when there is not enough."""
+"""Memory: the peak that was used, and the error for running out of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from imprompt.errors import UserError, brief
+from imprompt.errors import UserError, summarize_error
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+_OOM_PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
 
 
 @contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
-    """Within the context, running out of memory is a UserError that ends with this advice."""
+def explain_oom(advice: str) -> Iterator[None]:
+    """Within the context, running out of memory raises a UserError that ends with this advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _SIGNS):
-            raise UserError(f"out of memory ({brief(error)}); {advice}") from error
+        if isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in _OOM_PHRASES):
+            raise UserError(f"out of memory ({summarize_error(error)}); {advice}") from error
         raise
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: of the GPU, or resident of this process. 0 where the system does not tell."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The peak of memory used so far, in bytes: of the GPU, or resident in this process. 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

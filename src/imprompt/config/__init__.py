@@ -1,0 +1,31 @@
+"""The options of every command, as frozen dataclasses of small parts; see `common`."""
+
+from imprompt.config.common import UNSET as UNSET
+from imprompt.config.common import Options as Options
+from imprompt.config.common import PipelineConfig as PipelineConfig
+from imprompt.config.common import Scheduler as Scheduler
+from imprompt.config.common import parse_weighted as parse_weighted
+from imprompt.config.common import read_toml as read_toml
+from imprompt.config.evaluation import EvaluateConfig as EvaluateConfig
+from imprompt.config.evaluation import EvaluationSamplingConfig as EvaluationSamplingConfig
+from imprompt.config.evaluation import ReproduceConfig as ReproduceConfig
+from imprompt.config.generation import GenerateConfig as GenerateConfig
+from imprompt.config.generation import ImagePromptConfig as ImagePromptConfig
+from imprompt.config.generation import PersonalizeConfig as PersonalizeConfig
+from imprompt.config.generation import SamplingConfig as SamplingConfig
+from imprompt.config.generation import TaskConfig as TaskConfig
+from imprompt.config.methods import AGGREGATIONS as AGGREGATIONS
+from imprompt.config.methods import IP_ADAPTER_PAPER_METHODS as IP_ADAPTER_PAPER_METHODS
+from imprompt.config.methods import METHOD_OF_ADAPTER_TYPE as METHOD_OF_ADAPTER_TYPE
+from imprompt.config.methods import METHODS as METHODS
+from imprompt.config.methods import MULTI_REFERENCE_METHODS as MULTI_REFERENCE_METHODS
+from imprompt.config.methods import PER_SUBJECT_METHODS as PER_SUBJECT_METHODS
+from imprompt.config.methods import PERSONALIZATION_METHODS as PERSONALIZATION_METHODS
+from imprompt.config.methods import PERSONALIZATION_PAPER_ROWS as PERSONALIZATION_PAPER_ROWS
+from imprompt.config.methods import REFERENCE_METHODS as REFERENCE_METHODS
+from imprompt.config.methods import TRAINING_FREE_AGGREGATIONS as TRAINING_FREE_AGGREGATIONS
+from imprompt.config.methods import UNET_METHODS as UNET_METHODS
+from imprompt.config.training import MINI_SUBJECT_OPTIONS as MINI_SUBJECT_OPTIONS
+from imprompt.config.training import EncodeConfig as EncodeConfig
+from imprompt.config.training import TrainConfig as TrainConfig
+from imprompt.config.training import ValidateDataConfig as ValidateDataConfig
