@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.personalization_study import id_similarity_by_subject, parse_study_config, study_progress_bar
 from imprompt.evaluation.runner import EvalRow, EvaluationWorker
-from imprompt.studies.base import RowId
+from imprompt.studies.base import CLIP_T, ID_SIMILARITY, RowId
 from imprompt.studies.claims import format_difference, mean_per_subject
 from imprompt.studies.personalization import PersonalizationStudy
 from imprompt.studies.personalization_claims import BEST, PLUS
@@ -57,6 +57,6 @@ def scores_by_subject(worker: EvaluationWorker, row: EvalRow) -> dict[str, Tenso
     features = worker.load_features(row)
     assert worker.gallery is not None
     return {
-        "ID similarity": id_similarity_by_subject(worker, row, worker.gallery.centroids),
-        "CLIP-T": mean_per_subject(features["score.CLIP-T"].tolist(), features["group"].tolist()),
+        ID_SIMILARITY: id_similarity_by_subject(worker, row, worker.gallery.centroids),
+        CLIP_T: mean_per_subject(features["score.CLIP-T"].tolist(), features["group"].tolist()),
     }

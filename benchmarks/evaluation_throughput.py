@@ -22,7 +22,7 @@ MIN_SPEEDUP, MAX_GROWTH = 1.5, 0.02  # goals
 def measure_batching(console: Console, num_images: int, rounds: int, num_inference_steps: int) -> None:
     """The same images in one batch and one at a time."""
     config = EvaluateConfig.from_options(num_inference_steps=num_inference_steps, num_prompts=num_images).with_defaults()
-    system, eval_set = SystemLoader.from_config(config).load("mini"), load_eval_set(config.dataset)
+    system, eval_set = SystemLoader.from_config(config).load_system("mini"), load_eval_set(config.dataset)
     samples = [eval_set[i] for i in range(num_images)]
     params = SamplingParams(num_inference_steps, 3.0, (64, 64))
 

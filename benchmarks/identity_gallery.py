@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     with_study, with_others = dict[RowId, Tensor](), dict[RowId, Tensor]()
     for row_id in ROW_IDS:
         row = study.eval_row(row_id)
-        if all(worker.store(row).has_chunk(chunk) for chunk in range(worker.num_chunks(row))):
+        if all(worker.row_store(row).has_chunk(chunk) for chunk in range(worker.num_chunks(row))):
             with_study[row_id] = id_similarity_by_subject(worker, row, worker.gallery.centroids)
             with_others[row_id] = id_similarity_by_subject(worker, row, other_centroids)
     table = Table(title=f"ID similarity, {len(seeds)} subjects, {NUM_REFERENCES} references", box=box.SIMPLE)

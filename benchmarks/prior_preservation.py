@@ -90,8 +90,8 @@ def load_systems(config: EvaluateConfig, *, small: bool) -> dict[str, System]:
             ("with prior", steps, 2 if small else None),
         ):
             options = config.with_options(finetune_steps=finetune_steps, num_class_images=num_class_images)
-            systems[f"{method}, {name}"] = SystemLoader.from_config(options).load(method)
-    return systems | {"base model": SystemLoader.from_config(config).load("text")}
+            systems[f"{method}, {name}"] = SystemLoader.from_config(options).load_system(method)
+    return systems | {"base model": SystemLoader.from_config(config).load_system("text")}
 
 
 def generate_images(system: System, samples: Sequence[EvalSample], params: SamplingParams) -> tuple[list[Image.Image], list[Image.Image]]:

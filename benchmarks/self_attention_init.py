@@ -39,9 +39,10 @@ METRICS = (ID_SIMILARITY, RANK1_ACCURACY, FD, IS, CLIP_T)
 
 
 class InitializationStudy(PersonalizationStudy):
-    """Three more rows, trained like the first seed of self-attention except for what the module's docstring says."""
+    """Three more rows, trained like the first seed of self-attention except for what the module's docstring lists."""
 
     def train_config(self, row_id: RowId) -> TrainConfig | None:
+        """That of the first seed, changed in the way that the row is about."""
         if row_id not in VARIANTS:
             return super().train_config(row_id)
         config = super().train_config(SELF_ATTENTION)
@@ -58,6 +59,7 @@ class InitializationStudy(PersonalizationStudy):
         )  # self-attention is trained with nine too
 
     def cached_method(self, row_id: RowId) -> str:
+        """All fine-tune the same adapter."""
         return super().cached_method(SELF_ATTENTION)
 
     def init_from_average(self, config: TrainConfig) -> Path:
@@ -76,6 +78,7 @@ class InitializationStudy(PersonalizationStudy):
         return path
 
     def method_row(self, row_id: RowId) -> EvalRow:
+        """Generated like the first seed."""
         if row_id not in VARIANTS:
             return super().method_row(row_id)
         return replace(super().method_row(SELF_ATTENTION), name=str(row_id), source=f"{row_id.slug}={self.checkpoint_path(row_id)}")
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         for row_id in (*STUDY_ROWS, *VARIANTS):
             study.run_row(row_id)
     rows = load_results(study.out, (*STUDY_ROWS, *VARIANTS))
-    Console(highlight=False, soft_wrap=True, width=140).print(results_table(rows, study.budget.num_subjects))
+    Console(highlight=False, soft_wrap=True, width=190).print(results_table(rows, study.budget.num_subjects))
 
 
 def results_table(rows: Rows, num_subjects: int) -> Table:

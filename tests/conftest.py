@@ -24,6 +24,21 @@ from imprompt.unet.attn_processors import infer_adapter_shape
 
 torch.set_num_threads(1)
 
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("bf16"):
+        if "cpu_bf16" not in metafunc.fixturenames:
+            metafunc.fixturenames.insert(0, "cpu_bf16")
+        metafunc.parametrize("cpu_bf16", ["on", "off"], indirect=True)
+
+
+@pytest.fixture
+def cpu_bf16(request, monkeypatch):
+    """Whether a test marked `bf16` takes the CPU for one that computes in bfloat16. Where it does not, that is emulated."""
+    monkeypatch.setenv("IMPROMPT_CPU_BF16", request.param)
+    return request.param == "on"
+
+
 CROSS = 32
 VISION = 40  # dimension of the image encoder's patch features
 POOLED = 24  # dimension of its pooled embedding

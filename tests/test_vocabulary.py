@@ -12,6 +12,7 @@ HISTORY = ("docs/log.md", "docs/glossary.md", "docs/decisions/")
 # Plain English or other libraries' names with one of these words, where it means something else.
 ALLOWED = (
     r"\brandom\.choice\b",
+    r'"a picture of "',  # of mini's captions
     r"\br(ng)?\.choice\(",
     r"\.choices?\(",
     r"\bchoices\b",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "LAYOUT": "core.conditioning",
-    "MINI": "models.hub",
+    "MINI_PATH": "models.hub",
     "STYLE": "core.conditioning",
     "ImagePrompt": "models.image_prompt",
     "UserError": "errors",

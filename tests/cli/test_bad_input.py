@@ -154,7 +154,7 @@ BAD = {
     "truncated pickle": (dict(adapter="@cut.bin"), "cut.bin is damaged"),
     "hostile adapter": (dict(adapter="@hostile.bin"), "could run code"),
     "hostile plain pickle": (dict(adapter="@plain.bin"), "could run code"),
-    "adapter is a whole model": (dict(adapter="@model.safetensors"), "goes to --model"),
+    "adapter is a whole model": (dict(adapter="@model.safetensors"), "pass a whole model with --model"),
     "adapter of a larger base": (dict(adapter="@sdxl.safetensors"), "the adapter does not fit this model"),
     "adapter of another text width": (dict(adapter="@other-text.safetensors"), "the adapter does not fit this model"),
     "adapter of another encoder": (dict(adapter="@wide.safetensors"), "the image encoder does not fit the adapter"),
@@ -166,7 +166,7 @@ BAD = {
     "encoder is another model": (dict(image_encoder="@base/text_encoder"), "no CLIP image encoder at"),
     "truncated encoder": (dict(image_encoder="@cut-image_encoder/image_encoder"), "no CLIP image encoder at"),
     "encoder with a gap": (dict(image_encoder="@gaps"), "1 of its tensors are missing"),
-    "encoder cannot be told": (dict(image_encoder=None), "--image-encoder"),
+    "encoder cannot be inferred": (dict(image_encoder=None), "--image-encoder"),
     # bases
     "missing base": (dict(model="@none"), "no base model at"),
     "missing base, relative": (dict(model="none"), "no base model at"),
@@ -197,9 +197,9 @@ BAD = {
     "seed beyond the generator": (dict(seed=2**64), "seed: expected"),
     "scale is no number": (dict(scale="nan"), "scale: expected a finite number"),
     "guidance without end": (dict(guidance_scale="inf"), "guidance_scale: expected a finite number"),
-    "size between pixels": (dict(resolution=63), "resolution: expected multiples of 8"),
-    "size too small": (dict(resolution=4), "resolution: expected multiples of 8"),
-    "size below the deepest level": (dict(resolution=8), "resolution: expected at least 16"),
+    "size between pixels": (dict(resolution=63), "resolution: the model generates multiples of 8"),
+    "size too small": (dict(resolution=4), "resolution: the model generates multiples of 8"),
+    "size below the deepest level": (dict(resolution=8), "resolution: the model generates at least 16"),
     "size is half a word": (dict(resolution="12xabc"), "resolution: expected a side in pixels"),
     "size is three": (dict(resolution="16x16x16"), "resolution: expected a side in pixels"),
     "size is a footnote": (dict(resolution="²"), "resolution: expected a side in pixels"),
@@ -383,7 +383,8 @@ def test_flags_override_the_configuration_file(files, out, tmp_path, capsys):
     path = tmp_path / "options.toml"
     path.write_text(
         f'image = ["{files}/ref.png"]\nmodel = "{files}/base"\nadapter = "{files}/adapter.safetensors"\n'
-        f'image_encoder = "{files}/base/image_encoder"\noutput_dir = "{out}"\nnum_inference_steps = 1\nnum_images = 3\nscale = 1\nresolution = 32\n'
+        f'image_encoder = "{files}/base/image_encoder"\noutput_dir = "{out}"\nnum_inference_steps = 1\nnum_images = 3\nscale = 1\n'
+        "resolution = 32\n"
     )
     assert len(run_generate(["generate", "--config", str(path)], capsys)["images"]) == 3
     result = run_generate(
@@ -440,4 +441,4 @@ def test_patch_features_of_another_width_are_refused(files, out, tmp_path, capsy
     tensors["image_proj.proj_in.weight"] = tensors["image_proj.proj_in.weight"][:, : VISION // 2]
     checkpoints.write_tensors(tensors, tmp_path / "narrow.safetensors")
     text = refusal(command(files, out, adapter=tmp_path / "narrow.safetensors"), out, capsys)
-    assert f"received features of width {VISION}" in text
+    assert f"received features of dimension {VISION}" in text

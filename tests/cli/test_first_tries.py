@@ -46,9 +46,9 @@ def run_command(capsys, *arguments, code=2):
 
 
 def test_a_wrong_column_is_named(images, tmp_path, capsys):
-    (images / "list.csv").write_text("picture,words\n0.png,a star\n")
+    (images / "list.csv").write_text("columnA,columnB\n0.png,a star\n")
     error = run_command(capsys, "train", "--data", images / "list.csv", "--output-dir", tmp_path / "run", *QUICK)
-    assert "has no column for the picture: expected target (or image, image_file" in error and "received picture, words" in error
+    assert "has no image column: expected target (or image, image_file" in error and "received columnA, columnB" in error
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_missing_files_end_the_run(images, tmp_path, capsys):
 
 def test_a_folder_without_images_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "no pictures in" in run_command(capsys, "train", "--data", tmp_path / "empty", "--output-dir", tmp_path / "run", *QUICK)
+    assert "no images in" in run_command(capsys, "train", "--data", tmp_path / "empty", "--output-dir", tmp_path / "run", *QUICK)
 
 
 def test_missing_captions_are_reported(images, tmp_path, capsys):

@@ -106,7 +106,10 @@ def test_the_fine_tuned_checkpoint_is_kept_and_used_again(images, tmp_path, caps
             ["{images}", "--method", "dreambooth", "--class-noun", "cat", "--resize-mode", "pad"],
             "resize_mode: has no effect with dreambooth",
         ),
-        (["{images}", "--method", "dreambooth", "--class-noun", "cat", "--resolution", "66"], "resolution: expected multiples of"),
+        (
+            ["{images}", "--method", "dreambooth", "--class-noun", "cat", "--resolution", "66"],
+            "resolution: the model generates multiples of",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(images, tmp_path, capsys, arguments, expected):

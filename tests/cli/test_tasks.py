@@ -160,7 +160,7 @@ def test_an_image_prompt_is_saved_and_loaded(generate_pixels, tmp_path, read_err
         (["--image", CAT, "--image-prompt", "scale=1"], "image_prompt: expected at least one image=PATH"),
         (["--image", CAT, "--image-prompt", f"image={FISH},color=red"], "image_prompt: expected image=…"),
         (["--image", CAT, "--image-prompt", f"image={FISH},scale=much"], "image_prompt: scale: expected a number"),
-        (["--image", CAT, "--face-embeds", "identity.npy"], "faces: a global adapter hears pictures"),
+        (["--image", CAT, "--face-embeds", "identity.npy"], "face_embeds: a base adapter takes images"),
         (["--image", CAT, "--save-embeds", "cat.png"], "an image prompt is saved to a .safetensors file"),
         (["--model", "no.safetensors"], "there is no such file"),
         (["--model", CAT.replace("png", "ckpt")], "there is no such file"),

@@ -29,7 +29,7 @@ REQUIRED: dict[type, dict[str, Any]] = {PersonalizeConfig: {"data": "images"}}
 EVERY_OPTION = [pytest.param(kind, one, id=f"{kind.__name__}-{one.name}") for kind in COMMANDS for one in all_options(kind)]
 NUMERIC = [param for param in EVERY_OPTION if param.values[1].type in (int, float) and not param.values[1].repeatable]
 
-# Valid values of options whose text is parsed, and what an option needs beside it.
+# Valid values of options whose text is parsed, and what an option needs in addition.
 TEXT = {"resolution": "64x32", "image_weights": "1", "scale_per_block": "style", "method": None, "aggregation": "average", "paper": None}
 NEEDS: dict[str, dict[str, Any]] = {
     "strength": {"init_image": "a.png"}, "mask_image": {"inpaint_image": "a.png"}, "inpaint_image": {"mask_image": "a.png"},

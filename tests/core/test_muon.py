@@ -20,37 +20,37 @@ def set_random_gradients(parameters, seed):
 
 
 def test_it_steps_as_pytorchs_does():
-    ours, theirs = random_matrices(), random_matrices()
-    our_muon = Muon(ours, lr=0.02, weight_decay=0.1)
-    torch_muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    before = [p.detach().clone() for p in ours]
+    parameters, torch_parameters = random_matrices(), random_matrices()
+    our_muon = Muon(parameters, lr=0.02, weight_decay=0.1)
+    torch_muon = torch.optim.Muon(torch_parameters, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in parameters]
     for seed in range(5):
-        set_random_gradients(ours, seed)
-        set_random_gradients(theirs, seed)
+        set_random_gradients(parameters, seed)
+        set_random_gradients(torch_parameters, seed)
         our_muon.step()
         torch_muon.step()
-    for a, b, start in zip(ours, theirs, before, strict=True):
+    for a, b, start in zip(parameters, torch_parameters, before, strict=True):
         assert (a - b).norm() < 0.03 * (b - start).norm()
         torch.testing.assert_close(our_muon.state[a]["momentum_buffer"], torch_muon.state[b]["momentum_buffer"])
 
 
 def test_a_state_goes_on_in_either():
-    ours, theirs = random_matrices(), random_matrices()
-    first = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    set_random_gradients(theirs, 0)
+    parameters, torch_parameters = random_matrices(), random_matrices()
+    first = torch.optim.Muon(torch_parameters, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    set_random_gradients(torch_parameters, 0)
     first.step()
-    second = Muon(ours, lr=0.5, weight_decay=0.0)
+    second = Muon(parameters, lr=0.5, weight_decay=0.0)
     second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["lr"] == 0.02
-    torch.testing.assert_close(second.state[ours[2]]["momentum_buffer"], first.state[theirs[2]]["momentum_buffer"])
+    torch.testing.assert_close(second.state[parameters[2]]["momentum_buffer"], first.state[torch_parameters[2]]["momentum_buffer"])
 
 
 def test_parameters_without_a_gradient_stay():
-    ours = random_matrices()
-    set_random_gradients(ours[1:], 0)
-    before = ours[0].detach().clone()
-    Muon(ours, lr=0.02, weight_decay=0.1).step()
-    assert torch.equal(ours[0], before)
+    parameters = random_matrices()
+    set_random_gradients(parameters[1:], 0)
+    before = parameters[0].detach().clone()
+    Muon(parameters, lr=0.02, weight_decay=0.1).step()
+    assert torch.equal(parameters[0], before)
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (2, 6, 20)])

@@ -75,7 +75,7 @@ def test_a_dataset_without_a_readable_record_is_an_error(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"no")
     assert main(["data", "validate", str(tmp_path), "--output-dir", str(tmp_path / "report")]) == 2
     message = capsys.readouterr().err
-    assert "no record of" in message and "a.png is not" in message and message.count("\n") == 1
+    assert "no record of" in message and "a.png is not an image" in message and message.count("\n") == 1
 
 
 def test_samples_are_taken_from_the_whole_dataset(image_folder):

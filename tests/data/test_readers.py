@@ -145,7 +145,7 @@ def test_mini_is_reproducible():
     ("name", "content", "message"),
     [
         ("nothing", None, "no data at"),
-        ("list.jsonl", '{"picture": "a.png"}', "no image column"),
+        ("list.jsonl", '{"img": "a.png"}', "no image column"),
         ("list.jsonl", "", "holds no records"),
         ("list.jsonl", "[1, 2]", "expected an object"),
         ("list.jsonl", "{broken", "is not JSON"),

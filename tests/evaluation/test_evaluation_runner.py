@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,18 +11,20 @@ import torch
 from PIL import Image
 
 import imprompt
-from imprompt.config import EvaluateConfig, TrainConfig
+from imprompt.config import MULTI_REFERENCE_METHODS, EvaluateConfig, TrainConfig
 from imprompt.config.evaluation import EvaluationDataConfig, MetricsConfig
 from imprompt.data.records import Record
 from imprompt.errors import ImageError, UserError
-from imprompt.evaluation import metrics, report, workers
+from imprompt.evaluation import metrics, report, systems, workers
 from imprompt.evaluation.features import FeatureExtractors
-from imprompt.evaluation.runner import SWEEP_SCALES, EvalRow, EvaluationWorker, run_evaluation
+from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, EvaluationWorker, run_evaluation
 from imprompt.evaluation.samples import RecordEvalSet, SamplingParams, load_eval_set
 from imprompt.evaluation.scoring import METRICS, NEGATIVE_NOTE, metric_label, metric_of
 from imprompt.evaluation.store import RowStore
 from imprompt.evaluation.systems import SystemLoader, parse_label
+from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.models.clip_score import CLIPScorer
+from imprompt.models.image_prompt import ImagePrompt
 from imprompt.training import train_adapter
 
 SMALL = EvaluateConfig.from_options(
@@ -47,7 +50,7 @@ def run_and_report(folder, **options):
     list(run_evaluation(config))
     worker = EvaluationWorker(config.with_defaults())
     scores = list(report.score_rows(worker))
-    report.write_report(worker, scores)
+    report.write_evaluation_report(worker, scores)
     return {score.name: score for score in scores}, (folder / "table.csv").read_text()
 
 
@@ -93,7 +96,7 @@ def test_metrics_are_those_of_the_stored_images(evaluation):
         assert scores[name].metrics["diversity"].value == pytest.approx(float(distances.mean()), abs=1e-5)
     assert scores[TEXT].metrics["CLIP-T (mini)"].value > scores["reference-only"].metrics["CLIP-T (mini)"].value
     extractors = FeatureExtractors(MetricsConfig(clip_model="mini", feature_extractor="mini"))
-    targets, images = (extractors.extract(load_images(name)) for name in (TARGET, "mini"))
+    targets, images = (extractors.extract_features(load_images(name)) for name in (TARGET, "mini"))
     values = {label: interval.value for label, interval in scores["mini"].metrics.items()}
     cosines = (images["clip_embeds"].double() * targets["clip_embeds"].double().repeat_interleave(2, 0)).sum(1)
     assert values["CLIP-I (mini)"] == pytest.approx(float(cosines.mean()), rel=1e-4)
@@ -110,7 +113,7 @@ def test_metrics_are_those_of_the_stored_images(evaluation):
 def test_the_scale_sweep_begins_with_the_base_model(evaluation):
     folder, scores, _ = evaluation
     points = [score for score in scores.values() if score.sweep_of]
-    assert [p.scale for p in points] == list(SWEEP_SCALES)
+    assert [p.scale for p in points] == list(EVALUATION_SCALES)
     assert points[-1].metrics["CLIP-I (mini)"].value > points[0].metrics["CLIP-I (mini)"].value
     worker = EvaluationWorker(configure(folder).with_defaults())
     base_row = EvalRow("base", "text", "other", 1, 2)
@@ -140,12 +143,33 @@ def test_every_image_is_stored_with_its_seed(evaluation):
     folder, *_ = evaluation
     names = sorted(path.name for path in (folder / "rows" / "mini" / "images").iterdir())
     assert names[:3] == ["00000-0-0.png", "00000-1-1.png", "00001-0-2.png"] and len(names) == 12
-    system = SystemLoader.from_config(SMALL.with_defaults()).load("mini")
+    system = SystemLoader.from_config(SMALL.with_defaults()).load_system("mini")
     sample = load_eval_set(EvaluationDataConfig(num_prompts=6))[1]
     (image,) = system.generate([sample], [""], [2], SamplingParams(2, 3.0, (64, 64)))
     stored = Image.open(folder / "rows" / "mini" / "images" / names[2])
     difference = torch.tensor(list(image.tobytes())).float() - torch.tensor(list(stored.convert("RGB").tobytes())).float()
     assert difference.abs().mean() < 2  # bfloat16, another batch
+
+
+@pytest.mark.parametrize("adapter", ["mini", "mini-plus", "mini-subject"])
+def test_in_any_batch_keys_and_values_are_those_of_generate(adapter, monkeypatch):
+    """To the bit: where the UNet rounds to bfloat16, a different last digit becomes a difference of 11 of 255 in the image."""
+    config = SMALL.with_options(min_images_per_subject=5, num_references=3, num_prompts=12).with_defaults()
+    eval_set, batches = load_eval_set(config.dataset), []
+    samples = [eval_set[i] for i in range(12)]
+    system = SystemLoader.from_config(config).load_system(adapter)
+
+    def record_key_values(method, pipe, image_features, uncond_features, scale):
+        batches.append(ImagePrompt(method.adapter, image_features, uncond_features, scale).key_values()[1])
+        return nullcontext()
+
+    monkeypatch.setattr(IPAdapter, "apply_to", record_key_values)
+    monkeypatch.setattr(systems, "sample_images", lambda *_: [])
+    system.generate(samples, [""] * 12, range(12), SamplingParams(2, 3.0, (64, 64)))
+    uses_all_references = system.method.name in MULTI_REFERENCE_METHODS
+    for i, sample in enumerate(samples):
+        single = imprompt.load(adapter)(sample.references if uses_all_references else sample.references[0]).key_values()[1]
+        assert all(torch.equal(x[0], y[i]) for n, pair in single.items() for x, y in zip(pair, batches[0][n], strict=True))
 
 
 def test_the_report_opens_offline(evaluation):

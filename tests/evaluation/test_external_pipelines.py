@@ -232,7 +232,7 @@ def test_a_hub_id_can_only_be_a_pipeline(monkeypatch):
     assert external.is_external("somebody/something") and external.is_external("somebody/prior+somebody/decoder")
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda location: {"_class_name": "KandinskyPipeline"})
     with pytest.raises(UserError, match=r"somebody/decoder is a KandinskyPipeline; expected one of .*KandinskyPriorPipeline"):
-        SystemLoader.from_config(EvaluateConfig()).load("somebody/decoder")
+        SystemLoader.from_config(EvaluateConfig()).load_system("somebody/decoder")
 
 
 def test_an_unreachable_hub_is_reported(monkeypatch):
@@ -242,7 +242,7 @@ def test_an_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "load_config", raise_offline)
     monkeypatch.setattr(ControlNetModel, "load_config", raise_offline)
     with pytest.raises(UserError, match=r"no pipeline at somebody/something: expected a folder .* or a hub id; .*offline mode is enabled"):
-        SystemLoader.from_config(EvaluateConfig()).load("somebody/something")
+        SystemLoader.from_config(EvaluateConfig()).load_system("somebody/something")
 
 
 # ---------------------------------------------------------------------------------------------------------- damaged sources
@@ -291,8 +291,8 @@ def test_a_damaged_source_gets_one_sentence(damage, find_source, tmp_path):
 def test_other_sources_get_one_sentence(find_source, tmp_path):
     prior, decoder = find_source("kandinsky 2.1").split("+")
     base, _ = find_source("shuffle").split("+")
-    offline = load_error("nobody/nothing")
-    assert "no pipeline at nobody/nothing: expected" in offline and "model_index.json" in offline
+    offline = load_error("unknown/model")
+    assert "no pipeline at unknown/model: expected" in offline and "model_index.json" in offline
     assert "no pipeline at" in load_error(str(tmp_path)) and "no pipeline at" in load_error(str(tmp_path / "none"))
     assert "is a StableDiffusionPipeline; expected one of StableDiffusionImageVariationPipeline, " in load_error(base)
     assert "is a KandinskyPriorPipeline; expected one of" in load_error(prior)

@@ -45,7 +45,7 @@ def test_features_of_a_model_by_folder_depend_on_the_whole_image(tmp_path, archi
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     image, occluded = make_image(), make_image()
     occluded.paste((0, 0, 0), (16, 16, 32, 32))
-    features = make_extractors(str(tmp_path)).extract([image, occluded, image])
+    features = make_extractors(str(tmp_path)).extract_features([image, occluded, image])
     assert features["features"].shape[0] == 3 and features["features"].ndim == 2 and features["patches"].ndim == 3
     assert torch.allclose(features["features"][0], features["features"][2], atol=1e-5)
     assert (features["features"][0] - features["features"][1]).abs().max() > 1e-3, "features depend on the lower right corner"
@@ -54,13 +54,13 @@ def test_features_of_a_model_by_folder_depend_on_the_whole_image(tmp_path, archi
 
 
 def test_minis_classifier_gives_a_posterior_over_categories_and_colors():
-    features = make_extractors("mini").extract([make_image(), make_image(1)])
+    features = make_extractors("mini").extract_features([make_image(), make_image(1)])
     assert features["class_probs"].shape == (2, 90) and torch.allclose(features["class_probs"].sum(1), torch.ones(2), atol=1e-4)
     assert features["features"].shape == (2, 192) and features["patches"].shape[:2] == (2, 16)
 
 
 def test_clip_embeddings_can_be_the_features():
-    features = make_extractors("clip").extract([make_image()])
+    features = make_extractors("clip").extract_features([make_image()])
     assert torch.equal(features["features"], features["clip_embeds"]) and "class_probs" not in features
 
 

@@ -57,7 +57,7 @@ def test_targets_are_never_references(people):
         assert sample.prompt == "a photo of a person" and sample.class_noun == "person" and len(sample.references) == 3
         assert sample.target.size[0] == sample.target.size[1]
         assert all(reference.tobytes() != sample.target.tobytes() for reference in sample.references)
-    assert [eval_set.group(i) for i in range(3)] == [0, 1, 2]
+    assert [eval_set.group_index(i) for i in range(3)] == [0, 1, 2]
 
 
 def test_too_few_references_are_repeated_and_damaged_ones_skipped(people):
@@ -105,7 +105,7 @@ def evaluation(tmp_path_factory):
     list(run_evaluation(config))
     worker = EvaluationWorker(config)
     scores = list(report.score_rows(worker))
-    report.write_report(worker, scores)
+    report.write_evaluation_report(worker, scores)
     return worker, {score.name: score for score in scores}, config
 
 
@@ -125,7 +125,7 @@ def test_every_row_has_identity_metrics(evaluation):
 def test_the_returned_reference_is_one_of_the_references(evaluation):
     worker, scores, _ = evaluation
     row = next(row for row in worker.rows if row.name == REFERENCE)
-    paths = sorted((worker.store(row).folder / "images").iterdir())
+    paths = sorted((worker.row_store(row).folder / "images").iterdir())
     for i, path in enumerate(paths):
         reference = worker.eval_set[i].references[i % SMALL.dataset.targets_per_subject]
         assert Image.open(path).convert("RGB").tobytes() == reference.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
@@ -163,7 +163,7 @@ def test_all_references_are_used():
     loader = SystemLoader.from_config(SMALL)
 
     def generate(source, references):
-        (image,) = loader.load(source).generate([sample._replace(references=references)], [sample.prompt], [0], params)
+        (image,) = loader.load_system(source).generate([sample._replace(references=references)], [sample.prompt], [0], params)
         return image.tobytes()
 
     first = sample.references[:1]

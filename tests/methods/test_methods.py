@@ -89,15 +89,15 @@ def test_with_guidance_the_first_half_is_unconditional_and_the_second_conditiona
     if method.name == "reference-only":
         pytest.skip("its unconditional rows attend to the reference image too")
     x, time, text = unet_inputs(pipe, 4 * images_per_prompt)
-    image, null = encode_random_images(method, 0, 1), method.uncond_features()[None]
-    rows = torch.cat([null.expand(2 * images_per_prompt, -1, -1, -1), image.repeat_interleave(images_per_prompt, 0)])
+    image, uncond = encode_random_images(method, 0, 1), method.uncond_features()[None]
+    rows = torch.cat([uncond.expand(2 * images_per_prompt, -1, -1, -1), image.repeat_interleave(images_per_prompt, 0)])
     expected = method.predict(x, time, text, rows)
     method.remove_from_unet()
     pipe._guidance_scale, pipe._interrupt = 3.0, False
-    with method.apply_to(pipe, image, null):
+    with method.apply_to(pipe, image, uncond):
         in_use = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
     torch.testing.assert_close(in_use, expected, rtol=1e-4, atol=1e-5)
-    assert (expected[-1] - method.predict(x, time, text, null.expand(4 * images_per_prompt, -1, -1, -1))[-1]).abs().max() > 1e-5
+    assert (expected[-1] - method.predict(x, time, text, uncond.expand(4 * images_per_prompt, -1, -1, -1))[-1]).abs().max() > 1e-5
     method.remove_from_unet()
 
 
@@ -131,11 +131,11 @@ def test_the_image_conditions_and_the_unet_is_restored(pipe_and_method):
     if method.name in PER_SUBJECT_METHODS:
         pytest.skip("takes no image: tests/methods/test_per_subject.py")
     before, keys = sample_latents(pipe), list(pipe.unet.state_dict())
-    null = method.uncond_features()[None]
-    with method.apply_to(pipe, encode_random_images(method, 0, 1), null):
+    uncond = method.uncond_features()[None]
+    with method.apply_to(pipe, encode_random_images(method, 0, 1), uncond):
         one = sample_latents(pipe)
         assert torch.equal(one, sample_latents(pipe))
-    with method.apply_to(pipe, encode_random_images(method, 2, 1), null):
+    with method.apply_to(pipe, encode_random_images(method, 2, 1), uncond):
         other = sample_latents(pipe)
     assert (one[0] - other[0]).abs().max() > 1e-4, "another reference image gives another image"
     torch.testing.assert_close(one[1], other[1], rtol=1e-3, atol=1e-4)  # each prompt is conditioned on its own reference image only
@@ -149,10 +149,10 @@ def test_the_scale_interpolates_from_no_image_to_the_image(pipe_and_method):
         pytest.skip("takes no image: tests/methods/test_per_subject.py")
     if method.name == "reference-only":
         pytest.skip("has no scale")
-    null, image = method.uncond_features()[None], encode_random_images(method, 0, 1)
+    uncond, image = method.uncond_features()[None], encode_random_images(method, 0, 1)
     results = []
     for scale in (0.0, 0.01, 1.0):
-        with method.apply_to(pipe, image, null, scale):
+        with method.apply_to(pipe, image, uncond, scale):
             results.append(sample_latents(pipe))
     assert (results[1] - results[0]).abs().mean() < (results[2] - results[0]).abs().mean()
 
@@ -172,7 +172,7 @@ def finetuned_unet_inputs(method, monkeypatch, pipe, image):
     x, time, text = unet_inputs(pipe, len(image))
     calls = []
     monkeypatch.setattr(method.module, "predict_with_finetuned_unet", lambda _, __, states, **kwargs: calls.append((states, kwargs)) or x)
-    method.module.predict(pipe.unet, x, time, text, method.module.encode(image))
+    method.module.call_unet(pipe.unet, x, time, text, method.module.encode_features(image))
     return text, *calls[0]
 
 
@@ -245,14 +245,14 @@ def test_seecoders_tokens_depend_on_every_level_and_on_both_kinds_of_queries():
     pipe, encoder = small_pipeline_and_encoder()
     method = perturbed(build_method("seecoder", pipe, encoder))
     module, image = method.module, encode_random_images(method, 0, 1)
-    before = module.encode(image)["tokens"]
+    before = module.encode_features(image)["tokens"]
     assert before.shape[1] == 16 + 4
     for part in (module.local_queries, module.global_queries, *module.position_embeds, *(lateral.weight for lateral in module.laterals)):
         original = part.clone()
         part.add_(torch.randn_like(part))
-        assert (module.encode(image)["tokens"][:, :16] - before[:, :16]).abs().max() > 1e-4
+        assert (module.encode_features(image)["tokens"][:, :16] - before[:, :16]).abs().max() > 1e-4
         part.copy_(original)
-    assert torch.equal(module.encode(image)["tokens"], before)
+    assert torch.equal(module.encode_features(image)["tokens"], before)
 
 
 @torch.no_grad()
@@ -261,12 +261,12 @@ def test_shuffle_adds_one_number_per_channel():
     method = perturbed(build_method("shuffle", pipe, encoder))
     x, time, text = unet_inputs(pipe)
     calls = []
-    cond = method.module.encode(encode_random_images(method, 0, 1))
-    method.module.predict(lambda *_, **kwargs: calls.append(kwargs) or pipe.unet(x, time, text), x, time, text, cond)
+    cond = method.module.encode_features(encode_random_images(method, 0, 1))
+    method.module.call_unet(lambda *_, **kwargs: calls.append(kwargs) or pipe.unet(x, time, text), x, time, text, cond)
     residuals = [*calls[0]["down_block_additional_residuals"], calls[0]["mid_block_additional_residual"]]
     assert all(r.shape[2:] == (1, 1) and r.abs().sum() > 0 for r in residuals)
-    uncond = method.module.encode(method.uncond_features()[None].expand(2, -1, -1, -1))
-    method.module.predict(lambda *_, **kwargs: calls.append(kwargs) or pipe.unet(x, time, text), x, time, text, uncond)
+    uncond = method.module.encode_features(method.uncond_features()[None].expand(2, -1, -1, -1))
+    method.module.call_unet(lambda *_, **kwargs: calls.append(kwargs) or pipe.unet(x, time, text), x, time, text, uncond)
     assert all(r.abs().sum() == 0 for r in calls[1]["down_block_additional_residuals"])
 
 
@@ -283,17 +283,17 @@ def test_sd_unclip_adds_noise_in_training_only_and_tracks_the_data():
     method = build_method("sd-unclip", pipe, encoder)
     module, image = method.module, encode_random_images(method, 0, 1, 2, 3)
     module.train()
-    noisy = module.encode(image)["labels"]
-    assert not torch.equal(noisy, module.encode(image)["labels"])
+    noisy = module.encode_features(image)["labels"]
+    assert not torch.equal(noisy, module.encode_features(image)["labels"])
     mean, std = module.compute_mean_std()
     torch.testing.assert_close(mean, image[:, 0, 0].mean(0))
     torch.testing.assert_close(std, image[:, 0, 0].std(0, correction=0), rtol=1e-3, atol=1e-4)
-    module.encode(method.uncond_features()[None])
+    module.encode_features(method.uncond_features()[None])
     torch.testing.assert_close(module.compute_mean_std()[0], mean)  # dropped images are not counted, even alone in a batch
     module.eval()
-    clean = module.encode(image)["labels"]
+    clean = module.encode_features(image)["labels"]
     torch.testing.assert_close(clean[:, :EMBED_DIM], image[:, 0, 0], rtol=1e-4, atol=1e-4)
-    assert module.encode(method.uncond_features()[None])["labels"].abs().sum() == 0
+    assert module.encode_features(method.uncond_features()[None])["labels"].abs().sum() == 0
 
 
 @torch.no_grad()
@@ -396,4 +396,5 @@ def test_an_unknown_method_is_named():
 def test_the_registry_agrees_with_the_method(name):
     method = build_method(name, *small_pipeline_and_encoder())
     assert method.uses_patch_features == (METHODS[name].features == "patches")
-    assert hasattr(method.module, "unet" if name != "shuffle" else "controlnet") == METHODS[name].trains_unet
+    if name not in PER_SUBJECT_METHODS:
+        assert (hasattr(method.module, "unet") or hasattr(method.module, "controlnet")) == METHODS[name].trains_unet

@@ -1,4 +1,4 @@
-"""How the identity encoder is made: subjects of its own, look-alikes in every batch. What it can do: evaluate/test_recognition.py."""
+"""How the identity encoder is trained: subjects of its own, similar subjects in every batch. Its quality: evaluation/test_identity.py."""
 
 import itertools
 from dataclasses import replace
@@ -29,97 +29,105 @@ from imprompt.recipes.mini_models import (
 )
 from imprompt.recipes.trainer import TrainPlan, train_module
 
-FRESH = 40_000_000  # scenes in which it is tested
+TEST_SCENES = 40_000_000  # first scene of its tests
 
 
 # Its pool
 
 
-def test_groups_are_look_alikes_and_no_two_the_same():
-    found = list(itertools.islice(iterate_hard_negatives(), 60 * GROUP_SIZE))
-    for group in zip(*[iter(found)] * GROUP_SIZE, strict=True):
+def test_groups_are_similar_and_no_two_subjects_are_equal():
+    subjects = list(itertools.islice(iterate_hard_negatives(), 60 * GROUP_SIZE))
+    for group in zip(*[iter(subjects)] * GROUP_SIZE, strict=True):
         assert len({(s.category, s.color, s.pattern) for s in group}) == 1
         assert len({replace(s, seed=0) for s in group}) == GROUP_SIZE
-    assert len({(s.category, s.color, s.pattern) for s in found}) > 50, "of many sorts"
-    assert found == list(itertools.islice(iterate_hard_negatives(), 60 * GROUP_SIZE))
+    assert len({(s.category, s.color, s.pattern) for s in subjects}) > 50, "many combinations"
+    assert subjects == list(itertools.islice(iterate_hard_negatives(), 60 * GROUP_SIZE))
 
 
-def test_its_subjects_and_scenes_are_nobody_elses(tmp_path):
-    """Not those of training, prompts, other photographs of the prompts' subjects, or the judge."""
+def test_its_subjects_and_scenes_are_used_by_nothing_else(tmp_path):
+    """Not by training, prompts, other images of the prompts' subjects, or the attribute classifier."""
     last = max(s.seed for s in itertools.islice(iterate_hard_negatives(), NUM_IDENTITY_IMAGES // IMAGES_PER_SUBJECT))
-    mine = range(FIRST_IDENTITY_SEED, max(last, FIRST_IDENTITY_SEED + NUM_IDENTITY_IMAGES) + 1)
-    judge = ImagePool(tmp_path, 4, "judge").subject_of(0).seed
+    own_seeds = range(FIRST_IDENTITY_SEED, max(last, FIRST_IDENTITY_SEED + NUM_IDENTITY_IMAGES) + 1)
+    classifier = ImagePool(tmp_path, 4, "judge").subject_of(0).seed
     most = max(NUM_TRAIN_IMAGES, NUM_CLASSIFIER_IMAGES)  # scenes; fewer subjects, of which not all are taken
     prompts = next(world.iterate_subjects(held_out=True)).seed
-    for first in (0, prompts, judge, judge + OTHER_SCENE_OFFSET, world.HELD_OUT_SCENES, world.HELD_OUT_SCENES + OTHER_SCENE_OFFSET, FRESH):
-        assert mine.stop <= first or first + most < mine.start
+    for first in (
+        0,
+        prompts,
+        classifier,
+        classifier + OTHER_SCENE_OFFSET,
+        world.HELD_OUT_SCENES,
+        world.HELD_OUT_SCENES + OTHER_SCENE_OFFSET,
+        TEST_SCENES,
+    ):
+        assert own_seeds.stop <= first or first + most < own_seeds.start
     assert ImagePool(tmp_path, 32, "identity").subject_of(0).seed >= FIRST_IDENTITY_SEED
     assert ImagePool(tmp_path, 32, "identity").scene_of(0).seed == FIRST_IDENTITY_SEED
 
 
-def test_only_the_pool_that_a_part_learns_from_is_drawn(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(ImagePool, "draw", lambda pool, _: drawn.append(pool.path.name))
-    for maker in ("_clip", "_judge", "_identity", "_vae", "_unet"):
-        monkeypatch.setattr(MiniBuild, maker, lambda *_: None)
+def test_only_the_training_images_of_a_part_are_rendered(tmp_path, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(ImagePool, "render_all", lambda pool, _: rendered.append(pool.path.name))
+    for trainer in ("_train_clip", "_train_attribute_classifier", "_train_identity_encoder", "_train_vae", "_train_unet"):
+        monkeypatch.setattr(MiniBuild, trainer, lambda *_: None)
     build = MiniBuild(tmp_path, lambda *_: None, budget=0.0002)
     for part in PLANS:
         build.train_parts([part])
     pools = {"clip": "train", "judge-clip": "judge", "judge": "judge", "identity": "identity", "vae": "train", "unet": "train"}
-    assert drawn == [f"{pools[part]}-256.npy" for part in PLANS]
+    assert rendered == [f"{pools[part]}-256.npy" for part in PLANS]
     (tmp_path / "parts" / "judge").mkdir(parents=True)
-    drawn.clear()
+    rendered.clear()
     build.train_parts(["judge"])
-    assert drawn == [], "nothing for a part that is there"
+    assert rendered == [], "none for a part that exists"
 
 
 # Its training
 
 
-class Flat:
-    """A pool whose pictures are their own numbers."""
+class IndexImages:
+    """Images whose pixels are all their own index."""
 
     count = 20 * GROUP_SIZE * IMAGES_PER_SUBJECT
 
-    def images(self, rows):
+    def load_images(self, rows):
         return rows[:, None, None, None].float().expand(-1, 3, 64, 64)
 
 
-def test_a_batch_holds_look_alikes_with_all_their_photographs():
-    telling = IdentityTraining(build_identity_encoder(), Flat(), IMAGES_PER_SUBJECT, 128)
-    seen = []
+def test_a_batch_holds_similar_subjects_with_all_their_images():
+    training = IdentityTraining(build_identity_encoder(), IndexImages(), IMAGES_PER_SUBJECT, 128)
+    sampled = []
     for step in range(40):
-        subjects = telling.sample_subjects(step)
+        subjects = training.sample_subjects(step)
         groups = (subjects // GROUP_SIZE).unflatten(0, (8, 4))
-        assert (groups == groups[:, :1]).all() and torch.equal(subjects, telling.sample_subjects(step))
+        assert (groups == groups[:, :1]).all() and torch.equal(subjects, training.sample_subjects(step))
         assert all(len(set(picked.tolist())) == 4 for picked in subjects.unflatten(0, (8, 4)))
-        seen += subjects.tolist()
-    assert set(seen) == set(range(20 * GROUP_SIZE)), "everyone has a turn"
+        sampled += subjects.tolist()
+    assert set(sampled) == set(range(20 * GROUP_SIZE)), "every subject is sampled"
 
 
-def test_the_pictures_of_a_batch_are_those_of_its_subjects(monkeypatch):
-    telling = IdentityTraining(build_identity_encoder(), Flat(), IMAGES_PER_SUBJECT, 128)
-    looked = []
-    monkeypatch.setattr("imprompt.recipes.identity.worn", lambda x, g: looked.append(x[:, 0, 0, 0].long()) or x)
-    monkeypatch.setattr("imprompt.recipes.identity.supervised_contrast", lambda embeddings, whose: looked.append(whose))
-    telling.compute_loss(3)
-    rows, whose = looked
-    assert torch.equal(rows // IMAGES_PER_SUBJECT, whose) and len(rows.unique()) == 128
+def test_the_images_of_a_batch_are_those_of_its_subjects(monkeypatch):
+    training = IdentityTraining(build_identity_encoder(), IndexImages(), IMAGES_PER_SUBJECT, 128)
+    calls = []
+    monkeypatch.setattr("imprompt.recipes.identity.degrade", lambda x, g: calls.append(x[:, 0, 0, 0].long()) or x)
+    monkeypatch.setattr("imprompt.recipes.identity.supervised_contrastive_loss", lambda embeddings, subjects: calls.append(subjects))
+    training.compute_loss(3)
+    rows, subjects = calls
+    assert torch.equal(rows // IMAGES_PER_SUBJECT, subjects) and len(rows.unique()) == 128
 
 
-def test_contrast_is_the_papers_sum():
+def test_the_contrastive_loss_is_the_papers_sum():
     g = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(6, 5, generator=g), dim=1)
-    whose = [0, 1, 0, 1, 0, 1]
+    subjects = [0, 1, 0, 1, 0, 1]
     total = 0.0
     for i in range(6):
         rest = sum(torch.exp(z[i] @ z[a] / 0.2) for a in range(6) if a != i)
-        own = [p for p in range(6) if p != i and whose[p] == whose[i]]
-        total -= sum(torch.log(torch.exp(z[i] @ z[p] / 0.2) / rest) for p in own) / len(own)
-    assert supervised_contrastive_loss(z, torch.tensor(whose), 0.2).item() == pytest.approx(float(total) / 6, rel=1e-5)
+        positives = [p for p in range(6) if p != i and subjects[p] == subjects[i]]
+        total -= sum(torch.log(torch.exp(z[i] @ z[p] / 0.2) / rest) for p in positives) / len(positives)
+    assert supervised_contrastive_loss(z, torch.tensor(subjects), 0.2).item() == pytest.approx(float(total) / 6, rel=1e-5)
 
 
-def test_wear_is_slight_and_different_for_every_picture():
+def test_degradation_is_slight_and_different_for_every_image():
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1) * 2 - 1
     off = (degrade(x, torch.Generator().manual_seed(1)) - x).flatten(1)
     assert off.mean(1).abs().max() < 0.02, "no color changes"
@@ -128,23 +136,23 @@ def test_wear_is_slight_and_different_for_every_picture():
     assert 0 < degrade(flat, torch.Generator().manual_seed(1)).std() < 0.1
 
 
-def test_it_learns_to_tell_look_alikes_apart(tmp_path):
+def test_it_learns_to_separate_similar_subjects(tmp_path):
     pool = ImagePool(tmp_path, 256, "identity")
     pool.render_all(lambda *_: None)
     torch.manual_seed(0)
-    telling = IdentityTraining(build_identity_encoder(), pool, IMAGES_PER_SUBJECT, 32)
+    training = IdentityTraining(build_identity_encoder(), pool, IMAGES_PER_SUBJECT, 32)
     losses = []
 
-    def loss(step):
-        losses.append(telling.compute_loss(step))
+    def compute_loss(step):
+        losses.append(training.compute_loss(step))
         return losses[-1]
 
-    train_module(TrainPlan("identity", 15, 32, 2e-3, warmup_steps=3), telling, loss, tmp_path, lambda *_: None)
+    train_module(TrainPlan("identity", 15, 32, 2e-3, warmup_steps=3), training, compute_loss, tmp_path, lambda *_: None)
     before, after = (torch.stack(part).mean().item() for part in (losses[:3], losses[-3:]))
-    telling.eval()
+    training.eval()
     with torch.no_grad():
-        z = F.normalize(telling.model(pixel_values=pool.load_images(torch.arange(256))).logits, dim=1).unflatten(0, (8, GROUP_SIZE, 4))
+        z = F.normalize(training.model(pixel_values=pool.load_images(torch.arange(256))).logits, dim=1).unflatten(0, (8, GROUP_SIZE, 4))
     within = torch.einsum("gspd,gsqd->gspq", z, z)[..., ~torch.eye(4, dtype=torch.bool)].mean().item()
     between = torch.einsum("gspd,gtqd->gstpq", z, z)[:, ~torch.eye(GROUP_SIZE, dtype=torch.bool)].mean().item()
     assert after < before - 0.5
-    assert within > between + 0.1, "closer to itself than to those who look alike"
+    assert within > between + 0.1, "nearer to itself than to similar subjects"

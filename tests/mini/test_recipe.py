@@ -1,4 +1,4 @@
-"""The whole of mini is built from nothing, and what comes out is a Stable Diffusion folder with adapters."""
+"""All of mini is built from scratch; the result is a Stable Diffusion folder with adapters."""
 
 import json
 
@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from imprompt.config import GenerateConfig, TrainConfig, build, read_toml
+from imprompt.config import GenerateConfig, TrainConfig, read_toml
 from imprompt.errors import UserError
-from imprompt.generation.generate import draw
+from imprompt.generation.generate import generate_images
 from imprompt.mini import world
 from imprompt.mini.attribute_classifier import AttributeClassifier
 from imprompt.models import base_pipelines as pipelines
@@ -43,11 +43,11 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_every_part_is_kept_and_not_made_again(built):
+def test_every_part_is_saved_and_not_trained_again(built):
     assert {path.name for path in (built / "work" / "parts").iterdir()} == PARTS
-    said = []
-    build_mini(MiniBuild(built / "work", lambda *words: said.append(words), budget=0.0002))
-    assert said == []
+    progress = []
+    build_mini(MiniBuild(built / "work", lambda *call: progress.append(call), budget=0.0002))
+    assert progress == []
 
 
 def test_the_folder_is_a_stable_diffusion(built):
@@ -65,30 +65,32 @@ def test_the_adapters_are_public_files(built, name, kind):
     assert len(spec.layers) == 7 and adapter.num_parameters() == spec.num_parameters
 
 
-def test_it_generates_after_a_reference(built, monkeypatch):
+def test_it_generates_from_a_reference(built, monkeypatch):
     for module in (hub, pipelines):
-        monkeypatch.setattr(module, "MINI", built / "weights")
-    pipelines.load_pipeline.cache_clear()
-    photo = world.render(world.make_subject(0), world.make_scene(0))
+        monkeypatch.setattr(module, "MINI_PATH", built / "weights")
+    image = world.render(world.make_subject(0), world.make_scene(0))
     for adapter in hub.BUNDLED_ADAPTERS:
-        with_image = draw(GenerateConfig.from_options(image=(photo,), adapter=adapter, num_inference_steps=2, num_images=2))
-        assert [picture.seed for picture in with_image] == [0, 1]
+        generated = generate_images(GenerateConfig.from_options(image=(image,), adapter=adapter, num_inference_steps=2, num_images=2))
+        assert [one.seed for one in generated] == [0, 1]
     assert prompter.load("mini").spec.uses_patch_features is False
-    pipelines.load_pipeline.cache_clear()
 
 
-def test_the_judge_reads_every_attribute(built):
+def test_the_classifier_reads_every_attribute(built):
     classifier = AttributeClassifier(built / "weights")
-    read = classifier.classify([world.render(world.make_subject(i), world.make_scene(i)) for i in range(3)])
-    assert [set(row) for row in read] == [set(ATTRIBUTES)] * 3
-    assert all(value in ATTRIBUTES[name] for row in read for name, value in row.items())
+    predictions = classifier.classify([world.render(world.make_subject(i), world.make_scene(i)) for i in range(3)])
+    assert [set(row) for row in predictions] == [set(ATTRIBUTES)] * 3
+    assert all(value in ATTRIBUTES[name] for row in predictions for name, value in row.items())
 
 
 @pytest.mark.parametrize("name", ADAPTER_PARTS)
-def test_the_shipped_adapters_settings_are_those_of_the_command(name):
-    choice = build(TrainConfig, read_toml(CONFIGS / f"{name}.toml")).with_defaults()
+def test_the_shipped_adapters_have_the_options_of_their_configuration(name):
+    config = TrainConfig.from_options(**read_toml(CONFIGS / f"{name}.toml"))
     subject = name == "adapter-subject"
-    assert (choice.model, choice.data, choice.adapter) == ("mini", "mini:12000x10" if subject else "mini", "mini-plus" if subject else None)
+    assert (config.pipeline.model, config.dataset.data, config.adapter) == (
+        "mini",
+        "mini:12000x10" if subject else "mini",
+        "mini-plus" if subject else None,
+    )
     assert checkpoints.load_adapter(hub.MINI_PATH / f"{name}.safetensors")[0].aggregator.name == (
         "attention-tokens" if subject else "concat"
     )
@@ -104,21 +106,21 @@ def test_a_custom_model_in_another_style_takes_the_adapter(tmp_path):
     before = load_file(hub.MINI_PATH / "unet" / "diffusion_pytorch_model.safetensors")
     after = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert before.keys() == after.keys() and not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
-    photo = world.render(world.make_subject(0), world.make_scene(0))
-    assert draw(
+    image = world.render(world.make_subject(0), world.make_scene(0))
+    assert generate_images(
         GenerateConfig.from_options(
-            image=(photo,), model=str(model), adapter="mini", guidance_scale=3.0, num_inference_steps=2, num_images=1
+            image=(image,), model=str(model), adapter="mini", guidance_scale=3.0, num_inference_steps=2, num_images=1
         )
     )[0].image.size == (64, 64)
 
 
 @pytest.mark.parametrize("style", list(STYLES))
-def test_a_style_changes_how_a_subject_is_drawn_and_not_which(style):
-    photos = [world.render(subject, world.make_scene(i)) for i, subject in zip(range(40), world.iterate_subjects(), strict=False)]
-    seen = AttributeClassifier().classify([STYLES[style](photo) for photo in photos])
-    assert all(STYLES[style](photo) != photo for photo in photos)
-    right = sum(row["category"] == subject.category for row, subject in zip(seen, world.iterate_subjects(), strict=False))
-    assert right >= 20  # a judge that never saw the style
+def test_a_style_changes_the_look_and_not_the_subject(style):
+    images = [world.render(subject, world.make_scene(i)) for i, subject in zip(range(40), world.iterate_subjects(), strict=False)]
+    predictions = AttributeClassifier().classify([STYLES[style](image) for image in images])
+    assert all(STYLES[style](image) != image for image in images)
+    correct = sum(row["category"] == subject.category for row, subject in zip(predictions, world.iterate_subjects(), strict=False))
+    assert correct >= 20  # the classifier was not trained on the style
 
 
 def test_unknown_parts_are_named(tmp_path):
@@ -127,19 +129,19 @@ def test_unknown_parts_are_named(tmp_path):
 
 
 def test_folding_the_latents_statistics_changes_nothing_but_their_scale():
-    class Pictures:
+    class RandomImages:
         count = 64
 
-        def images(self, rows):
+        def load_images(self, rows):
             return torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     torch.manual_seed(0)
     vae = build_vae().eval().requires_grad_(False)
-    x = Pictures().images(range(8))
+    x = RandomImages().load_images(range(8))
     before = vae.decode(vae.encode(x).latent_dist.mean).sample
     std = vae.encode(x).latent_dist.std
-    mean = vae.encode(Pictures().images(range(64))).latent_dist.mean
-    normalize_latents(vae, Pictures())
+    mean = vae.encode(RandomImages().load_images(range(64))).latent_dist.mean
+    normalize_latents(vae, RandomImages())
     after = vae.encode(x).latent_dist
     assert torch.allclose(vae.decode(after.mean).sample, before, atol=1e-4)
     scale = mean.std((0, 2, 3))[None, :, None, None]

@@ -1,4 +1,4 @@
-"""Memory and speed options of diffusers: an image prompt works with each of them, or one sentence says what to do."""
+"""Memory and speed options of diffusers: an image prompt works with each of them, or one sentence with the next step."""
 
 import diffusers
 import pytest

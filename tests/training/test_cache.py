@@ -101,7 +101,7 @@ def test_cached_samples_are_the_outputs_of_the_encoders(images, tmp_path):
     items = [image_source.make_item(image_source.records[i], 0) for i in (0, 3, 5)]
     cached = [samples[item.key] for item in items]
     assert [sample.caption for sample in cached] == [item.caption for item in items]
-    cache_source = DataSource.from_cache(cache, context.frozen_encoders, torch.float32, 1, config.subjects)
+    cache_source = DataSource.from_cache(cache, context.frozen_encoders, 1, config.subjects)
     a, b = image_source.make_batch(items), cache_source.make_batch(cached)
     for name in ("latent_mean", "latent_std", "image_features", "mask"):
         torch.testing.assert_close(getattr(b, name), getattr(a, name), rtol=2e-3, atol=2e-3)

@@ -173,6 +173,7 @@ def _parameter(one: Option, groups: dict[str, Group]) -> inspect.Parameter:
         metavar=one.field.metadata["metavar"] or one.type.__name__.upper(),
         show_default=False,
         consume_multiple=False,
+        allow_repeating=None if one.repeatable else True,  # the last one counts
         allow_leading_hyphen=one.type in (int, float),
     )
     kind: Any = list[str] if one.repeatable else bool if one.type is bool else str  # numbers are parsed here, strictly

@@ -24,7 +24,7 @@ def run(config: EvaluateConfig, *, json: bool) -> None:
         for row in worker.rows:
             scores.append(report.score_row(worker, row))
             progress.advance(len(scores), len(worker.rows), row.name)
-        page = report.write_report(worker, scores)
+        page = report.write_evaluation_report(worker, scores)
     if json:
         print_json(page=str(page), rows=[report.score_to_json(score) for score in scores])
         return

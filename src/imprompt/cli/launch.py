@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-_PARENT = "IMPROMPT_LAUNCHER"  # tells a process who started it
+_PARENT = "IMPROMPT_LAUNCHER"  # the process that launched this one
 
 
 def launch(processes: int) -> int:
@@ -50,7 +50,7 @@ def launch(processes: int) -> int:
         if code < 0:
             name = signal.Signals(-code).name
             print(
-                f"imprompt: process {failed} was ended by {name}; if nobody did that, memory was short: smaller --batch-size",
+                f"imprompt: process {failed} was ended by {name}; if that was not you, memory was short: smaller --batch-size",
                 file=sys.stderr,
             )
         return code if code > 0 else 1

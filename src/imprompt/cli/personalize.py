@@ -20,7 +20,7 @@ def run(config: PersonalizeConfig, *, json: bool) -> None:
         progress.rename("fine-tuning")
         start = time.monotonic()
         for step in finetune(config, references):
-            progress.advance(step.index, step.steps, f"loss {step.loss:.4f}")
+            progress.advance(step.index, step.max_train_steps, f"loss {step.loss:.4f}")
         seconds = time.monotonic() - start
         progress.rename("generating")
         generated = generate_per_prompt(config, references, progress.advance)

@@ -52,7 +52,8 @@ def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> 
         total = config.optimization.max_train_steps
         seconds = report.seconds_per_step * total * config.optimization.gradient_accumulation_steps
         progress.log(
-            f"{report.num_parameters / 1e6:.1f} M trainable parameters; one batch: loss {report.loss_before:.4f} → {report.loss_after:.4f}; "
+            f"{report.num_parameters / 1e6:.1f} M trainable parameters; one batch: "
+            f"loss {report.loss_before:.4f} → {report.loss_after:.4f}; "
             f"about {_format_duration(seconds)} for {total} steps, {report.peak_bytes / 2**30:.1f} GiB peak memory"
         )
     progress.rename("training")

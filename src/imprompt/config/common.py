@@ -71,13 +71,6 @@ class Options:
     def check(self) -> None:
         """What has to fit together. Raises UserError."""
 
-    def __getattr__(self, name: str) -> Any:  # TRANSITION: flat access to the options of parts
-        for f in fields(self):
-            inner = self.__dict__.get(f.name)
-            if isinstance(inner, Options) and name in inner.__dataclass_fields__:
-                return getattr(inner, name)
-        raise AttributeError(name)
-
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """From flat option values. Raises UserError for an unknown option, a wrong type or a value out of range."""

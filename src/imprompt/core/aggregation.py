@@ -1,7 +1,7 @@
 """Aggregation of several reference images of one subject into one image prompt.
 
 Mean pooling, max pooling and self-attention over image embeddings are those of Kazistova, Stepanov, Filatov, *Создание
-персонализированных генераций изображений*, MIPT, sections 3.4 and 3.5: several photographs on top of IP-Adapter. The other
+персонализированных генераций изображений*, MIPT, sections 3.4 and 3.5: several images of a person on top of IP-Adapter. The other
 aggregators are our own. Each is a set function: the order of the reference images does not matter. A weight of 2 is equivalent to
 giving a reference image twice, a weight of 0 to leaving it out. The self-attention of the paper takes exactly nine reference images:
 of more than nine the first nine are used, and of fewer some are repeated, in both cases before any weight is applied.

@@ -1,7 +1,7 @@
 """Image projections: from image features to image tokens, the networks in front of the keys and values (IP-Adapter, Ye et al., 2023).
 
 Each takes (batch, patches, image_embed_dim) and returns (batch, tokens, cross_attention_dim). Parameter names are those of the public
-files. `uses_patch_features` says which features a projection takes: one embedding per patch, or one pooled embedding.
+files. `uses_patch_features` is the kind of features that a projection takes: one embedding per patch, or one pooled embedding.
 """
 
 from collections.abc import Iterable

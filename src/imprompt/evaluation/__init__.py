@@ -1,1 +1,1 @@
-"""Measuring: what is compared, how it is scored, and how that is told."""
+"""Evaluation: systems, samples, metrics, and the report."""

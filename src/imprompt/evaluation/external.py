@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -25,6 +25,7 @@ from imprompt.models import hub
 from imprompt.models.base_pipelines import SINGLE_FILE_SUFFIXES
 from imprompt.utils.images import to_rgb
 
+Args = tuple[object, ...]
 SIZE_MULTIPLE = 8  # pixels; all of these pipelines need multiples of it
 
 
@@ -37,17 +38,22 @@ class GenerationRequest(NamedTuple):
     params: SamplingParams
 
     @property
-    def common_kwargs(self) -> dict[str, Any]:
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, rounded up to what the pipelines can generate."""
+        width, height = self.params.size
+        return -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+    @property
+    def common_kwargs(self) -> dict[str, object]:
         """The arguments that have the same names in most pipelines."""
-        width, height = (-(-n // SIZE_MULTIPLE) * SIZE_MULTIPLE for n in self.params.size)
-        steps, guidance_scale = self.params.num_inference_steps, self.params.guidance_scale
+        (width, height), steps, guidance_scale = self.size, self.params.num_inference_steps, self.params.guidance_scale
         return {"num_inference_steps": steps, "guidance_scale": guidance_scale, "width": width, "height": height}
 
 
 # ---------------------------------------------------------------------------------------- the arguments of each pipeline's call
 
 
-def image_variation_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def image_variation_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """References are squashed to a square without antialiasing, as in training and as the model card asks; diffusers' processor smooths."""
     side, processor = pipe.image_encoder.config.image_size, pipe.feature_extractor
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
@@ -55,12 +61,12 @@ def image_variation_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, A
     return {"image": (torch.cat(pixels) - mean) / std, **request.common_kwargs}
 
 
-def stable_unclip_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def stable_unclip_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """The prompt as usual; the image embedding, without noise, is added to the time embedding."""
     return {"image": request.references, "prompt": request.prompts, **request.common_kwargs}
 
 
-def karlo_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def karlo_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """Decoder and super-resolution have one fixed size and are not conditioned on text."""
     steps, guidance_scale = request.params.num_inference_steps, request.params.guidance_scale
     if steps < 2:
@@ -68,37 +74,37 @@ def karlo_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     return {"image": request.references, "decoder_num_inference_steps": steps, "decoder_guidance_scale": guidance_scale}
 
 
-def kandinsky_22_kwargs(prior: Any, pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def kandinsky_22_kwargs(prior: DiffusionPipeline, pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """The prior's `interpolate` of one image at weight 1 is that image's embedding, so its diffusion need not run."""
     pixels = prior.image_processor(request.references, return_tensors="pt").pixel_values
     image_embeds = prior.image_encoder(pixels.to(prior.device, prior.image_encoder.dtype)).image_embeds
     return {"image_embeds": image_embeds, "negative_image_embeds": prior.get_zero_embed(len(pixels)), **request.common_kwargs}
 
 
-def kandinsky_kwargs(prior: Any, pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def kandinsky_kwargs(prior: DiffusionPipeline, pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """As Kandinsky 2.2, but the decoder is also conditioned on the prompt."""
     return {"prompt": request.prompts, **kandinsky_22_kwargs(prior, pipe, request)}
 
 
-def versatile_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def versatile_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """The unconditional image is gray; diffusers' default has values that current image processors scale down to black."""
     gray = [Image.new("RGB", image.size, (128, 128, 128)) for image in request.references]
     return {"image": request.references, "negative_prompt": gray, **request.common_kwargs}
 
 
-def blip_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def blip_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """Empty categories for source and target subject: the evaluation has images and prompts only."""
     empty = [""] * len(request.prompts)
     subjects = {"source_subject_category": empty, "target_subject_category": empty}
     return {"prompt": request.prompts, "reference_image": request.references, **subjects, **request.common_kwargs}
 
 
-def shuffle_kwargs(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+def shuffle_kwargs(pipe: DiffusionPipeline, request: GenerationRequest) -> dict[str, object]:
     """The control image is the reference, warped with the first numbers of the image's generator."""
-    kwargs = request.common_kwargs
-    squares = [ImageOps.fit(image, (kwargs["width"], kwargs["height"])) for image in request.references]
-    hints = [shuffle_content(_to_tensor(image), generator) for image, generator in zip(squares, request.generators, strict=True)]
-    return {"prompt": request.prompts, "image": torch.cat(hints), "controlnet_conditioning_scale": request.params.scale, **kwargs}
+    images = [_to_tensor(ImageOps.fit(image, request.size)) for image in request.references]
+    hints = [shuffle_content(image, generator) for image, generator in zip(images, request.generators, strict=True)]
+    scale = request.params.scale
+    return {"prompt": request.prompts, "image": torch.cat(hints), "controlnet_conditioning_scale": scale, **request.common_kwargs}
 
 
 def shuffle_content(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,23 +120,23 @@ def _to_tensor(image: Image.Image) -> Tensor:
 # ------------------------------------------------------------------------------------------- loading from one location or two
 
 
-def load_single(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+def load_single(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[DiffusionPipeline]:
     """The class that the index names."""
     return [_load_pretrained(classes[0], locations[0], dtype)]
 
 
-def load_image_variation(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+def load_image_variation(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[DiffusionPipeline]:
     """The image variation pipeline of a Versatile Diffusion, which also has others."""
     return [_load_pretrained("VersatileDiffusionImageVariationPipeline", locations[0], dtype)]
 
 
-def load_prior_and_decoder(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+def load_prior_and_decoder(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[DiffusionPipeline]:
     """The decoder, and of the prior its image encoder: the rest maps text to embeddings, which is not needed here."""
     unused = dict.fromkeys(("prior", "text_encoder", "tokenizer", "scheduler"))
     return [_load_pretrained(classes[0], locations[0], dtype, **unused), _load_pretrained(classes[1], locations[1], dtype)]
 
 
-def load_with_controlnet(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+def load_with_controlnet(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[DiffusionPipeline]:
     """A text-to-image model with a ControlNet. Raises UserError for a ControlNet that keeps the layout of the control image."""
     controlnet = _load_pretrained(classes[1], locations[1], dtype)
     if not controlnet.config.global_pool_conditions:
@@ -141,21 +147,21 @@ def load_with_controlnet(classes: list[str], locations: list[str], dtype: torch.
     return [_load_pretrained("StableDiffusionControlNetPipeline", locations[0], dtype, controlnet=controlnet)]
 
 
-def load_blip_compat(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[Any]:
+def load_blip_compat(classes: list[str], locations: list[str], dtype: torch.dtype) -> list[DiffusionPipeline]:
     """BLIP-Diffusion with hooks for transformers 5: diffusers calls its modules with the arguments of transformers 4.
 
     The causal mask of the text encoder had an argument of its own, which is ignored now. The attention of the Q-Former took a
     head mask as third argument and returned a tuple; two helper functions for masks were removed.
     """
 
-    def pass_causal_mask(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def pass_causal_mask(encoder: nn.Module, args: Args, kwargs: dict[str, object]) -> tuple[Args, dict[str, object]]:
         return (), {"inputs_embeds": kwargs["inputs_embeds"], "attention_mask": kwargs["causal_attention_mask"]}
 
-    def drop_head_mask(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def drop_head_mask(attention: nn.Module, args: Args, kwargs: dict[str, object]) -> tuple[Args, dict[str, object]]:
         names = ("hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
         return (), {name: value for name, value in zip(names, args, strict=False) if name != "head_mask"}
 
-    def return_tuple(attention: nn.Module, args: Any, output: Any) -> Any:
+    def return_tuple(attention: nn.Module, args: Args, output: object) -> object:
         return output if isinstance(output, tuple) else (output, None)
 
     [pipe] = load_single(classes, locations, dtype)
@@ -172,9 +178,9 @@ def load_blip_compat(classes: list[str], locations: list[str], dtype: torch.dtyp
 class PipelineSpec:
     """How a pipeline is called and loaded, and which of its modules were trained for image prompts."""
 
-    build_kwargs: Callable[..., dict[str, Any]]
+    build_kwargs: Callable[..., dict[str, object]]
     trained_modules: tuple[str, ...] = ("unet",)
-    load: Callable[[list[str], list[str], torch.dtype], list[Any]] = load_single
+    load: Callable[[list[str], list[str], torch.dtype], list[DiffusionPipeline]] = load_single
 
 
 # By the class names of a source, joined as the source is.
@@ -201,7 +207,7 @@ class ExternalPipeline:
     name: str
     trainable_params: int
     spec: PipelineSpec = field(repr=False)
-    pipes: tuple[Any, ...] = field(repr=False)  # the last one generates the images
+    pipes: tuple[DiffusionPipeline, ...] = field(repr=False)  # the last one generates the images
 
     @torch.no_grad()
     def generate(
@@ -279,7 +285,7 @@ def _class_name_at(location: str) -> str:
     raise UserError(f"{expected} ({errors[0]})")
 
 
-def _load_pretrained(class_name: str, location: str, dtype: torch.dtype, **modules: Any) -> Any:
+def _load_pretrained(class_name: str, location: str, dtype: torch.dtype, **modules: object) -> DiffusionPipeline:
     """A pipeline or a model of this class, with these modules in place of its own. Raises UserError where it does not load."""
     cls = getattr(diffusers, class_name)
     if "requires_safety_checker" in inspect.signature(cls.__init__).parameters:

@@ -32,7 +32,7 @@ class FeatureExtractors:
         self.lpips = _load_lpips(device) if metrics.lpips else None
 
     @torch.no_grad()
-    def extract(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def extract_features(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Features by name, a row for each image, in float32 on the CPU."""
         clip_embeds = self.clip.embed_images(images).float().cpu()
         others = {"features": clip_embeds} if self._extract_features is None else self._extract_features(images)

@@ -24,7 +24,7 @@ from imprompt.models.face_encoders import FaceNet, InsightFace
 from imprompt.models.hub import MINI_PATH
 from imprompt.utils.files import atomic_path
 
-MAX_GALLERY_IMAGES = 16  # of each subject
+MAX_GALLERY_IMAGES = 16  # per subject
 
 
 class IdentityEncoder(Protocol):
@@ -66,6 +66,7 @@ class MiniIdentityEncoder:
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Embeddings, (n, width), at unit length on the CPU; the identity is detected in every image."""
         logits = [self.model(pixel_values=batch.to(self.device)).logits for batch in images_to_tensor(images).split(100)]
         return F.normalize(torch.cat(logits), dim=1).cpu(), torch.ones(len(images), dtype=torch.bool)
 

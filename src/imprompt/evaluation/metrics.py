@@ -237,6 +237,7 @@ class _PassThrough(nn.Module):
         self.num_features = width
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features."""
         return features
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,7 +45,7 @@ def score_rows(worker: EvaluationWorker) -> Iterable[RowScore]:
 
 def score_row(worker: EvaluationWorker, row: EvalRow) -> RowScore:
     """The metrics of a finished row. They are stored next to its chunks, and read back while nothing has changed."""
-    path, num_bootstrap_samples = worker.store(row).score_path, worker.metrics.bootstrap_samples
+    path, num_bootstrap_samples = worker.row_store(row).score_path, worker.metrics.bootstrap_samples
     if path.is_file():
         stored = json.loads(path.read_text("utf-8"))
         if stored.pop("bootstrap_samples") == num_bootstrap_samples:
@@ -75,7 +74,7 @@ def _compute_score(worker: EvaluationWorker, row: EvalRow) -> RowScore:
     )  # fmt: skip
 
 
-def write_report(worker: EvaluationWorker, scores: Sequence[RowScore]) -> Path:
+def write_evaluation_report(worker: EvaluationWorker, scores: Sequence[RowScore]) -> Path:
     """Write table.md, table.csv, table.json, images and index.html. Returns the path of the page."""
     out, protocol = worker.output_dir, worker.protocol
     rows, points = [score for score in scores if not score.sweep_of], [score for score in scores if score.sweep_of]
@@ -96,7 +95,7 @@ def write_report(worker: EvaluationWorker, scores: Sequence[RowScore]) -> Path:
     return out / "index.html"
 
 
-def score_to_json(score: RowScore) -> dict[str, Any]:
+def score_to_json(score: RowScore) -> dict[str, object]:
     """A row for JSON, every metric with its interval."""
     return asdict(score) | {"metrics": {label: interval._asdict() for label, interval in score.metrics.items()}}
 

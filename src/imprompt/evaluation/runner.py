@@ -45,7 +45,7 @@ from imprompt.models import hub
 from imprompt.models.base_pipelines import check_size, native_resolution, use_scheduler
 from imprompt.utils.files import check_or_write_manifest, ensure_writable_folder
 
-SWEEP_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+EVALUATION_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def built_in_row(source: str, num_prompts: int, num_samples: int = 1) -> EvalRow
 def scale_sweep_rows(source: str, num_prompts: int) -> list[EvalRow]:
     """The points of an adapter's scale sweep, with the caption of another sample as prompt."""
     name = parse_label(source)[0]
-    return [EvalRow(f"{name} λ {scale}", source, "other", 1, num_prompts, scale, name) for scale in SWEEP_SCALES]
+    return [EvalRow(f"{name} λ {scale}", source, "other", 1, num_prompts, scale, name) for scale in EVALUATION_SCALES]
 
 
 class EvaluationWorker:
@@ -146,20 +146,21 @@ class EvaluationWorker:
         """The system of a row. The last one stays in memory."""
         if self._current is None or self._current[0] != source:
             self._current = None
-            self._current = source, self.loader.load(source)
+            self._current = source, self.loader.load_system(source)
         return self._current[1]
 
-    def store(self, row: EvalRow) -> RowStore:
+    def row_store(self, row: EvalRow) -> RowStore:
         """The files of a row."""
         return RowStore(self.output_dir, row.name)
 
     def load_features(self, row: EvalRow) -> RowFeatures:
         """The features of a row that is finished."""
-        return RowFeatures(self.store(row), self.num_chunks(row))
+        return RowFeatures(self.row_store(row), self.num_chunks(row))
 
     def check_before_run(self, rows: Sequence[EvalRow]) -> None:
         """Load every model once, so that what does not fit is reported before any work. Raises UserError."""
-        self.extractors.extract([Image.new("RGB", (self.resolution, self.resolution))])
+        blank = Image.new("RGB", (self.resolution, self.resolution))
+        self.extractors.extract_features([blank])
         _ = self.gallery
         sources = dict.fromkeys(row.source for row in rows if row.source not in NOT_GENERATED)
         for source in sources:
@@ -174,7 +175,7 @@ class EvaluationWorker:
         """Record what the evaluation and its rows are. Raises UserError where the folder holds something else."""
         check_or_write_protocol(self.output_dir, self.protocol)
         for row in rows:
-            path = self.store(row).folder / "row.json"
+            path = self.row_store(row).folder / "row.json"
             check_or_write_manifest(path, row_manifest(row), f"row {row.name} in {self.output_dir}")
 
     def num_chunks(self, row: EvalRow) -> int:
@@ -193,7 +194,7 @@ class EvaluationWorker:
             self.load_system(row.source)  # not part of the time below
         samples, skipped = self._load_samples(row, chunk)
         if not samples:
-            self.store(row).write_chunk(chunk, {}, skipped)
+            self.row_store(row).write_chunk(chunk, {}, skipped)
             return 0
         image_ids = [self._image_id(prompt, sample) for prompt in samples for sample in range(row.num_samples)]
         start, finetuned_before = time.perf_counter(), self._finetune_seconds()
@@ -202,8 +203,8 @@ class EvaluationWorker:
         generation_seconds = time.perf_counter() - start - finetune_seconds
         tensors = self._extract(row, samples, images, image_ids)
         tensors |= {"generation_seconds": torch.tensor([generation_seconds]), "finetune_seconds": torch.tensor([finetune_seconds])}
-        self.store(row).save_images(images, image_ids)
-        self.store(row).write_chunk(chunk, tensors, skipped)
+        self.row_store(row).save_images(images, image_ids)
+        self.row_store(row).write_chunk(chunk, tensors, skipped)
         return len(images)
 
     def _load_samples(self, row: EvalRow, chunk: int) -> tuple[dict[int, EvalSample], dict[str, str]]:
@@ -264,8 +265,8 @@ class EvaluationWorker:
         self, row: EvalRow, samples: dict[int, EvalSample], images: list[Image.Image], image_ids: Sequence[ImageId]
     ) -> dict[str, Tensor]:
         """Features of generated images, their scores, and which prompt, seed and group each belongs to."""
-        features = self.extractors.extract(images)
-        targets = self.extractors.extract([sample.target for sample in samples.values()])
+        features = self.extractors.extract_features(images)
+        targets = self.extractors.extract_features([sample.target for sample in samples.values()])
         targets = {name: value.repeat_interleave(row.num_samples, 0) for name, value in targets.items()}
         compared_prompts = [self._prompt(row, i) if row.prompt_mode == "other" else self.eval_set.prompts[i] for i, _, _ in image_ids]
         text_embeds = self.extractors.encode_text(compared_prompts)
@@ -281,7 +282,7 @@ class EvaluationWorker:
         if self.identity_encoder is not None:
             features["id_embeds"], features["has_id_embed"] = self.identity_encoder.embed(images)
         index = {"prompt_index": [i for i, _, _ in image_ids], "seed": [seed for _, _, seed in image_ids]}
-        index["group"] = [self.eval_set.group(i) for i, _, _ in image_ids]
+        index["group"] = [self.eval_set.group_index(i) for i, _, _ in image_ids]
         tensors = {name: torch.tensor(values) for name, values in index.items()}
         return {f"score.{name}": value for name, value in scores.items()} | features | tensors
 
@@ -329,7 +330,7 @@ def run_evaluation(config: EvaluateConfig) -> Iterator[EvaluationProgress]:
     worker.check_before_run(rows)
     worker.write_manifests(rows)
     chunks = [(row, chunk) for row in rows for chunk in range(worker.num_chunks(row))]
-    missing = [(row, chunk) for row, chunk in chunks if not worker.store(row).has_chunk(chunk)]
+    missing = [(row, chunk) for row, chunk in chunks if not worker.row_store(row).has_chunk(chunk)]
     done, num_images, start = len(chunks) - len(missing), 0, time.monotonic()
     for row_name, count in _run_chunks(config, worker, missing):
         done, num_images = done + 1, num_images + count

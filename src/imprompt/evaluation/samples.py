@@ -79,7 +79,7 @@ class EvalSet(Protocol):
         """The subjects whose identity is measured; empty where samples are independent."""
         ...
 
-    def group(self, i: int) -> int:
+    def group_index(self, i: int) -> int:
         """Index of the group of sample i, such as its subject: samples of one group are resampled together."""
         ...
 
@@ -102,10 +102,12 @@ class MiniEvalSet:
         image = self._samples[i].image
         return EvalSample(f"mini:{i}", self.prompts[i], (image,), image)
 
-    def group(self, i: int) -> int:
+    def group_index(self, i: int) -> int:
+        """Every sample is a group of its own."""
         return i
 
     def another_image(self, i: int) -> Image.Image:
+        """The same subject in another scene."""
         return self._samples[i].other_image
 
 
@@ -127,10 +129,12 @@ class RecordEvalSet:
         image = resize_to_square(open_image(record.references[0] if record.references else record.target))
         return EvalSample(record.key, record.caption, (image,), image)
 
-    def group(self, i: int) -> int:
+    def group_index(self, i: int) -> int:
+        """Every sample is a group of its own."""
         return i
 
     def another_image(self, i: int) -> Image.Image:
+        """Another image of the record's subject. Raises ImageError where there is none."""
         record = self.records[i]
         reference = record.references[0] if record.references else record.target
         same_subject = [self.records[n].target for n in self._by_subject[record.subject]] if record.subject else []
@@ -142,6 +146,7 @@ class RecordEvalSet:
 
     @property
     def has_other_images(self) -> bool:
+        """Whether a record has a reference, or a subject with several images."""
         return any(len(indices) > 1 for indices in self._by_subject.values()) or any(record.references for record in self.records)
 
     @cached_property
@@ -167,8 +172,8 @@ class SubjectEvalSet:
         self._records, self._num_references = identities.records, dataset.num_references
         self.subjects = list(identities.subjects)
         self._class_nouns = [dataset.class_noun or _default_class_noun(identities.records, name) for name in self.subjects]
-        self._galleries: list[list[int]] = []  # of each subject, the records that are no targets
-        self._targets: list[tuple[int, int]] = []  # of each sample: subject, record
+        self._galleries: list[list[int]] = []  # for each subject, the records that are no targets
+        self._targets: list[tuple[int, int]] = []  # for each sample, its subject and record
         for subject, name in enumerate(self.subjects):
             indices = identities.subjects[name]
             order = random.Random(_seed_bytes(f"photographs of {name}")).sample(indices, len(indices))
@@ -201,7 +206,8 @@ class SubjectEvalSet:
             return self.gallery_images(subject, self._num_references + 1)[-1]
         return resize_to_square(open_image(self._records[targets[(targets.index(index) + 1) % len(targets)]].target))
 
-    def group(self, i: int) -> int:
+    def group_index(self, i: int) -> int:
+        """Index of the subject."""
         return self._targets[i][0]
 
     def class_noun(self, i: int) -> str:

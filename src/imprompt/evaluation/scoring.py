@@ -1,10 +1,8 @@
 """From the features of a row's images to its metrics, with confidence intervals and labels that name the model behind each."""
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from imprompt.config.evaluation import MetricsConfig
 from imprompt.evaluation import metrics
 from imprompt.evaluation.identity import IdentityGallery
 from imprompt.evaluation.store import RowStore
+from imprompt.models.clip_score import CLIP_VIT_L, metric_with_model
 from imprompt.utils.statistics import Interval, jackknife_interval, mean_interval
 
 # Metric → how its values are read. Arrows: which way is better. {target}: what generated images are compared with.
@@ -43,8 +42,7 @@ NEGATIVE_NOTE = (
 KD_SUBSET_SIZE = 1_000  # rows
 MIN_PROMPTS_FOR_SET_METRICS = 4
 
-_CLIP_VIT_L = "openai/clip-vit-large-patch14"
-_PUBLISHED_CLIP_MODELS = {"CLIP-I": _CLIP_VIT_L, "CLIP-T": _CLIP_VIT_L, "CMMD": f"{_CLIP_VIT_L}-336"}
+_PUBLISHED_CLIP_MODELS = {"CLIP-I": CLIP_VIT_L, "CLIP-T": CLIP_VIT_L, "CMMD": f"{CLIP_VIT_L}-336"}
 _INCEPTION_LABELS = {"FD": "FID", "KD × 1000": "KID × 1000", "IS": "IS"}
 
 
@@ -54,21 +52,16 @@ def metric_label(metric: str, config: MetricsConfig) -> str:
     Without the model only where it is the one that the name stands for in publications: CLIP ViT-L/14 for CLIP-I and CLIP-T, the
     same at 336 pixels for CMMD, and Inception-v3 for FID, KID and IS.
     """
-    if metric in _INCEPTION_LABELS:
-        if config.feature_extractor == "inception":
-            return _INCEPTION_LABELS[metric]
-        model = f"CLIP {_model_name(config.clip_model)}" if config.feature_extractor == "clip" else _model_name(config.feature_extractor)
-    elif metric in _PUBLISHED_CLIP_MODELS and config.clip_model != _PUBLISHED_CLIP_MODELS[metric]:
-        model = _model_name(config.clip_model)
-    else:
+    assert config.clip_model is not None and config.feature_extractor is not None
+    if metric in _PUBLISHED_CLIP_MODELS:
+        return metric_with_model(metric, config.clip_model, _PUBLISHED_CLIP_MODELS[metric])
+    if metric not in _INCEPTION_LABELS:
         return metric
-    name, times, factor = metric.partition(" × ")
-    return f"{name} ({model}){times}{factor}"
-
-
-def _model_name(source: str | None) -> str:
-    """mini, a hub id, or the name of a local folder."""
-    return Path(str(source)).name if os.path.isdir(str(source)) else str(source)
+    if config.feature_extractor == "inception":
+        return _INCEPTION_LABELS[metric]
+    if config.feature_extractor == "clip":
+        return metric_with_model(metric, config.clip_model).replace("(", "(CLIP ", 1)
+    return metric_with_model(metric, config.feature_extractor)
 
 
 def metric_of(label: str) -> str:
@@ -157,9 +150,9 @@ def compute_metrics(
 def set_metrics(row: RowFeatures, targets: RowFeatures, groups: Tensor) -> dict[str, Interval]:
     """Metrics of the row's whole set of images, compared with the targets of the prompts that it did not skip."""
     skipped = row.skipped
-    kept = torch.tensor([str(prompt) not in skipped for prompt in targets["prompt_index"].tolist()])
-    features, target_features = row["features"], targets["features"][kept]
-    clip_embeds, target_embeds = row["clip_embeds"], targets["clip_embeds"][kept]
+    is_evaluated = torch.tensor([str(prompt) not in skipped for prompt in targets["prompt_index"].tolist()])
+    features, target_features = row["features"], targets["features"][is_evaluated]
+    clip_embeds, target_embeds = row["clip_embeds"], targets["clip_embeds"][is_evaluated]
     size = min(len(target_features), KD_SUBSET_SIZE)
 
     def kernel_distance(rows: Tensor) -> float:

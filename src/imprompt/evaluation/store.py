@@ -38,13 +38,16 @@ class RowStore:
         self.folder = output_dir / "rows" / folder_name(row_name)
 
     def chunk_path(self, chunk: int) -> Path:
+        """The file of a chunk."""
         return self.folder / f"chunk-{chunk:05}.safetensors"
 
     def has_chunk(self, chunk: int) -> bool:
+        """Whether a chunk is finished."""
         return self.chunk_path(chunk).is_file()
 
     @property
     def score_path(self) -> Path:
+        """The file of the row's metrics."""
         return self.folder / "score.json"
 
     def write_chunk(self, chunk: int, tensors: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
@@ -68,9 +71,11 @@ class RowStore:
             raise UserError(f"{path} is damaged; delete it and run the same command again") from error
 
     def image_path(self, image_id: ImageId) -> Path:
+        """The file of an image."""
         return self.folder / "images" / f"{image_id.prompt:05}-{image_id.sample}-{image_id.seed}.png"
 
     def save_images(self, images: Sequence[Image.Image], image_ids: Sequence[ImageId]) -> None:
+        """Save images as PNG files."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         for image, image_id in zip(images, image_ids, strict=True):
             image.save(self.image_path(image_id))

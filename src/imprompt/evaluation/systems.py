@@ -69,6 +69,7 @@ class TextOnlyBaseline:
     def generate(
         self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
     ) -> list[Image.Image]:
+        """One image for each sample, from its prompt and seed alone."""
         with use_scheduler(self.pipe, self.scheduler, params.num_inference_steps):
             return _sample(self.pipe, prompts, seeds, params)
 
@@ -106,19 +107,20 @@ class MethodSystem:
             return sample
         usable = [image for image, has_face in zip(sample.references, encoder.has_face(sample.references), strict=True) if has_face]
         if not usable:
-            raise ImageError(f"no face was found in the {len(sample.references)} reference(s) of {sample.key}")
+            raise ImageError(f"no face was detected in the {len(sample.references)} reference(s) of {sample.key}")
         return sample._replace(references=tuple(usable[n % len(usable)] for n in range(len(sample.references))))
 
     @torch.no_grad()
     def generate(
         self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
     ) -> list[Image.Image]:
+        """One image for each sample, with the references that the method can use."""
         method, device = self.method, self.pipe.unet.device
         num_references = len(samples[0].references) if method.name in MULTI_REFERENCE_METHODS else 1
-        images = [image for sample in samples for image in sample.references[:num_references]]
-        features = method.encoder.encode_images(images, patches=method.uses_patch_features).unflatten(0, (-1, num_references)).to(device)
+        references = [sample.references[:num_references] for sample in samples]  # encoded one by one, as `generate` does
+        features = torch.stack([method.encoder.encode_images(images, patches=method.uses_patch_features) for images in references])
         with (
-            method.apply_to(self.pipe, features, method.uncond_features()[None].to(device), params.scale),
+            method.apply_to(self.pipe, features.to(device), method.uncond_features()[None].to(device), params.scale),
             use_scheduler(self.pipe, self.scheduler, params.num_inference_steps),
         ):
             return _sample(self.pipe, [self.format_prompt(prompt) for prompt in prompts], seeds, params)
@@ -143,6 +145,7 @@ class PerSubjectSystem:
     def generate(
         self, samples: Sequence[EvalSample], prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams
     ) -> list[Image.Image]:
+        """One image for each sample, subject by subject."""
         images: dict[int, Image.Image] = {}
         for subject in dict.fromkeys(sample.subject for sample in samples):
             indices = [n for n, sample in enumerate(samples) if sample.subject == subject]
@@ -183,7 +186,7 @@ class SystemLoader:
     pipeline: PipelineConfig
     sampling: EvaluationSamplingConfig
     finetuning: EvaluationFinetuningConfig
-    image_encoder: str | None  # of adapters; None for each one's own
+    image_encoder: str | None  # for all adapters; None for the default of each
     class_data_dir: str  # class images for prior preservation, shared by all subjects
 
     @classmethod
@@ -206,7 +209,7 @@ class SystemLoader:
         """The base model, loaded once and shared by all systems."""
         return load_pipeline(self.pipeline.model, self.device, self.dtype, self.pipeline.model_config)
 
-    def load(self, source: str) -> System:
+    def load_system(self, source: str) -> System:
         """The system that a source names. Raises UserError for a source that names none.
 
         `source` may begin with a label, NAME=SOURCE, and that of an adapter may end in an aggregation: SOURCE@average.

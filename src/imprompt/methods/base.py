@@ -27,7 +27,7 @@ class Method(Protocol):
     """One system in training and in use.
 
     `module` holds everything that is trained; its `state_dict` is the file, in the layout that other libraries read. `encoder` computes
-    the image features, of patches where `uses_patch_features`. `metadata` is stored in the file beside the tensors.
+    the image features, of patches where `uses_patch_features`. `metadata` is stored in the header of the file.
     """
 
     name: str
@@ -66,11 +66,11 @@ class ConditioningModule(nn.Module):
 
     also_in_uncond_rows: tuple[str, ...] = ()  # the entries of the conditioning that unconditional rows receive too
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """Image features, (batch, references, patches, features), to what the UNet call needs."""
         raise NotImplementedError
 
-    def predict(
+    def call_unet(
         self,
         unet: UNetForward,
         latents: Tensor,
@@ -92,7 +92,7 @@ class ConditioningModule(nn.Module):
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, image_features: Tensor, **unet_kwargs: object
     ) -> Tensor:
         """The prediction from image features."""
-        return self.predict(unet, latents, timesteps, prompt_embeds, self.encode(image_features), **unet_kwargs)
+        return self.call_unet(unet, latents, timesteps, prompt_embeds, self.encode_features(image_features), **unet_kwargs)
 
 
 class ConditioningMethod:
@@ -132,11 +132,11 @@ class ConditioningMethod:
         """Rewrite the UNet's calls in the rows of each guidance group."""
         module, original_forward = self.conditioning_module, pipe.unet.forward
         with torch.no_grad():
-            uncond = module.encode(uncond_features.expand(1, image_features.shape[1], -1, -1))
-            cond = module.scale_conditioning(uncond, module.encode(image_features), scale)
+            uncond = module.encode_features(uncond_features.expand(1, image_features.shape[1], -1, -1))
+            cond = module.scale_conditioning(uncond, module.encode_features(image_features), scale)
 
         def forward(
-            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, return_dict: bool = True, **unet_kwargs: object
+            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *, return_dict: bool = True, **unet_kwargs: object
         ) -> tuple[Tensor]:
             layout = read_cfg_layout(pipe)
             rows_cond = {
@@ -145,7 +145,7 @@ class ConditioningMethod:
             }
             timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
             passed_kwargs = {name: value for name, value in unet_kwargs.items() if value is not None}
-            return (module.predict(original_forward, sample, timesteps, encoder_hidden_states, rows_cond, **passed_kwargs),)
+            return (module.call_unet(original_forward, sample, timesteps, encoder_hidden_states, rows_cond, **passed_kwargs),)
 
         with patched_forward(pipe.unet, forward):
             yield

@@ -35,11 +35,11 @@ class BlipDiffusion(FineTunedUNet):
             for output_layer in (self.text_layer.self_attn.out_proj, self.text_layer.linear2):
                 output_layer.weight.mul_(0.1)
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The patches of all reference images, projected to the width of the prompt embeddings."""
         return {"patches": self.patch_proj(image_features.flatten(1, 2).to(get_dtype(self)))}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Insert the Q-Former's output after the start token, and call the fine-tuned UNet."""

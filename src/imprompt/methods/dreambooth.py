@@ -74,7 +74,7 @@ class DreamBooth:
         base_forward = pipe.unet.forward
 
         def forward(
-            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, return_dict: bool = True, **unet_kwargs: object
+            sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *, return_dict: bool = True, **unet_kwargs: object
         ) -> UNet2DConditionOutput | tuple[Tensor]:
             prediction = self._predict_in_own_dtype(self.finetuned_unet, sample, timestep, encoder_hidden_states, **unet_kwargs)
             if scale != 1:

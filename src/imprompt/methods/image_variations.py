@@ -20,11 +20,11 @@ class ImageVariations(FineTunedUNet):
             )
         super().__init__(unet)
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The pooled embedding as one token."""
         return {"token": get_pooled_embedding(image_features)[:, None]}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the fine-tuned UNet with the token in place of the prompt."""

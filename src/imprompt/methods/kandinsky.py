@@ -1,4 +1,4 @@
-"""Kandinsky 2.1 (Razzhigaev et al., 2023, arXiv:2310.03502): ten image tokens beside the projected prompt; the UNet is trained.
+"""Kandinsky 2.1 (Razzhigaev et al., 2023, arXiv:2310.03502): ten image tokens precede the projected prompt; the UNet is trained.
 
 The image embedding and the pooled prompt also join the time embedding. The two projections are diffusers' own `TextImageProjection` and
 `TextImageTimeEmbedding`.
@@ -25,11 +25,11 @@ class Kandinsky(FineTunedUNet):
             )
         super().__init__(unet, encoder_hid_dim_type="text_image_proj", encoder_hid_dim=dim, addition_embed_type="text_image")
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The pooled embedding."""
         return {"image_embeds": get_pooled_embedding(image_features)}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the fine-tuned UNet with the embeddings of image and prompt as added conditions."""

@@ -30,7 +30,7 @@ class ReferenceOnly(ConditioningModule):
         super().__init__()
         self._frozen = (unet, schedule)  # in a tuple, so that the UNet is no submodule
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The latents of the first reference image, fixed noise for them, and which rows have no image."""
         latents = unflatten_pixels(image_features)
         generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ class ReferenceOnly(ConditioningModule):
         """The method has no scale."""
         return cond
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Two UNet calls: one stores the reference's self-attention inputs, the other attends to them."""

@@ -44,7 +44,7 @@ class SeeCoder(ConditioningModule):
         self.joint = nn.TransformerEncoder(_make_layer(dim, heads), 2, enable_nested_tensor=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, cross_attention_dim))
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The context tokens of the first reference image: local queries, then global ones."""
         pixels = unflatten_pixels(image_features).to(get_dtype(self))
         levels = self._decode_levels(pixels)
@@ -68,7 +68,7 @@ class SeeCoder(ConditioningModule):
             levels[n] = levels[n] + F.interpolate(levels[n + 1], levels[n].shape[2:], mode="nearest")
         return [conv(level).flatten(2).transpose(1, 2) for conv, level in zip(self.smooth, levels, strict=True)]
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the UNet with the context tokens in place of the prompt."""

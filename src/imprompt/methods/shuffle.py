@@ -31,7 +31,7 @@ class Shuffle(ConditioningModule):
             self.controlnet.enable_gradient_checkpointing()
         self.vae_scale_factor = vae_scale_factor
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The control image, (batch, 3, side, side) in 0 … 1, and the scale of its residuals."""
         pixels = unflatten_pixels(image_features).to(get_dtype(self))
         control_image = content_shuffle(pixels, random=self.training) / 2 + 0.5
@@ -41,7 +41,7 @@ class Shuffle(ConditioningModule):
         """λ times the residuals."""
         return {"control_image": cond["control_image"], "scale": scale * cond["scale"]}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the ControlNet, and the UNet with its residuals."""

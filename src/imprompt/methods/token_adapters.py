@@ -24,7 +24,7 @@ class TokenAdapter(ConditioningModule):
         """λ times the tokens."""
         return cond | {"tokens": scale * cond["tokens"]}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the UNet with the image tokens behind the text tokens."""
@@ -39,7 +39,7 @@ class SimpleAdapter(TokenAdapter):
         super().__init__()
         self.image_proj = image_proj
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The image tokens of all reference images, concatenated."""
         batch, references = image_features.shape[:2]
         tokens: Tensor = self.image_proj(image_features.flatten(0, 1).to(get_dtype(self)))
@@ -58,7 +58,7 @@ class UniControlNetGlobal(TokenAdapter):
         self.norm1, self.ff1 = nn.LayerNorm(image_embed_dim), FeedForward(image_embed_dim, hidden_dim, mult=2, activation_fn="geglu")
         self.norm2, self.ff2 = nn.LayerNorm(hidden_dim), FeedForward(hidden_dim, out_dim, mult=2, activation_fn="geglu")
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """Four tokens for each reference image."""
         batch, references = image_features.shape[:2]
         z = image_features[:, :, 0].to(get_dtype(self))
@@ -79,20 +79,20 @@ class T2IStyle(TokenAdapter):
         self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.proj = nn.Linear(dim, cross_attention_dim, bias=False)
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """Eight tokens for all reference images together, and which rows have no image."""
         patches = image_features.flatten(1, 2).to(get_dtype(self))
         hidden = torch.cat([patches, self.style.expand(len(patches), -1, -1)], dim=1)
         tokens = self.proj(self.norm_out(self.layers(self.norm_in(hidden))[:, -self.TOKENS :]))
         return {"tokens": tokens, "is_null": is_null(image_features).float()}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the UNet with the image tokens behind the text tokens."""
         text_tail, tokens = prompt_embeds[:, -self.TOKENS :], cond["tokens"].to(prompt_embeds)
         tokens = torch.where(cond["is_null"][:, None, None] > 0, text_tail, tokens)
-        return super().predict(unet, latents, timesteps, prompt_embeds, {"tokens": tokens}, **unet_kwargs)
+        return super().call_unet(unet, latents, timesteps, prompt_embeds, {"tokens": tokens}, **unet_kwargs)
 
 
 def build_simple(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:

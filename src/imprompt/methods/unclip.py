@@ -41,12 +41,12 @@ class OpenUnCLIP(FineTunedUNet):
             self.text_proj.weight.copy_(torch.eye(dim))
             self.text_proj.bias.zero_()
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The pooled embedding z, or the learned one where there is no image."""
         z = get_pooled_embedding(image_features).to(get_dtype(self))
         return {"z": torch.where(is_null(image_features)[:, None], self.null_embedding, z)}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the fine-tuned UNet with z in the context and in the time embedding."""
@@ -65,7 +65,7 @@ class SDUnCLIP(FineTunedUNet):
         super().__init__(unet, class_embed_type="projection", projection_class_embeddings_input_dim=2 * image_embed_dim)
         self.register_buffer("running_stats", torch.zeros(3, image_embed_dim))  # of the training embeddings: count, Σ z, Σ z²
 
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The class labels: the embedding, with noise in training, and the level of its noise."""
         z, has_image = get_pooled_embedding(image_features).to(get_dtype(self)), ~is_null(image_features)
         if self.training:
@@ -90,7 +90,7 @@ class SDUnCLIP(FineTunedUNet):
         variance = torch.where(count > 1, squares / count.clamp(min=1) - mean.square(), torch.ones_like(mean))
         return mean, variance.clamp(min=1e-6).sqrt()
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the fine-tuned UNet with the class labels."""

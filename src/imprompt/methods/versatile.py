@@ -24,7 +24,7 @@ class Versatile(FineTunedUNet):
         self._encoder = (encoder,)  # in a tuple, so that the encoder is no submodule
 
     @torch.no_grad()
-    def encode(self, image_features: Tensor) -> Conditioning:
+    def encode_features(self, image_features: Tensor) -> Conditioning:
         """The projected and normalized patches of the first reference image."""
         model = self._encoder[0].model
         states = model.vision_model.encoder.layers[-1](image_features[:, 0].to(model.device, model.dtype), None)
@@ -32,7 +32,7 @@ class Versatile(FineTunedUNet):
         patches = model.visual_projection(model.vision_model.post_layernorm(states))
         return {"tokens": (patches / patches[:, :1].norm(dim=-1, keepdim=True)).to(image_features.device)}
 
-    def predict(
+    def call_unet(
         self, unet: UNetForward, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, cond: Conditioning, **unet_kwargs: object
     ) -> Tensor:
         """Call the fine-tuned UNet with the patches in place of the prompt."""

@@ -242,7 +242,7 @@ class _Shape:
     details: tuple[tuple[Points, Color], ...] = ()
     top: tuple[float, float] = (0, -0.9)  # position of an accessory
     face: tuple[float, float] = (0, 0)  # position of a face
-    has_eyes: bool = False  # eyes are part of the shape
+    includes_face: bool = False  # the shape has a face of its own
 
 
 @cache
@@ -279,7 +279,7 @@ def _build_shape(category: str) -> _Shape:
             return _Shape(
                 (_ellipse(-0.15, 0, 0.82, 0.58), [(0.5, 0), (1, -0.5), (0.9, 0), (1, 0.5)], [(-0.3, -0.45), (0.05, -0.85), (0.3, -0.4)]),
                 details=((_ellipse(-0.6, -0.12, 0.15, 0.15), (250, 250, 250)), (_ellipse(-0.63, -0.12, 0.08, 0.08), _INK)),
-                top=(-0.3, -0.55), has_eyes=True,
+                top=(-0.3, -0.55), includes_face=True,
             )  # fmt: skip
         case "cat":
             eye = [(_ellipse(side * 0.34, -0.02, 0.15, 0.17), (250, 250, 250)) for side in (-1, 1)]
@@ -291,7 +291,9 @@ def _build_shape(category: str) -> _Shape:
             ]
             nose = ([(-0.12, 0.27), (0.12, 0.27), (0, 0.43)], (235, 120, 140))
             ears = ([(-0.85, -0.1), (-0.78, -1), (-0.15, -0.5)], [(0.85, -0.1), (0.78, -1), (0.15, -0.5)])
-            return _Shape((*ears, _ellipse(0, 0.17, 0.9, 0.75)), details=(*eye, *pupil, nose, *whiskers), top=(0, -0.52), has_eyes=True)
+            return _Shape(
+                (*ears, _ellipse(0, 0.17, 0.9, 0.75)), details=(*eye, *pupil, nose, *whiskers), top=(0, -0.52), includes_face=True
+            )
         case "car":
             wheels = [(_ellipse(x, 0.48, 0.26, 0.26), _INK) for x in (-0.52, 0.52)]
             hubs = [(_ellipse(x, 0.48, 0.11, 0.11), (190, 190, 195)) for x in (-0.52, 0.52)]
@@ -370,7 +372,7 @@ def render(subject: Subject, scene: Scene) -> Image.Image:
     canvas.paste(subject.color_rgb if subject.pattern == "plain" else _render_pattern(subject, transform), (0, 0, side, side), mask)
     for points, color in shape.details:
         pen.polygon(transform(points), fill=color)
-    if subject.face and not shape.has_eyes:
+    if subject.face and not shape.includes_face:
         _draw_face(pen, transform, shape.face)
     if subject.accessory != "none":
         for points in _HATS[subject.accessory]:

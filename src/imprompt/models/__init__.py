@@ -1,1 +1,1 @@
-"""What an image prompt is made with: adapter files, image encoders, base pipelines."""
+"""Models by name or file: adapters, image and face encoders, base pipelines, and the image prompts that are made with them."""

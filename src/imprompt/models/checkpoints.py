@@ -42,6 +42,7 @@ _PROCESSOR_WEIGHT = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in the order of the public numbering
 _METADATA_KEY = "imprompt"
 ARCFACE_DIM = 512  # of an identity embedding; no CLIP encoder has patch features of this dimension
+Metadata = dict[str, Any]  # what imprompt writes into a file, as JSON
 _PUBLIC_PREFIXES = ("image_proj.", "ip_adapter.", "aggregator.")
 
 
@@ -56,7 +57,7 @@ class AdapterSpec:
     layers: Mapping[int, int]  # public layer index n → hidden dimension
     num_parameters: int
     dtype: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # what imprompt wrote into the file
+    metadata: Metadata = field(default_factory=dict)  # what imprompt wrote into the file
     aggregator: str = "concat"  # how several references are aggregated
 
     @property
@@ -97,7 +98,7 @@ class AdapterSpec:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_adapter_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapter_file(path: Path | str) -> tuple[dict[str, Tensor], Metadata]:
     """The tensors of an adapter file in the public flat layout, and the metadata that imprompt wrote into it.
 
     Raises CheckpointError for anything that is not an intact adapter file. Pickles run no code (`weights_only`).
@@ -116,7 +117,7 @@ def read_adapter_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, An
     return _to_public_layout(tensors, path.name), _variant_from_filename(path.name) | metadata
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
+def read_metadata(path: Path | str) -> Metadata:
     """The metadata that imprompt wrote into a `.safetensors` file, without reading its tensors. Raises CheckpointError."""
     with _open_safetensors(path) as file:
         return _parse_metadata((file.metadata() or {}).get(_METADATA_KEY, "{}"))
@@ -145,7 +146,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], module: nn.Module, file_name: s
             )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     """All tensors of a `.safetensors` file unchanged, and the metadata that imprompt wrote into it. Raises CheckpointError."""
     with _open_safetensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -153,7 +154,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 @contextmanager
-def _open_safetensors(path: Path | str) -> Iterator[Any]:
+def _open_safetensors(path: Path | str) -> Iterator[safetensors.safe_open]:
     """An open `.safetensors` file. Raises CheckpointError where it is damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -162,7 +163,7 @@ def _open_safetensors(path: Path | str) -> Iterator[Any]:
         raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings are meant for the file's author
@@ -193,7 +194,7 @@ def _flatten(node: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         yield prefix, node
 
 
-def _parse_metadata(header: object) -> dict[str, Any]:
+def _parse_metadata(header: object) -> Metadata:
     """The metadata that imprompt wrote into a file; empty where another program wrote the entry."""
     try:
         metadata = json.loads(header if isinstance(header, str) else json.dumps(header))
@@ -232,19 +233,19 @@ def _processor_weights(tensors: Mapping[str, Tensor], file_name: str) -> dict[st
     return {f"ip_adapter.{2 * order.index(layer) + 1}.{name}": value for (layer, name), value in weights.items()}
 
 
-def _layer_sort_key(layer: str) -> tuple[int, list[Any]]:
+def _layer_sort_key(layer: str) -> tuple[int, list[tuple[int, int, str]]]:
     """Down blocks, up blocks, mid block; numbers in a name are compared as numbers."""
     return _BLOCKS.index(layer.split(".")[0]), _natural_sort_key(layer)
 
 
-def _natural_sort_key(text: str) -> list[Any]:
+def _natural_sort_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 # ---------------------------------------------------------------------------------------------------- detecting the type
 
 
-def detect_spec(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> AdapterSpec:
+def detect_spec(tensors: Mapping[str, Tensor], metadata: Metadata | None = None) -> AdapterSpec:
     """The adapter that tensors in the public layout belong to. Raises CheckpointError for an unknown type."""
     layers = {}
     for key in tensors:
@@ -263,7 +264,7 @@ def detect_spec(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | Non
     )
 
 
-def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, metadata: Mapping[str, Any]) -> tuple[str, int, int]:
+def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, metadata: Metadata) -> tuple[str, int, int]:
     """The adapter type, the number of image tokens and the dimension of the image features. Raises CheckpointError."""
 
     def shape(name: str, dimensions: int = 2) -> torch.Size | None:
@@ -318,8 +319,8 @@ def load_adapter(path: Path | str) -> tuple[Adapter, AdapterSpec]:
     return adapter.requires_grad_(False).eval(), spec
 
 
-def _variant_from_filename(file_name: str) -> dict[str, Any]:
-    """What the name of a public FaceID file says about it, and its tensors do not."""
+def _variant_from_filename(file_name: str) -> Metadata:
+    """The part of a public FaceID file's variant that only its name has, not its tensors."""
     return {"version": 2 if "plusv2" in file_name else 1, "normalized": "unnorm" not in file_name} if "faceid" in file_name else {}
 
 
@@ -360,12 +361,12 @@ def _build_projector(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Projec
     return Resampler(embed_dim, cross_attention_dim, num_tokens, hidden_dim, heads, depth)
 
 
-def save(adapter: Adapter, path: Path | str, metadata: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None) -> None:
+def save(adapter: Adapter, path: Path | str, metadata: Mapping[str, object] | None = None, dtype: torch.dtype | None = None) -> None:
     """Write an adapter as a public file that diffusers and ComfyUI read: `.safetensors`, or `.bin` for old readers."""
     write_tensors({key: value.to(dtype or value.dtype) for key, value in adapter.state_dict().items()}, path, metadata)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, object] | None = None) -> None:
     """Write tensors in the public layout, atomically; the suffix selects the format. Raises CheckpointError for an unknown one."""
     path = Path(path)
     if path.suffix not in ADAPTER_SUFFIXES:

@@ -13,27 +13,34 @@ from imprompt.errors import UserError, summarize_error
 from imprompt.models.hub import MINI_PATH
 from imprompt.models.image_encoders import FeatureEncoder
 
+CLIP_VIT_L = "openai/clip-vit-large-patch14"  # computes CLIP-I and CLIP-T in IP-Adapter (Ye et al., 2023, arXiv:2308.06721, table 1)
+
+
+def metric_with_model(metric: str, model: str | Path, published_model: str = "") -> str:
+    """The label of a metric with the model that computed it, `KD (mini) × 1000`; without it for the model that publications use."""
+    if str(model) == published_model:
+        return metric
+    name, times, factor = metric.partition(" × ")
+    return f"{name} ({Path(model).name if Path(model).is_dir() else model}){times}{factor}"
+
 
 class CLIPScorer:
-    """A CLIP model used as a metric; best one that no evaluated method was trained with.
+    """A CLIP model used as a metric; best one that no evaluated method was trained with. `source` names it in the metrics' labels."""
 
-    `label_suffix` is " (mini)" for the embedded CLIP, so that its scores are not taken for those of a published model.
-    """
-
-    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: CLIPTokenizer, label_suffix: str = ""):
+    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: CLIPTokenizer, source: str | Path):
         self.model, self.processor, self.tokenizer = model.eval().requires_grad_(False), processor, tokenizer
-        self.label_suffix = label_suffix
+        self.source = source
 
     @classmethod
     def load(cls, source: str | Path) -> "CLIPScorer":
-        """`mini`, a folder or a hub id, such as openai/clip-vit-large-patch14 of IP-Adapter's table 1. Raises UserError."""
+        """`mini`, a folder or a hub id, such as CLIP_VIT_L. Raises UserError."""
         location = MINI_PATH / "judge_clip" if source == "mini" else source
         try:
             model = CLIPModel.from_pretrained(location, dtype=torch.float32)
             processor, tokenizer = CLIPImageProcessor.from_pretrained(location), CLIPTokenizer.from_pretrained(location)
         except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
             raise UserError(f"no CLIP model at {source} ({summarize_error(error)}); expected mini, a folder or a hub id") from error
-        return cls(model, processor, tokenizer, " (mini)" if source == "mini" else "")
+        return cls(model, processor, tokenizer, source)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -51,8 +58,8 @@ class CLIPScorer:
         """Mean cosine similarity of generated images with their references, CLIP-I, and with their prompts, CLIP-T; −1 … 1 each."""
         embeds = self.embed_images(images)
         return {
-            f"CLIP-I{self.label_suffix}": float((embeds * self.embed_images(references)).sum(1).mean()),
-            f"CLIP-T{self.label_suffix}": float((embeds * self.embed_prompts(prompts)).sum(1).mean()),
+            metric_with_model("CLIP-I", self.source, CLIP_VIT_L): float((embeds * self.embed_images(references)).sum(1).mean()),
+            metric_with_model("CLIP-T", self.source, CLIP_VIT_L): float((embeds * self.embed_prompts(prompts)).sum(1).mean()),
         }
 
 

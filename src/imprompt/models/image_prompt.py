@@ -45,11 +45,21 @@ class ImagePrompt:
         if not 0 <= self.start_at <= self.end_at <= 1:
             raise UserError(f"expected 0 ≤ start_at ≤ end_at ≤ 1, received start_at={self.start_at}, end_at={self.end_at}")
 
-    @torch.no_grad()
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
-        """Keys and values of no image and of the references, from one batched pass: (1 or prompts, tokens, hidden_dim) each."""
+        """Keys and values of no image and of the references: (1, tokens, hidden_dim) and (1 or prompts, tokens, hidden_dim).
+
+        Each prompt has a pass of its own, so that it does not depend on the others of its batch: matrix products of another
+        size differ in the last digits, which a UNet in bfloat16 amplifies.
+        """
+        per_prompt = [self._key_values(features) for features in self.image_features.split(1)]
+        uncond = per_prompt[0][0]
+        return uncond, {n: KeyValues(*map(torch.cat, zip(*(image[n] for _, image in per_prompt), strict=True))) for n in uncond}
+
+    @torch.no_grad()
+    def _key_values(self, image_features: Tensor) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
+        """Those of no image and of one prompt, from one batched pass. image_features: (1, references, patches, embed_dim)."""
         selected, aggregator, like = self._selected_references(), self.active_aggregator, next(self.adapter.parameters())
-        features = self.image_features[:, selected]
+        features = image_features[:, selected]
         prompts, references = features.shape[:2]
         if type(aggregator) is not Aggregator:
             batch = torch.cat([self.uncond_features.expand(1, references, -1, -1), features]).to(like)

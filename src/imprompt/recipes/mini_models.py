@@ -129,7 +129,7 @@ def build_clip(width: int, layers: int, patch: int, projection: int, tokenizer: 
     return AutoModel.from_config(config, attn_implementation="eager")
 
 
-def render_once(path: Path, count: int, picture: Callable[[int], Image.Image], channels: int, report: ProgressCallback) -> None:
+def render_once(path: Path, count: int, render: Callable[[int], Image.Image], channels: int, report: ProgressCallback) -> None:
     """Images as one array on disk, (count, size, size, channels); a finished file is left alone."""
     if path.exists():
         return
@@ -137,7 +137,7 @@ def render_once(path: Path, count: int, picture: Callable[[int], Image.Image], c
         shape = (count, world.SIZE, world.SIZE, channels)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         for i in range(count):
-            array[i] = np.asarray(picture(i)).reshape(shape[1:])
+            array[i] = np.asarray(render(i)).reshape(shape[1:])
             if i % 1000 == 0:
                 report(i, count, 0.0)
         array.flush()
@@ -169,7 +169,10 @@ class CLIPTraining(nn.Module):
 
 
 def compute_attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the attributes, with larger weights for those that are learned slowly. logits: (rows, all values); labels: (rows, attributes)."""
+    """Cross-entropy summed over the attributes, with larger weights for those that are learned slowly.
+
+    logits: (images, all values); labels: (images, attributes). Returns a scalar.
+    """
     parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
     weights = [ATTRIBUTE_WEIGHTS.get(name, 1.0) for name in ATTRIBUTES]
     losses = [w * F.cross_entropy(part, labels[:, i], ignore_index=-100) for i, (w, part) in enumerate(zip(weights, parts, strict=True))]

@@ -49,7 +49,7 @@ class StyledImagePool(ImagePool):
         self.path = folder / f"{style}-{count}.npy"
         self._style = STYLES[style]
 
-    def picture(self, i: int) -> Image.Image:
+    def render_image(self, i: int) -> Image.Image:
         return self._style(super().render_image(i))
 
 

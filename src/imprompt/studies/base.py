@@ -63,8 +63,8 @@ class RowId:
 
     @property
     def needs_other_row(self) -> bool:
-        """Whether the row is generated with the weights of another row, which has to be finished first."""
-        return self.sweep or self.custom_model or (self.seed is not None and self.references is not None)
+        """Whether the row needs what another job finishes first: the weights of another row, or the custom model."""
+        return self.sweep or self.custom_model or None not in (self.seed, self.references)
 
     @property
     def slug(self) -> str:
@@ -284,7 +284,7 @@ class Study(ABC):
         worker.write_manifests([row])
         num_chunks = worker.num_chunks(row)
         for chunk in range(num_chunks):
-            if not worker.store(row).has_chunk(chunk):
+            if not worker.row_store(row).has_chunk(chunk):
                 worker.run_chunk(row, chunk)
             self.on_progress(StudyProgress(row.name, "generation", chunk + 1, num_chunks))
         return worker.load_features(row).generation_seconds / 60

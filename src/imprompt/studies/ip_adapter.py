@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from imprompt.config import IP_ADAPTER_PAPER_METHODS, REFERENCE_METHODS, UNET_METHODS, TrainConfig
-from imprompt.evaluation.runner import SWEEP_SCALES, EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, EvaluationWorker
 from imprompt.evaluation.scoring import RowFeatures
 from imprompt.recipes.style import train_style
 from imprompt.studies.base import Budget, Job, RowId, Study, StudyProgress, to_rounded_list
@@ -19,7 +19,7 @@ from imprompt.utils.files import ensure_writable_folder
 CUSTOM_MODEL_STYLE = "ink"
 BASELINE_IDS = (RowId("copy"), RowId("real"), RowId("text"))
 ADAPTER_ID = RowId("ip-adapter")
-SWEEP_IDS = tuple(RowId("ip-adapter", scale=scale, sweep=True) for scale in SWEEP_SCALES)
+SWEEP_IDS = tuple(RowId("ip-adapter", scale=scale, sweep=True) for scale in EVALUATION_SCALES)
 TEXT_SWEEP_ID = RowId("text", sweep=True)  # the base model on the sweep's prompts
 CUSTOM_MODEL_IDS = (RowId("text", custom_model=True), RowId("ip-adapter", custom_model=True))
 
@@ -48,6 +48,7 @@ class IPAdapterStudy(Study):
     }  # fmt: skip
 
     def row_ids(self) -> list[RowId]:
+        """The baselines, the requested methods (UNet fine-tuning takes longest and comes first), the sweep and the custom model."""
         requested = self.config.method
         methods = [name for name in IP_ADAPTER_PAPER_METHODS if not requested or name in requested]
         methods.sort(key=lambda name: name not in UNET_METHODS)
@@ -56,9 +57,11 @@ class IPAdapterStudy(Study):
 
     @property
     def train_data(self) -> str:
+        """Images of mini, each its own reference."""
         return f"mini:{self.budget.num_train_images}"
 
     def preparation_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        """Feature caches, and the custom model."""
         jobs = super().preparation_jobs(missing)
         if any(row_id.custom_model for row_id in missing) and not (self.custom_model_path / "model_index.json").is_file():
             jobs.append(methodcaller("make_custom_model"))
@@ -80,9 +83,11 @@ class IPAdapterStudy(Study):
         return self.out / CUSTOM_MODEL_STYLE / "model"
 
     def base_model(self, row_id: RowId) -> str:
+        """The custom model for its rows, otherwise mini."""
         return str(self.custom_model_path) if row_id.custom_model else "mini"
 
     def method_row(self, row_id: RowId) -> EvalRow:
+        """With an empty prompt; in the sweep with the caption of another sample."""
         b, method = self.budget, row_id.method
         source = f"{method}={self.checkpoint_path(row_id)}" if method in REFERENCE_METHODS else method
         if not row_id.sweep:
@@ -101,7 +106,8 @@ class IPAdapterStudy(Study):
         )  # fmt: skip
 
     def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+        """Also the CLIP embeddings at λ = 0 and of text only, which claim e compares."""
         scores = super().per_prompt_scores(features, row, worker)
         if row.sweep_of and (row.source == "text" or row.scale == 0):
-            scores["CLIP embeddings"] = to_rounded_list(features["clip_embeds"].flatten(), 5)  # to be equal at λ = 0
+            scores["CLIP embeddings"] = to_rounded_list(features["clip_embeds"].flatten(), digits=5)
         return scores

@@ -3,7 +3,7 @@
 К. М. Казистова, И. Д. Степанов, А. В. Филатов (K. M. Kazistova, I. D. Stepanov, A. V. Filatov), «Создание персонализированных
 генераций изображений», MIPT: images of the same subject, conditioned on several of its images, by every method that can.
 
-Every row generates images of the same held-out subjects; the prompt names class and background, and the reference images show what
+Every row generates images of the same held-out subjects; the prompt contains class noun and background, and the reference images show what
 the subject looks like. Trained rows fine-tune the embedded adapters by leave-one-out training, at one budget, with three seeds each.
 Per-subject methods are fine-tuned on each subject with a seed of its own.
 """
@@ -84,6 +84,8 @@ class PersonalizationStudy(Study):
     }  # fmt: skip
 
     def row_ids(self) -> list[RowId]:
+        """The baselines, the requested methods, every seed of the trained ones with nine references and with one, and the sweep."""
+
         def requested(method: str) -> bool:
             return not self.config.method or method in self.config.method
 
@@ -105,15 +107,19 @@ class PersonalizationStudy(Study):
 
     @property
     def train_data(self) -> str:
+        """Images of mini by subject."""
         return f"mini:{self.budget.num_train_images}x{IMAGES_PER_TRAIN_SUBJECT}"
 
     def final_jobs(self, missing: Sequence[RowId]) -> list[Job]:
+        """The timing, while nothing else is at work."""
         return [methodcaller("time_encoding")] if self.methods_to_time(missing) else []
 
     def cached_method(self, row_id: RowId) -> str:
+        """The method of the adapter that is fine-tuned."""
         return "ip-adapter" if TRAINED_AGGREGATIONS[row_id.method] == BASE_ADAPTER else "ip-adapter-plus"
 
     def method_row(self, row_id: RowId) -> EvalRow:
+        """With the caption of the target, and the row's number of references."""
         b, method, source = self.budget, row_id.method, row_id.method
         if method not in PER_SUBJECT_METHODS:
             source = f"{row_id.slug}={self.checkpoint_path(row_id) if method in TRAINED_AGGREGATIONS else UNTRAINED_ROWS[method]}"
@@ -134,6 +140,7 @@ class PersonalizationStudy(Study):
         )  # fmt: skip
 
     def evaluate_options(self) -> dict[str, Any]:
+        """Data by subject, identity metrics and fine-tuning."""
         b = self.budget
         return {
             "targets_per_subject": b.targets_per_subject, "min_images_per_subject": GALLERY_SIZE + b.targets_per_subject,
@@ -142,6 +149,7 @@ class PersonalizationStudy(Study):
         }  # fmt: skip
 
     def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+        """Also ID similarity, rank-1 identification, and the number of each prompt's subject."""
         scores = super().per_prompt_scores(features, row, worker)
         assert worker.gallery is not None
         embeddings, subjects, centroids = features["id_embeds"], features["group"], worker.gallery.centroids

@@ -311,7 +311,7 @@ def describe_budget(b: PersonalizationBudget) -> str:
         f"Trained rows: leave-one-out training of the embedded adapters, {b.max_train_steps:,} steps × {b.train_batch_size} of "
         f"{b.num_train_images:,} images ({IMAGES_PER_TRAIN_SUBJECT} of each subject: one target, the others references), {b.num_seeds} "
         f"seeds. Every row: {b.num_subjects} held-out subjects × {b.targets_per_subject} target images × {b.num_images_per_prompt}, "
-        f"conditioned on {NUM_REFERENCES} references (1 ref: on one), prompt with class and background, λ = 1, {SCHEDULER} "
+        f"conditioned on {NUM_REFERENCES} references (1 ref: on one), prompt with class noun and background, λ = 1, {SCHEDULER} "
         f"{b.num_inference_steps} steps, guidance scale {GUIDANCE_SCALE:g}. Without training: {pooled}."
     )
 

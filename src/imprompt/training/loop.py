@@ -64,7 +64,7 @@ def run_training_loop(
             images_per_second = (state.step - first_step) * trainer.images_per_step / (time.monotonic() - start_time)
             step = TrainStep(
                 state.step, trainer.max_steps, loss, lr, grad_norm, images_per_second, state.nonfinite_steps,
-                context.error_budget.failed, validation, adapter_path,
+                context.loader.error_budget.failed, validation, adapter_path,
             )  # fmt: skip
             log_to_trackers(accelerator, step)
             yield step

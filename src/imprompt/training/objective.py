@@ -57,16 +57,9 @@ def compute_loss(
 
 
 def denoising_error(
-    method: Denoiser,
-    unet: UNet2DConditionModel,
-    schedule: NoiseSchedule,
-    batch: TrainingBatch,
-    timesteps: Tensor,
-    randomness: BatchRandomness,
-    *,
-    noise_offset: float = 0.0,
-    snr_gamma: float = 0.0,
-) -> Tensor:
+    method: Denoiser, unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: TrainingBatch, timesteps: Tensor,
+    randomness: BatchRandomness, *, noise_offset: float = 0.0, snr_gamma: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The squared error of the prediction for each image, averaged within the batch's mask: (batch,), in float32.
 
     timesteps: (batch,), indices into the noise schedule. snr_gamma: γ of the min-SNR weight; 0 for none.

@@ -257,15 +257,9 @@ def make_transform_config(config: DataConfig, pipe: UNetPipeline, min_distinct_r
     resolution = config.resolution or native_resolution(pipe)
     check_size(pipe, resolution, resolution)
     return TransformConfig(
-        resolution=resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        aspect_ratio_bucketing=config.aspect_ratio_bucketing,
+        resolution, center_crop=config.center_crop, random_flip=config.random_flip, aspect_ratio_bucketing=config.aspect_ratio_bucketing,
         size_multiple=pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1),
-        independent_reference_crop=config.independent_reference_crop,
-        reference_augmentation=config.reference_augmentation,
-        num_references=config.num_references,
-        min_distinct_references=min_distinct_references,
-        min_image_size=config.min_image_size,
+        independent_reference_crop=config.independent_reference_crop, reference_augmentation=config.reference_augmentation,
+        num_references=config.num_references, min_distinct_references=min_distinct_references, min_image_size=config.min_image_size,
         default_caption=config.default_caption,
-    )
+    )  # fmt: skip

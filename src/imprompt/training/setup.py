@@ -21,7 +21,7 @@ from imprompt.data.dreambooth import DreamBoothDataset
 from imprompt.data.feature_cache import CachedSample, CachedSubjects, FeatureCache, SampleRef
 from imprompt.data.loader import READ_ERRORS, ErrorBudget, Loader
 from imprompt.data.readers import MiniWorld, WebDatasetShards, open_data
-from imprompt.data.records import MapRecords, Record, Records, Subset
+from imprompt.data.records import MapRecords, Record, Records, ShardRecords, Subset
 from imprompt.data.subjects import SubjectDataset, split_subjects
 from imprompt.data.transforms import Example, TransformConfig, collate, load_example
 from imprompt.errors import UserError
@@ -44,6 +44,7 @@ from imprompt.utils.protocols import UNetPipeline
 
 VALIDATION_SEED = 7_919  # selects the validation images
 MAX_SUBJECT_IMAGES = 1_000
+Pretrained = tuple[Adapter, AdapterSpec]
 
 
 class ValidationSet(NamedTuple):
@@ -67,7 +68,6 @@ class TrainingContext:
     noise_schedule: NoiseSchedule
     loader: Loader[Any]
     make_batch: Callable[[list[Any]], TrainingBatch]  # encodes items of the loader; the batch is on the device
-    error_budget: ErrorBudget
     uncond: UncondInputs
     validation_set: ValidationSet
     metadata: dict[str, str]  # of the adapter files
@@ -114,9 +114,7 @@ class DataSource:
         )
 
     @classmethod
-    def from_cache(
-        cls, cache: FeatureCache, encoders: FrozenEncoders, dtype: torch.dtype, num_references: int, subjects: SubjectConfig
-    ) -> "DataSource":
+    def from_cache(cls, cache: FeatureCache, encoders: FrozenEncoders, num_references: int, subjects: SubjectConfig) -> "DataSource":
         """Samples of a feature cache, whose images are decoded from their latents; by subject, references are chosen here."""
 
         def load_sample(ref: SampleRef, seed: int) -> CachedSample:
@@ -124,7 +122,7 @@ class DataSource:
                 return cache.load_sample(ref.sample_index, seed)
             return cache.load_with_references(ref, seed, num_references, subjects.min_distinct_references)
 
-        min_images = subjects.min_images_per_subject
+        min_images, dtype = subjects.min_images_per_subject, encoders.pipe.unet.dtype
         return cls(
             cast(Records, CachedSubjects(cache, min_images) if min_images else cache),
             load_sample,
@@ -154,10 +152,31 @@ class OpenedData(NamedTuple):
     images: Records | None  # None where there is only a feature cache
 
 
+class RunFolder(NamedTuple):
+    """The folder of a run."""
+
+    path: Path
+    is_resumed: bool
+    is_main_process: bool
+
+    def check_manifest(self, name: str, manifest: Mapping[str, object], options: str) -> None:
+        """Record what is trained on. Raises UserError, naming the options, where the run that is resumed had another manifest."""
+        path, text = self.path / name, json.dumps(manifest, indent=1)
+        if not self.is_main_process:
+            return
+        if self.is_resumed and path.is_file() and path.read_text("utf-8") != text:
+            raise UserError(
+                f"the run in {self.path} was started with other subjects; use {options} that it was started with, another --output-dir, "
+                "or --resume-from-checkpoint never"
+            )
+        write_file(path, text)
+
+
 def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num_processes: int = 1) -> TrainingContext:
     """Open the data and load all models of a run. Raises UserError, with what to do next, where something does not fit together."""
     seed, model, subjects = config.runtime.seed, config.pipeline.model, config.subjects
-    output_dir, resumes = open_output_dir(config.output_dir, config.checkpointing)
+    by_subject, batch_size = bool(subjects.min_images_per_subject), config.optimization.train_batch_size
+    folder = open_run_folder(config.output_dir, config.checkpointing, rank)
     data = open_training_data(config.dataset.data, config.feature_cache, subjects)
     pipe = load_base_model(config.pipeline, config.runtime, device)
     pretrained = load_pretrained_adapter(config.adapter, config.method) if config.adapter else None
@@ -165,24 +184,19 @@ def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num
     torch.manual_seed(seed)
     method = build_trainable_method(config.method, pipe, image_encoder, pretrained, config.finetuning, subjects.aggregation)
     if config.per_subject:
-        dataset = build_dreambooth_dataset(data.images, method, pipe, model, config.finetuning, output_dir)
-        data = data._replace(images=dataset)
-        if rank == 0:
-            check_same_subject(output_dir, dataset, config.finetuning, resumes=resumes)
+        data = data._replace(images=build_dreambooth_dataset(data.images, method, pipe, model, config.finetuning, folder))
     encoders = make_frozen_encoders(pipe, method)
     if data.cache:
-        check_cache_encoders(data.cache, encoders, config.method, model, by_subject=bool(subjects.min_images_per_subject))
+        check_cache_encoders(data.cache, encoders, config.method, model, by_subject=by_subject)
     source, validation_source = make_data_sources(data, encoders, config.dataset, subjects)
-    num_images = config.validation.num_validation_images
-    validation_records, train_records = split_validation(validation_source.records, num_images, subjects.test_fraction, seed)
-    if source is not validation_source:
-        train_records = source.records
-    if subjects.min_images_per_subject and rank == 0:
-        check_same_split(output_dir, source.records, train_records, subjects, seed, resumes=resumes)
-    batch_size, is_test_split = config.optimization.train_batch_size, bool(subjects.min_images_per_subject)
-    validation_set = validation_source.make_validation_set(validation_records, batch_size, is_test_split=is_test_split)
-    log = output_dir / f"unreadable-{rank}.tsv"
-    error_budget = make_error_budget(config.dataset.max_unreadable_fraction, log, data.images, train_records)
+    num_images, test_fraction = config.validation.num_validation_images, subjects.test_fraction
+    validation_records, train_records = split_validation(validation_source.records, num_images, test_fraction, seed)
+    train_records = train_records if source is validation_source else source.records
+    if by_subject:
+        check_same_split(folder, source.records, train_records, subjects, seed)
+    validation_set = validation_source.make_validation_set(validation_records, batch_size, is_test_split=by_subject)
+    error_budget = ErrorBudget(config.dataset.max_unreadable_fraction, folder.path / f"unreadable-{rank}.tsv")
+    report_unreadable(data.images, train_records, error_budget)
     loader: Loader[Any] = Loader(
         train_records, source.make_item, batch_size=batch_size, seed=seed, rank=rank, world_size=num_processes,
         workers=config.dataset.dataloader_num_workers, error_budget=error_budget, batch_key=lambda item: item.shape,
@@ -193,40 +207,37 @@ def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num
         encoders.offload()
     metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": Path(data.name).name}
     return TrainingContext(
-        pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, error_budget, uncond, validation_set,
+        pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, uncond, validation_set,
         metadata | method.metadata,
     )  # fmt: skip
 
 
-def open_output_dir(path: str, config: CheckpointConfig) -> tuple[Path, bool]:
-    """The folder of a run, and whether a run in it is resumed. Raises UserError where it cannot be."""
+def open_run_folder(path: str, config: CheckpointConfig, rank: int) -> RunFolder:
+    """The folder of a new or resumed run. Raises UserError where nothing can be written to it, or its run cannot be resumed."""
     folder = ensure_writable_folder(path)
-    resumes = config.resume_from_checkpoint == "latest" and bool(list_checkpoints(folder))
-    if resumes:
+    is_resumed = config.resume_from_checkpoint == "latest" and bool(list_checkpoints(folder))
+    if is_resumed:
         check_state_version(folder)
-    return folder, resumes
+    return RunFolder(folder, is_resumed, rank == 0)
 
 
 def open_training_data(data: str, feature_cache: str | None, subjects: SubjectConfig) -> OpenedData:
-    """Open the feature cache or the images; both for a cache of mini, because the validation images of mini are not in it."""
+    """Open the feature cache or the images; both for a cache of mini, because the validation images of mini are not in it.
+
+    By subject, raises UserError for a stream, in which the images of a subject are far apart.
+    """
     cache = FeatureCache(feature_cache) if feature_cache else None
-    name = cache.manifest["data"] if cache else data
+    name, min_images = cache.manifest["data"] if cache else data, subjects.min_images_per_subject
     images = open_data(name) if cache is None or is_mini_data(name) else None
-    if subjects.min_images_per_subject and is_mini_data(name) and subjects.test_fraction:
+    if min_images and is_mini_data(name) and subjects.test_fraction:
         raise UserError("test_fraction: mini has a fixed test split; remove --test-fraction")
-    if images is not None and subjects.min_images_per_subject:
-        images = group_by_subject(images, subjects.min_images_per_subject)
+    if min_images and images is not None:
+        if isinstance(images, ShardRecords):
+            raise UserError(
+                "min_images_per_subject: needs data with random access, received shards; encode them with --feature-cache FOLDER"
+            )
+        images = SubjectDataset(images, min_images)
     return OpenedData(name, cache, images)
-
-
-def group_by_subject(records: Records, min_images: int) -> SubjectDataset:
-    """The records by subject. Raises UserError for a stream, in which the images of a subject are far apart."""
-    if not isinstance(records, MapRecords):
-        raise UserError(
-            "min_images_per_subject: shards are read as a stream, in which the images of a subject are far apart; "
-            "encode them with --feature-cache FOLDER"
-        )
-    return SubjectDataset(records, min_images)
 
 
 def load_base_model(config: PipelineConfig, runtime: RuntimeConfig, device: torch.device) -> UNetPipeline:
@@ -240,7 +251,7 @@ def load_base_model(config: PipelineConfig, runtime: RuntimeConfig, device: torc
     return pipe
 
 
-def load_pretrained_adapter(source: str, method: str) -> tuple[Adapter, AdapterSpec]:
+def load_pretrained_adapter(source: str, method: str) -> Pretrained:
     """An adapter to fine-tune. Raises UserError where it is not one of this method."""
     if METHODS[method].adapter_type is None:
         raise UserError(f"method: expected one of the ip-adapter family to fine-tune an adapter, received {method!r}")
@@ -251,9 +262,7 @@ def load_pretrained_adapter(source: str, method: str) -> tuple[Adapter, AdapterS
     return adapter, spec
 
 
-def load_image_encoder(
-    model: str, image_encoder: str | None, pretrained: tuple[Adapter, AdapterSpec] | None, pipe: UNetPipeline
-) -> ImageEncoder:
+def load_image_encoder(model: str, image_encoder: str | None, pretrained: Pretrained | None, pipe: UNetPipeline) -> ImageEncoder:
     """The image encoder that was named, or the one of the base model or the adapter, on the device of the UNet and in its dtype."""
     encoder = resolve_image_encoder(model, image_encoder, pretrained[1] if pretrained else None)
     encoder.model.to(pipe.unet.device, pipe.unet.dtype)  # type: ignore[arg-type]
@@ -261,13 +270,9 @@ def load_image_encoder(
 
 
 def build_trainable_method(
-    name: str,
-    pipe: UNetPipeline,
-    image_encoder: ImageEncoder | None,
-    pretrained: tuple[Adapter, AdapterSpec] | None,
-    finetuning: FinetuningConfig,
+    name: str, pipe: UNetPipeline, image_encoder: ImageEncoder | None, pretrained: Pretrained | None, config: FinetuningConfig,
     aggregation: str,
-) -> Method:
+) -> Method:  # fmt: skip
     """The method with new weights, or with those of an adapter. Raises UserError where it does not fit base model or encoder."""
     if pretrained and image_encoder:
         adapter, spec = pretrained
@@ -275,97 +280,73 @@ def build_trainable_method(
         check_compatible(adapter, pipe.unet)
         method: Method = IPAdapter(pipe.unet, image_encoder, adapter)
     elif name == "inversion":
-        method = TextualInversion.create(pipe, finetuning.class_noun, finetuning.instance_token)
+        method = TextualInversion.create(pipe, config.class_noun, config.instance_token)
     else:
         method = build_method(name, pipe, image_encoder)
     if aggregation != "auto":
         cast(IPAdapter, method).set_aggregator(aggregation)
     if METHODS[name].per_subject:
-        method.metadata |= {"noun": finetuning.class_noun, "token": finetuning.instance_token}
+        method.metadata |= {"noun": config.class_noun, "token": config.instance_token}
     method.module.to(pipe.unet.device).requires_grad_(True)
     return method
 
 
 def make_frozen_encoders(pipe: UNetPipeline, method: Method) -> FrozenEncoders:
-    """The encoders of the base model, with the image encoder that the method reads."""
+    """The encoders of the base model, with the feature encoder of the method."""
     inversion = method if isinstance(method, TextualInversion) else None
     return FrozenEncoders(pipe, method.encoder, patches=method.uses_patch_features, inversion=inversion)
 
 
 def build_dreambooth_dataset(
-    images: Records | None, method: Method, pipe: UNetPipeline, model: str, config: FinetuningConfig, output_dir: Path
+    images: Records | None, method: Method, pipe: UNetPipeline, model: str, config: FinetuningConfig, folder: RunFolder
 ) -> DreamBoothDataset:
     """Images of one subject, and images of its class, of which the base model generates those that do not exist yet."""
-    purpose = f"{method.name} is fine-tuned on a few images of one subject"
-    if not isinstance(images, MapRecords):
-        raise UserError(f"{purpose}: expected a folder or a list of them")
-    if len(images) > MAX_SUBJECT_IMAGES:
-        raise UserError(f"{purpose}: expected at most {MAX_SUBJECT_IMAGES}, received {len(images)}")
+    if not isinstance(images, MapRecords) or len(images) > MAX_SUBJECT_IMAGES:
+        received = f"{len(images)} images" if isinstance(images, MapRecords) else "a stream of shards"
+        expected = f"a folder or a list of them, at most {MAX_SUBJECT_IMAGES}"
+        raise UserError(f"{method.name} is fine-tuned on a few images of one subject: expected {expected}; received {received}")
     class_images: list[Path] = []
-    is_inversion = isinstance(method, TextualInversion)
-    if config.num_class_images > 0 and not is_inversion:
-        folder = ensure_writable_folder(config.class_data_dir or output_dir / "class")
-        class_images = list(generate_class_images(pipe, model, config.class_noun, config.num_class_images, folder))
-    prompt = format_instance_prompt(config.instance_token, "" if is_inversion else config.class_noun)
+    if config.num_class_images > 0 and method.name != "inversion":
+        class_folder = ensure_writable_folder(config.class_data_dir or folder.path / "class")
+        class_images = list(generate_class_images(pipe, model, config.class_noun, config.num_class_images, class_folder))
+    prompt = format_instance_prompt(config.instance_token, "" if method.name == "inversion" else config.class_noun)
     instance_images = [images[i].target for i in range(len(images))]
     class_prompt = format_class_prompt(config.class_noun)
-    return DreamBoothDataset(instance_images, prompt, class_images, class_prompt, config.prior_loss_weight)
+    dataset = DreamBoothDataset(instance_images, prompt, class_images, class_prompt, config.prior_loss_weight)
+    manifest = {"class_noun": config.class_noun, "instance_token": config.instance_token, "images": dataset.image_checksums()}
+    folder.check_manifest("subject.json", manifest, "the images, --class-noun and --instance-token")
+    return dataset
 
 
 def make_data_sources(
     data: OpenedData, encoders: FrozenEncoders, config: DataConfig, subjects: SubjectConfig
 ) -> tuple[DataSource, DataSource]:
     """The source of the training, and that of the validation: the images, where there are any, otherwise the same."""
-    image_source = None
     transform = make_transform_config(config, encoders.pipe, subjects.min_distinct_references)
-    if data.images is not None:
-        image_source = DataSource.from_images(data.images, transform, encoders)
-    if data.cache is None:
-        return cast(DataSource, image_source), cast(DataSource, image_source)
-    source = DataSource.from_cache(data.cache, encoders, encoders.pipe.unet.dtype, config.num_references, subjects)
+    image_source = None if data.images is None else DataSource.from_images(data.images, transform, encoders)
+    source = DataSource.from_cache(data.cache, encoders, config.num_references, subjects) if data.cache else cast(DataSource, image_source)
     return source, image_source or source
 
 
-def make_error_budget(max_fraction: float, log: Path, images: Records | None, train_records: Records) -> ErrorBudget:
-    """The budget of unreadable records, with those that were found when the images were grouped by subject."""
-    budget = ErrorBudget(max_fraction, log)
+def report_unreadable(images: Records | None, train_records: Records, error_budget: ErrorBudget) -> None:
+    """Count the records that were unreadable when they were grouped by subject, and those that will be when shards are read."""
     if isinstance(images, SubjectDataset) and images.unreadable:
-        budget.total += len(images.records) - len(images.unreadable)
+        error_budget.total += len(images.records) - len(images.unreadable)
         for key, reason in images.unreadable.items():
-            budget.record_failure(key, reason)
+            error_budget.record_failure(key, reason)
     if isinstance(train_records, WebDatasetShards):
-        train_records.on_unreadable = budget.record_failure
-    return budget
+        train_records.on_unreadable = error_budget.record_failure
 
 
-def check_same_subject(folder: Path, dataset: DreamBoothDataset, config: FinetuningConfig, *, resumes: bool) -> None:
-    """Record what a per-subject method is fine-tuned on. Raises UserError where the run that is resumed had another subject."""
-    manifest = {"class_noun": config.class_noun, "instance_token": config.instance_token, "images": dataset.image_checksums()}
-    _check_same_run(folder / "subject.json", manifest, "the images, --class-noun and --instance-token", resumes=resumes)
-
-
-def check_same_split(folder: Path, records: Records, train_records: Records, config: SubjectConfig, seed: int, *, resumes: bool) -> None:
+def check_same_split(folder: RunFolder, records: Records, train_records: Records, config: SubjectConfig, seed: int) -> None:
     """Record which subjects are trained and tested on. Raises UserError where the run that is resumed had another split."""
     train_subjects = sorted(cast(SubjectDataset, train_records).subjects)
     test_subjects = sorted(set(cast(SubjectDataset, records).subjects) - set(train_subjects))
-    manifest: dict[str, object] = {
-        "min_images_per_subject": config.min_images_per_subject,
-        "test_fraction": config.test_fraction,
-        "seed": seed,
-    }
-    manifest |= {"train": train_subjects, "test": test_subjects}
-    options = "the data, --min-images-per-subject, --test-fraction and --seed"
-    _check_same_run(folder / "subjects.json", manifest, options, resumes=resumes)
-
-
-def _check_same_run(path: Path, manifest: Mapping[str, object], options: str, *, resumes: bool) -> None:
-    text = json.dumps(manifest, indent=1)
-    if resumes and path.is_file() and path.read_text("utf-8") != text:
-        raise UserError(
-            f"the run in {path.parent} was started with other subjects; use {options} that it was started with, "
-            "another --output-dir, or --resume-from-checkpoint never"
-        )
-    write_file(path, text)
+    manifest = {
+        "min_images_per_subject": config.min_images_per_subject, "test_fraction": config.test_fraction, "seed": seed,
+        "train": train_subjects, "test": test_subjects,
+    }  # fmt: skip
+    folder.check_manifest("subjects.json", manifest, "the data, --min-images-per-subject, --test-fraction and --seed")
 
 
 def split_validation(records: Records, num_images: int, test_fraction: float, seed: int) -> tuple[list[Record], Records]:

@@ -36,17 +36,28 @@ class ImagePromptLike(Protocol):
     """What is needed of an image prompt to attach it to a UNet."""
 
     @property
-    def adapter(self) -> Adapter: ...
+    def adapter(self) -> Adapter:
+        """The adapter that computes its keys and values."""
+        ...
+
     @property
-    def scale(self) -> Scale: ...
+    def scale(self) -> Scale:
+        """λ, of all layers or by block."""
+        ...
+
     @property
     def mask(self) -> Tensor | None:
         """(height, width) in 0 … 1, or None for 1 everywhere."""
 
     @property
-    def start_at(self) -> float: ...
+    def start_at(self) -> float:
+        """The beginning of the conditioning window as a fraction of denoising, 0 … 1."""
+        ...
+
     @property
-    def end_at(self) -> float: ...
+    def end_at(self) -> float:
+        """The end of the conditioning window."""
+        ...
 
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """For each layer n the keys and values of the unconditional embedding and of the image: (1 or prompts, tokens, hidden)."""

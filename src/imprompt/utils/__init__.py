@@ -1,1 +1,1 @@
-"""Helpers that know nothing of diffusion: files, images, HTML, memory, plots, statistics."""
+"""Helpers that do not depend on the rest of the package: files, images, HTML, plots, statistics, memory, protocols."""

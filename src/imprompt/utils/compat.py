@@ -1,24 +1,44 @@
-"""Interfaces of other libraries that are private, in one place: an upgrade that removes one breaks here, and `tests/test_compat.py` names it."""
+"""Private interfaces of other libraries, in one place: an upgrade that removes one breaks here, and `tests/test_compat.py` names it."""
 
+import os
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from imprompt.errors import UserError
+
 ConvGeometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
 
+CPU_BF16_VARIABLE = "IMPROMPT_CPU_BF16"
 _PREPACKING_OPS = ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight", "_linear_pointwise")
 
 
 def cpu_supports_bfloat16() -> bool:
-    """Whether oneDNN computes in bfloat16 on this CPU (AVX512 or newer)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether bfloat16 is worth choosing on the CPU: it has instructions for it (AVX512-BF16, AVX-NE-CONVERT, AMX, or ARM's).
+
+    The environment variable IMPROMPT_CPU_BF16 overrides this: `on`, `off`, or `auto`, the default. Switched on where the CPU
+    has no such instructions, bfloat16 is emulated: correct, and many times slower. Raises UserError for any other value.
+    """
+    setting = os.environ.get(CPU_BF16_VARIABLE) or "auto"
+    if setting not in ("auto", "on", "off"):
+        raise UserError(f"{CPU_BF16_VARIABLE}: expected auto, on or off, received {setting!r}")
+    if setting != "auto":
+        return setting == "on"
+    # oneDNN also takes bfloat16 on CPUs with AVX-512 alone, where it is emulated: mini takes twice the time of float32.
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return has_bfloat16_kernels() and not emulated
+
+
+def has_bfloat16_kernels() -> bool:
+    """Whether oneDNN's operators take bfloat16 on this CPU at all; no variable overrides this."""
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_prepacking_ops() -> bool:
-    """Whether this build of torch has the oneDNN operators below, which its own compiler uses."""
-    return all(hasattr(torch.ops.mkldnn, name) for name in _PREPACKING_OPS)
+    """Whether this build of torch has the oneDNN operators below, which its own compiler uses, with kernels for bfloat16."""
+    return has_bfloat16_kernels() and all(hasattr(torch.ops.mkldnn, name) for name in _PREPACKING_OPS)
 
 
 def reorder_conv_weight(weight: Tensor, geometry: ConvGeometry, input_shape: Sequence[int]) -> Tensor:

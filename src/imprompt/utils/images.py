@@ -19,7 +19,7 @@ ImageInput = str | Path | bytes | Image.Image  # bytes are the content of a file
 
 
 def open_image(source: ImageInput) -> Image.Image:
-    """Open an image as 8-bit RGB, rotated as its EXIF orientation says.
+    """Open an image as 8-bit RGB, rotated by its EXIF orientation.
 
     Transparency is composited on white, 16-bit gray is scaled, CMYK converted, and the first frame of an animation used.
     Raises ImageError where the file is missing, not an image, damaged, empty or larger than MAX_PIXELS.
@@ -64,7 +64,7 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB, rotated as its EXIF orientation says. Raises ImageError for an empty image."""
+    """The image as 8-bit RGB, rotated by its EXIF orientation. Raises ImageError for an empty image."""
     if 0 in image.size:
         raise ImageError(f"an image of {image.width} × {image.height} pixels is empty")
     image = ImageOps.exif_transpose(image)

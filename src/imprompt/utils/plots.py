@@ -2,9 +2,12 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from imprompt.utils.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Curve = Sequence[tuple[float, Interval | float]]  # points of x and y
 _MAX_MARKED_POINTS = 40  # of a curve without intervals; beyond, markers would merge
@@ -37,7 +40,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], xlabel: str, xticks: 
     return buffer.getvalue()
 
 
-def _plot_curve(axis: Any, name: str, curve: Curve, offset: float) -> None:
+def _plot_curve(axis: "Axes", name: str, curve: Curve, offset: float) -> None:
     """One curve; with intervals it is shifted by `offset` along x, so that no interval hides another."""
     values = [y if isinstance(y, Interval) else Interval(y, y, y) for _, y in curve]
     if all(isinstance(y, Interval) for _, y in curve):

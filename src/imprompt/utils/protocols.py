@@ -21,7 +21,16 @@ class UNetPipeline(Protocol):
     vae_scale_factor: int
     image_processor: "VaeImageProcessor"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]: ...
-    def to(self, *args: Any, **kwargs: Any) -> Self: ...
-    def set_progress_bar_config(self, **kwargs: Any) -> None: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample images; returns an output with `images`."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """Text embeddings of prompts and negative prompts; SDXL also returns pooled ones."""
+        ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move every model to a device or data type."""
+        ...
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of tqdm for the denoising steps."""

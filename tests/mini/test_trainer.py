@@ -17,7 +17,7 @@ class Line(nn.Module):
         self.layer = layer or nn.Linear(3, 1)
         self.stop_at = None
 
-    def loss(self, step):
+    def compute_loss(self, step):
         if step == self.stop_at:
             raise KeyboardInterrupt
         x = torch.randn(PLAN.batch_size, 3, generator=make_step_generator("line", step))
@@ -28,7 +28,7 @@ def train(folder, stop_at=None, plan=PLAN):
     torch.manual_seed(1)
     module = Line(nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)) if plan.muon_lr else None)
     module.stop_at = stop_at
-    train_module(plan, module, module.loss, folder, lambda *_: None, save_seconds=0)
+    train_module(plan, module, module.compute_loss, folder, lambda *_: None, save_seconds=0)
     return nn.utils.parameters_to_vector(module.layer.parameters()).detach()
 
 
@@ -70,4 +70,4 @@ def test_a_part_that_the_loss_does_not_reach_is_named(tmp_path):
     module = Line(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)))
     module.layer[1].register_forward_pre_hook(lambda layer, args: args[0].detach())
     with pytest.raises(RuntimeError, match=r"layer\.0\.weight among them"):
-        train_module(PLAN, module, module.loss, tmp_path, lambda *_: None)
+        train_module(PLAN, module, module.compute_loss, tmp_path, lambda *_: None)
