@@ -28,7 +28,7 @@ from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
 from imprompt.utils.images import open_image
 
 # The embedded adapter of each method on mini; the others aggregate the tokens of its base adapter.
-BUNDLED_ADAPTERS = {
+ADAPTER_OF_METHOD = {
     "attention": "mini-subject", "average-tokens": "mini-plus", "max-tokens": "mini-plus", "joint": "mini-plus",
 }  # fmt: skip
 TRAINED_AGGREGATIONS = {"attention": ("attention-tokens", "attention"), "self-attention": ("self-attention",)}  # in the adapter's file
@@ -137,7 +137,7 @@ def image_prompt_config(config: PersonalizeConfig, images: Sequence[Image.Image]
     """The subject as an image prompt, or as the checkpoint that was fine-tuned on it. Raises UserError without a suitable adapter."""
     if config.finetunes:
         return ImagePromptConfig(adapter=f"{config.finetune_dir}/adapter.safetensors", scale=config.scale)
-    default = BUNDLED_ADAPTERS.get(config.method, "mini") if config.pipeline.is_mini else None
+    default = ADAPTER_OF_METHOD.get(config.method, "mini") if config.pipeline.is_mini else None
     adapter = config.adapter or default
     trained = config.method in TRAINED_AGGREGATIONS
     if trained:
@@ -151,7 +151,7 @@ def image_prompt_config(config: PersonalizeConfig, images: Sequence[Image.Image]
 def _check_aggregation(method: str, adapter: str | None, *, given: bool) -> None:
     """Raise UserError for an adapter without the trained aggregation that the method needs."""
     accepted = TRAINED_AGGREGATIONS[method]
-    if adapter is None or (method not in BUNDLED_ADAPTERS and not given):
+    if adapter is None or (method not in ADAPTER_OF_METHOD and not given):
         raise UserError(
             f"{method} has trained weights: name an adapter that has them with --adapter "
             f"(imprompt train --min-images-per-subject 10 --aggregation {accepted[0]}), or take average"

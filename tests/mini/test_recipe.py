@@ -85,14 +85,14 @@ def test_the_classifier_reads_every_attribute(built):
 @pytest.mark.parametrize("name", ADAPTER_PARTS)
 def test_the_shipped_adapters_have_the_options_of_their_configuration(name):
     config = TrainConfig.from_options(**read_toml(CONFIGS / f"{name}.toml"))
-    subject = name == "adapter-subject"
+    by_subject = name == "adapter-subject"
     assert (config.pipeline.model, config.dataset.data, config.adapter) == (
         "mini",
-        "mini:12000x10" if subject else "mini",
-        "mini-plus" if subject else None,
+        "mini:12000x10" if by_subject else "mini",
+        "mini-plus" if by_subject else None,
     )
     assert checkpoints.load_adapter(hub.MINI_PATH / f"{name}.safetensors")[0].aggregator.name == (
-        "attention-tokens" if subject else "concat"
+        "attention-tokens" if by_subject else "concat"
     )
     assert (
         checkpoints.detect_spec(*checkpoints.read_adapter_file(hub.MINI_PATH / f"{name}.safetensors"))

@@ -39,15 +39,15 @@ def build_app() -> App:
         name="imprompt", help="Image prompts for text-to-image diffusion models.", version=__version__, help_format="plaintext",
         default_parameter=Parameter(negative_iterable=(), negative_none=()),
     )  # fmt: skip
-    _add_command(app, "generate", config.GenerateConfig, "generate:run")
-    _add_command(app, "personalize", config.PersonalizeConfig, "personalize:run")
-    _add_command(app, "train", config.TrainConfig, "train:run")
-    _add_command(app, "encode", config.EncodeConfig, "train:encode")
-    _add_command(app, "evaluate", config.EvaluateConfig, "evaluate:run")
-    _add_command(app, "reproduce", config.ReproduceConfig, "evaluate:reproduce")
+    _add_command(app, "generate", config.GenerateConfig, "generate:run_generate")
+    _add_command(app, "personalize", config.PersonalizeConfig, "personalize:run_personalize")
+    _add_command(app, "train", config.TrainConfig, "train:run_train")
+    _add_command(app, "encode", config.EncodeConfig, "train:run_encode")
+    _add_command(app, "evaluate", config.EvaluateConfig, "evaluate:run_evaluate")
+    _add_command(app, "reproduce", config.ReproduceConfig, "evaluate:run_reproduce")
     data = App(name="data", help="Look at training data.")
     app.command(data)
-    _add_command(data, "validate", config.ValidateDataConfig, "data:validate")
+    _add_command(data, "validate", config.ValidateDataConfig, "data:run_validate_data")
 
     @app.command
     def inspect(file: str, /, *, json: bool = False) -> None:
@@ -58,7 +58,7 @@ def build_app() -> App:
         json
             print the result as JSON
         """
-        _entry_point("files:inspect")(file, json=json)
+        _entry_point("files:run_inspect")(file, json=json)
 
     @app.command
     def convert(source: str, target: str, /, *, without_aggregator: bool = False) -> None:
@@ -71,7 +71,7 @@ def build_app() -> App:
         without_aggregator
             only what every reader knows: without the trained aggregation of several references
         """
-        _entry_point("files:convert")(source, target, without_aggregator=without_aggregator)
+        _entry_point("files:run_convert")(source, target, without_aggregator=without_aggregator)
 
     app.command(_mini_app())
     return app

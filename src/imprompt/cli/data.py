@@ -13,7 +13,7 @@ from imprompt.errors import UserError
 from imprompt.utils.files import ensure_writable_folder
 
 
-def validate(config: ValidateDataConfig, *, json: bool) -> None:
+def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
     """Read, count and compare every record once; write the report. An error where no record can be used."""
     from imprompt.data.report import analyze_dataset
 

@@ -4,10 +4,10 @@ from imprompt.cli.console import progress_bar, silence_third_party_logs
 from imprompt.cli.generate import print_json
 from imprompt.config import EvaluateConfig, ReproduceConfig
 
-MAX_LISTED = 5  # skipped prompts that are listed for each row
+MAX_LISTED_PROMPTS = 5  # skipped prompts that are listed for each row
 
 
-def run(config: EvaluateConfig, *, json: bool) -> None:
+def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
     """Generate, compute metrics, and print where the report is."""
     config = config.with_defaults()
     silence_third_party_logs()
@@ -31,14 +31,14 @@ def run(config: EvaluateConfig, *, json: bool) -> None:
     print(report.scores_to_markdown([score for score in scores if not score.sweep_of]))
     for row in worker.rows:
         skipped = worker.load_features(row).skipped
-        for name, reason in list(skipped.items())[:MAX_LISTED]:
+        for name, reason in list(skipped.items())[:MAX_LISTED_PROMPTS]:
             print(f"skipped in {row.name}: prompt {name}: {reason}")
         if skipped and row.source == "copy":
             print(f"once they are repaired, delete {worker.output_dir} or choose another --output-dir")
     print(page)
 
 
-def reproduce(config: ReproduceConfig, *, json: bool) -> None:
+def run_reproduce(config: ReproduceConfig, *, json: bool) -> None:
     """Do what is missing, and print the claims with their verdicts."""
     silence_third_party_logs()
     with progress_bar("reproducing", show=not json) as progress:

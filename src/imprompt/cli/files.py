@@ -7,7 +7,7 @@ from rich.text import Text
 from imprompt.cli.generate import print_json
 
 
-def inspect(file: str, *, json: bool) -> None:
+def run_inspect(file: str, *, json: bool) -> None:
     """Print type, tokens, layers, base family, encoder and parameters of an adapter file."""
     from imprompt.models.checkpoints import detect_spec, read_adapter_file
 
@@ -32,7 +32,7 @@ def inspect(file: str, *, json: bool) -> None:
     Console().print(table)
 
 
-def convert(source: str, target: str, *, without_aggregator: bool) -> None:
+def run_convert(source: str, target: str, *, without_aggregator: bool) -> None:
     """Rewrite an adapter file."""
     from imprompt.models import checkpoints
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imprompt.generation.generate import GeneratedImage
 
 
-def run(config: GenerateConfig, *, json: bool) -> None:
+def run_generate(config: GenerateConfig, *, json: bool) -> None:
     """Generate, write each image with its settings in the metadata and a contact sheet, and print where they are."""
     folder = ensure_writable_folder(config.output.output_dir)
     with progress_bar("generating", show=not json) as progress:

@@ -9,7 +9,7 @@ from imprompt.config import PersonalizeConfig
 from imprompt.utils.files import ensure_writable_folder
 
 
-def run(config: PersonalizeConfig, *, json: bool) -> None:
+def run_personalize(config: PersonalizeConfig, *, json: bool) -> None:
     """Fine-tune where the method does, generate from each prompt, and print where the contact sheet is."""
     folder = ensure_writable_folder(config.output.output_dir)
     silence_third_party_logs(loading=config.pipeline.is_mini or Path(config.pipeline.model).is_dir())

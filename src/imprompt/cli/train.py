@@ -10,10 +10,10 @@ from imprompt.cli.generate import print_json
 from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import EncodeConfig, TrainConfig
 
-MAX_LISTED = 10  # skipped records that are listed
+MAX_LISTED_RECORDS = 10  # skipped records that are listed
 
 
-def run(config: TrainConfig, *, json: bool) -> None:
+def run_train(config: TrainConfig, *, json: bool) -> None:
     """Train, show rate and metrics, and print where the adapter is."""
     config = config.with_defaults()
     if (config.runtime.num_processes > 1 or config.runtime.deepspeed) and "LOCAL_RANK" not in os.environ:
@@ -65,7 +65,7 @@ def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> 
     return last
 
 
-def encode(config: EncodeConfig, *, json: bool) -> None:
+def run_encode(config: EncodeConfig, *, json: bool) -> None:
     """Fill a feature cache, and print what is in it."""
     config = config.with_defaults()
     rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -84,10 +84,10 @@ def encode(config: EncodeConfig, *, json: bool) -> None:
         print_json(**cache)
         return
     print(f"{config.output_dir}: {cache['records']:,} records in {cache['chunks']:,} chunks, {cache['bytes'] / 2**20:,.0f} MiB")
-    for key, reason in list(cache["unreadable"].items())[:MAX_LISTED]:
+    for key, reason in list(cache["unreadable"].items())[:MAX_LISTED_RECORDS]:
         print(f"skipped: {key}: {reason}")
-    if len(cache["unreadable"]) > MAX_LISTED:
-        print(f"… and {len(cache['unreadable']) - MAX_LISTED} more: {config.output_dir}/unreadable-*.tsv")
+    if len(cache["unreadable"]) > MAX_LISTED_RECORDS:
+        print(f"… and {len(cache['unreadable']) - MAX_LISTED_RECORDS} more: {config.output_dir}/unreadable-*.tsv")
 
 
 def _encode(config: EncodeConfig, rank: int, num_ranks: int, *, show: bool) -> None:

@@ -22,8 +22,8 @@ from imprompt.errors import summarize_error
 from imprompt.utils.html import render_html, write_page
 from imprompt.utils.images import make_contact_sheet, open_image
 
-Item = TypeVar("Item")
-MAX_LISTED = 1000  # records with the same problem that the report lists
+Entry = TypeVar("Entry")
+MAX_LISTED_RECORDS = 1000  # records with the same problem that the report lists
 NUM_SAMPLES = 24
 MAX_CAPTION_WORDS = 60  # about the 77 tokens of CLIP's text encoders
 _SIZE_BINS = (256, 384, 512, 768, 1024, 1536, 2048)
@@ -69,9 +69,9 @@ class DatasetReport:
     """Statistics of a dataset, updated record by record."""
 
     records: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)  # key and reason of the first MAX_LISTED
+    unreadable: dict[str, str] = field(default_factory=dict)  # key and reason of the first MAX_LISTED_RECORDS
     num_unreadable: int = 0
-    too_small: list[str] = field(default_factory=list)  # the first MAX_LISTED
+    too_small: list[str] = field(default_factory=list)  # the first MAX_LISTED_RECORDS
     num_too_small: int = 0
     without_caption: int = 0
     long_caption: int = 0
@@ -80,7 +80,7 @@ class DatasetReport:
     shorter_sides: Counter[str] = field(default_factory=Counter)
     aspect_ratios: Counter[str] = field(default_factory=Counter)
     subjects: Counter[str] = field(default_factory=Counter)
-    exact_duplicates: list[tuple[str, str]] = field(default_factory=list)  # the first MAX_LISTED
+    exact_duplicates: list[tuple[str, str]] = field(default_factory=list)  # the first MAX_LISTED_RECORDS
     num_exact_duplicates: int = 0
     num_near_duplicates: int = 0
     samples: list[tuple[Image.Image, str]] = field(default_factory=list)  # thumbnails and captions
@@ -109,7 +109,7 @@ class DatasetReport:
     def add_unreadable(self, key: str, reason: str) -> None:
         """Count a record that cannot be used."""
         self.num_unreadable += 1
-        if len(self.unreadable) < MAX_LISTED:
+        if len(self.unreadable) < MAX_LISTED_RECORDS:
             self.unreadable[key] = reason
 
     def _find_duplicates(self, record: RecordStats) -> None:
@@ -201,8 +201,8 @@ def inspect_record(read: RecordReader) -> RecordStats:
     )  # fmt: skip
 
 
-def _append_limited(items: list[Item], item: Item) -> None:
-    if len(items) < MAX_LISTED:
+def _append_limited(items: list[Entry], item: Entry) -> None:
+    if len(items) < MAX_LISTED_RECORDS:
         items.append(item)
 
 

@@ -22,11 +22,11 @@ from imprompt.mini.tokenizer import tokenize_prompts
 from imprompt.recipes.mini_models import (
     ImagePool,
     LatentPool,
-    ProgressCallback,
+    TrainingProgressCallback,
     build_scheduler,
     render_once,
-    sample_caption,
     sample_noised_batch,
+    sample_pool_caption,
 )
 from imprompt.recipes.trainer import TrainPlan, make_step_generator, train_module
 from imprompt.unet.mkldnn import to_channels_last_if_faster
@@ -47,7 +47,7 @@ class ControlImages:
         self.path, self.pool = folder / f"{kind}-of-{pool.path.name}", pool
         self._render = {"edges": world.render_edges, "silhouette": world.render_silhouette}[kind]
 
-    def render_all(self, report: ProgressCallback) -> None:
+    def render_all(self, report: TrainingProgressCallback) -> None:
         """Render all; a finished file is left alone."""
         render_once(self.path, self.pool.count, lambda i: self._render(self.pool.subject_of(i), self.pool.scene_of(i)), 1, report)
 
@@ -82,7 +82,7 @@ class ControlTraining(nn.Module):
             self.latents, self.schedule, self.plan.batch_size, make_step_generator(self.plan.name, step), self.model.device
         )
         rng = random.Random(f"{self.plan.name} {step}")
-        texts = ["" if rng.random() < 0.3 else sample_caption(self.latents.pool, int(i), rng, scene_caption_prob=0.15) for i in rows]
+        texts = ["" if rng.random() < 0.3 else sample_pool_caption(self.latents.pool, int(i), rng, scene_caption_prob=0.15) for i in rows]
         with torch.no_grad():
             states = text(tokenize_prompts(self.tokenizer, texts).to(self.model.device)).last_hidden_state
         return F.mse_loss(unet(x, t, states, **self.compute_residuals(x, t, states, rows)).sample.float(), target)

@@ -44,7 +44,7 @@ from imprompt.recipes import identity
 from imprompt.recipes.trainer import TrainPlan, make_step_generator, train_module
 from imprompt.utils.files import atomic_path
 
-ProgressCallback = Callable[[int, int, float], None]
+TrainingProgressCallback = Callable[[int, int, float], None]
 
 # Attributes with a classification head, and their values.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,7 @@ class ImagePool:
         """Render image i."""
         return world.render(self.subject_of(i), self.scene_of(i))
 
-    def render_all(self, report: ProgressCallback) -> None:
+    def render_all(self, report: TrainingProgressCallback) -> None:
         """Render all images; a finished file is left alone."""
         render_once(self.path, self.count, self.render_image, 3, report)
 
@@ -129,7 +129,7 @@ def build_clip(width: int, layers: int, patch: int, projection: int, tokenizer: 
     return AutoModel.from_config(config, attn_implementation="eager")
 
 
-def render_once(path: Path, count: int, render: Callable[[int], Image.Image], channels: int, report: ProgressCallback) -> None:
+def render_once(path: Path, count: int, render: Callable[[int], Image.Image], channels: int, report: TrainingProgressCallback) -> None:
     """Images as one array on disk, (count, size, size, channels); a finished file is left alone."""
     if path.exists():
         return
@@ -158,7 +158,7 @@ class CLIPTraining(nn.Module):
         device = self.heads.weight.device
         rows = torch.randint(self.pool.count, (self.batch,), generator=make_step_generator(self.name, step))
         rng = random.Random(f"{self.name} {step}")
-        texts = [sample_caption(self.pool, int(i), rng, scene_caption_prob=0.1) for i in rows]
+        texts = [sample_pool_caption(self.pool, int(i), rng, scene_caption_prob=0.1) for i in rows]
         tokens = tokenize_prompts(self.tokenizer, texts).to(device)
         out = self.model(input_ids=tokens, pixel_values=self.pool.load_images(rows).to(device))
         same = torch.tensor([[a == b for b in texts] for a in texts], device=device).float()
@@ -179,7 +179,7 @@ def compute_attribute_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def sample_caption(pool: ImagePool, i: int, rng: random.Random, scene_caption_prob: float) -> str:
+def sample_pool_caption(pool: ImagePool, i: int, rng: random.Random, scene_caption_prob: float) -> str:
     s, where = pool.subject_of(i), pool.scene_of(i)
     if rng.random() < scene_caption_prob:
         return world.sample_scene_caption(s, where, rng)
@@ -281,7 +281,7 @@ class LatentPool:
         self.path, self.pool = folder / f"latents-{pool.count}.npy", pool
 
     @torch.no_grad()
-    def encode_all(self, vae: AutoencoderKL, report: ProgressCallback, batch: int = 250) -> None:
+    def encode_all(self, vae: AutoencoderKL, report: TrainingProgressCallback, batch: int = 250) -> None:
         """Encode the whole pool; a finished file is left alone."""
         if self.path.exists():
             return
@@ -359,7 +359,7 @@ class UNetTraining(nn.Module):
         device = self.model.device
         rows, x, t, target = sample_noised_batch(self.latents, self.schedule, self.batch, make_step_generator("unet", step), device)
         rng = random.Random(f"unet {step}")
-        texts = ["" if rng.random() < 0.1 else sample_caption(self.pool, int(i), rng, scene_caption_prob=0.15) for i in rows]
+        texts = ["" if rng.random() < 0.1 else sample_pool_caption(self.pool, int(i), rng, scene_caption_prob=0.15) for i in rows]
         with torch.no_grad():
             states = self._frozen[0](tokenize_prompts(self.tokenizer, texts).to(device)).last_hidden_state
         return F.mse_loss(self.model(x, t, states).sample.float(), target)
