@@ -108,7 +108,7 @@ def test_out_of_memory_names_the_way_out(images, tmp_path, capsys, monkeypatch):
         sys.modules["imprompt.training.loop"] if "imprompt.training.loop" in sys.modules else _loop(), "compute_loss", exhaust_memory
     )
     error = run_command(capsys, "train", "--data", images, "--output-dir", tmp_path / "run", *QUICK)
-    assert "out of memory" in error and "--batch-size" in error and "--gradient-checkpointing" in error
+    assert "out of memory" in error and "--train-batch-size" in error and "--gradient-checkpointing" in error
 
 
 def _loop():
@@ -135,7 +135,7 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys):
         error = run_command(capsys, *run, "--steps", "4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "make room" in error
+    assert "free some space" in error
     assert {p.name: p.stat().st_size for p in (tmp_path / "run" / "state" / "step-2").iterdir()} == before
     assert [p.name for p in (tmp_path / "run" / "state").glob("step-*")] == ["step-2"]
     run_command(capsys, *run, "--steps", "4", code=0)

@@ -13,9 +13,15 @@ import imprompt
 from imprompt.cli import build_app, describe_option
 from imprompt.config import (
     PER_SUBJECT_METHODS,
+    ConvertConfig,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
+    InspectConfig,
+    MiniBuildConfig,
+    MiniEvaluateConfig,
+    MiniPreviewConfig,
+    MiniStyleConfig,
     PersonalizeConfig,
     ReproduceConfig,
     TrainConfig,
@@ -24,8 +30,26 @@ from imprompt.config import (
 from imprompt.config.common import UNSET, Option, Options, all_options
 from imprompt.errors import UserError
 
-COMMANDS = (GenerateConfig, PersonalizeConfig, TrainConfig, EncodeConfig, EvaluateConfig, ReproduceConfig, ValidateDataConfig)
-REQUIRED: dict[type, dict[str, Any]] = {PersonalizeConfig: {"data": "images"}}
+COMMANDS = (
+    GenerateConfig,
+    PersonalizeConfig,
+    TrainConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    ReproduceConfig,
+    ValidateDataConfig,
+    InspectConfig,
+    ConvertConfig,
+    MiniBuildConfig,
+    MiniStyleConfig,
+    MiniPreviewConfig,
+    MiniEvaluateConfig,
+)
+REQUIRED: dict[type, dict[str, Any]] = {
+    PersonalizeConfig: {"data": "images"},
+    InspectConfig: {"file": "a.bin"},
+    ConvertConfig: {"source": "a.bin", "target": "b.bin"},
+}
 EVERY_OPTION = [pytest.param(kind, one, id=f"{kind.__name__}-{one.name}") for kind in COMMANDS for one in all_options(kind)]
 NUMERIC = [param for param in EVERY_OPTION if param.values[1].type in (int, float) and not param.values[1].repeatable]
 
@@ -42,6 +66,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 def valid_values(one: Option) -> st.SearchStrategy[Any]:
     """Values inside an option's declared range."""
     limits = one.field.metadata["limits"]
+    if one.repeatable and one.type is float:
+        return st.just((0.5,))
     if one.repeatable:
         return st.just((f"{one.name}=image.png",)) if one.name == "control" else st.just(("image=a.png",))
     if one.choices:

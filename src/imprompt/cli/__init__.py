@@ -45,102 +45,17 @@ def build_app() -> App:
     _add_command(app, "encode", config.EncodeConfig, "train:run_encode")
     _add_command(app, "evaluate", config.EvaluateConfig, "evaluate:run_evaluate")
     _add_command(app, "reproduce", config.ReproduceConfig, "evaluate:run_reproduce")
+    _add_command(app, "inspect", config.InspectConfig, "files:run_inspect")
+    _add_command(app, "convert", config.ConvertConfig, "files:run_convert")
     data = App(name="data", help="Look at training data.")
-    app.command(data)
     _add_command(data, "validate", config.ValidateDataConfig, "data:run_validate_data")
-
-    @app.command
-    def inspect(file: str, /, *, json: bool = False) -> None:
-        """Describe an adapter file.
-
-        Parameters
-        ----------
-        json
-            print the result as JSON
-        """
-        _entry_point("files:run_inspect")(file, json=json)
-
-    @app.command
-    def convert(source: str, target: str, /, *, without_aggregator: bool = False) -> None:
-        """Rewrite an adapter file or a training state as a public file.
-
-        Parameters
-        ----------
-        target
-            a name ending in .safetensors, or .bin for old readers
-        without_aggregator
-            only what every reader knows: without the trained aggregation of several references
-        """
-        _entry_point("files:run_convert")(source, target, without_aggregator=without_aggregator)
-
-    app.command(_mini_app())
-    return app
-
-
-def _mini_app() -> App:
-    app = App(name="mini", help="The embedded synthetic model: rebuild it, look at it, evaluate it.")
-
-    @app.command
-    def build(*, output_dir: str = "runs/mini", budget: float = 1.0, only: list[str] | None = None, install: bool = False) -> None:
-        """Train every part of mini from scratch (resumable).
-
-        Parameters
-        ----------
-        output_dir
-            work folder; a run in it is continued
-        budget
-            fraction of the full number of steps (0.001 for a trial)
-        only
-            just this part; repeat it for several
-        install
-            make the result the embedded model
-        """
-        _entry_point("mini:build")(output_dir, budget, only or [], install=install)
-
-    @app.command
-    def style(name: str, /, *, output_dir: str | None = None, budget: float = 1.0) -> None:
-        """Fine-tune a custom model from mini, in another drawing style (resumable).
-
-        Parameters
-        ----------
-        name
-            ink or mosaic
-        output_dir
-            folder; a run in it is continued (default: runs/mini-NAME)
-        budget
-            fraction of the full number of steps (0.01 for a trial)
-        """
-        _entry_point("mini:style")(name, output_dir, budget)
-
-    @app.command
-    def preview(*, output_dir: Annotated[str, Parameter(alias="-o")] = "imprompt-out", seed: int = 0) -> None:
-        """Make a contact sheet of the synthetic world and of what mini generates."""
-        _entry_point("mini:preview")(output_dir, seed)
-
-    @app.command
-    def evaluate(
-        *, task: list[str] | None = None, scale: list[float] | None = None, num_prompts: int = 1000,
-        num_inference_steps: Annotated[int, Parameter(alias="--steps")] = 50, guidance_scale: float | None = None,
-        scheduler: config.Scheduler = "ddim", output_dir: str | None = None, json: bool = False,
-    ) -> None:  # fmt: skip
-        """Measure mini against its thresholds.
-
-        Parameters
-        ----------
-        task
-            just this task; repeat it for several
-        scale
-            λ of the task image-text; repeat it for several
-        output_dir
-            folder for contact sheets and curves
-        json
-            print the result as JSON
-        """
-        settings = config.EvaluationSamplingConfig.from_options(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
-        )
-        _entry_point("mini:evaluate")(task or [], scale or [], num_prompts, settings, output_dir, json=json)
-
+    mini = App(name="mini", help="The embedded synthetic model: rebuild it, look at it, evaluate it.")
+    _add_command(mini, "build", config.MiniBuildConfig, "mini:run_build")
+    _add_command(mini, "style", config.MiniStyleConfig, "mini:run_style")
+    _add_command(mini, "preview", config.MiniPreviewConfig, "mini:run_preview")
+    _add_command(mini, "evaluate", config.MiniEvaluateConfig, "mini:run_evaluate_mini")
+    app.command(data)
+    app.command(mini)
     return app
 
 
@@ -185,11 +100,11 @@ def _parameter(one: Option, groups: dict[str, Group]) -> inspect.Parameter:
 
 
 def _parse(one: Option, value: Any) -> Any:
-    """A number from the command line's text. Raises UserError."""
-    if one.repeatable or one.type not in (int, float):
+    """Numbers from the command line's text. Raises UserError."""
+    if one.type not in (int, float):
         return value
     try:
-        return one.type(value)
+        return tuple(map(one.type, value)) if one.repeatable else one.type(value)
     except ValueError as error:
         raise UserError(f"{one.name}: expected {one.type.__name__}, received {value!r}") from error
 

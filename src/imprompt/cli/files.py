@@ -5,13 +5,14 @@ from rich.table import Table
 from rich.text import Text
 
 from imprompt.cli.generate import print_json
+from imprompt.config import ConvertConfig, InspectConfig
 
 
-def run_inspect(file: str, *, json: bool) -> None:
+def run_inspect(config: InspectConfig, *, json: bool) -> None:
     """Print type, tokens, layers, base family, encoder and parameters of an adapter file."""
     from imprompt.models.checkpoints import detect_spec, read_adapter_file
 
-    spec = detect_spec(*read_adapter_file(file))
+    spec = detect_spec(*read_adapter_file(config.file))
     facts = {
         "adapter_type": spec.adapter_type,
         "tokens": spec.num_tokens or "one per patch",
@@ -32,9 +33,12 @@ def run_inspect(file: str, *, json: bool) -> None:
     Console().print(table)
 
 
-def run_convert(source: str, target: str, *, without_aggregator: bool) -> None:
+def run_convert(config: ConvertConfig, *, json: bool) -> None:
     """Rewrite an adapter file."""
     from imprompt.models import checkpoints
 
-    spec = checkpoints.convert_adapter(source, target, without_aggregator=without_aggregator)
-    print(f"{target}: {spec.adapter_type} adapter for {spec.base_model}, {spec.num_parameters:,} parameters")
+    spec = checkpoints.convert_adapter(config.source, config.target, without_aggregator=config.without_aggregator)
+    if json:
+        print_json(target=config.target, adapter_type=spec.adapter_type, base=spec.base_model, parameters=spec.num_parameters)
+        return
+    print(f"{config.target}: {spec.adapter_type} adapter for {spec.base_model}, {spec.num_parameters:,} parameters")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
 from imprompt.cli.generate import print_json
-from imprompt.config import EvaluationSamplingConfig, GenerateConfig
+from imprompt.config import GenerateConfig, MiniBuildConfig, MiniEvaluateConfig, MiniPreviewConfig, MiniStyleConfig
 from imprompt.errors import UserError
 from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
 
@@ -24,39 +24,31 @@ DEFAULT_TASKS = ("real", "text", "image", "image-plus", "image-text", "rows")
 Scores = dict[str, dict[str, float]]
 
 
-def build(output_dir: str, budget: float, only: Sequence[str], *, install: bool) -> None:
+def run_build(config: MiniBuildConfig, *, json: bool) -> None:
     """Train every missing part; continue the one that was interrupted."""
     silence_third_party_logs()
     from imprompt.models.hub import MINI_PATH
     from imprompt.recipes.build import build_mini, install_mini
     from imprompt.recipes.mini_models import MiniBuild
 
-    _check_budget(budget)
-    with progress_bar("mini") as bar:
-        parts = MiniBuild(ensure_writable_folder(output_dir), partial(_show_training, bar), budget)
-        build_mini(parts, only)
-    print(parts.parts)
-    if install:
+    with progress_bar("mini", show=not json) as bar:
+        parts = MiniBuild(ensure_writable_folder(config.output_dir), partial(_show_training, bar), config.budget)
+        build_mini(parts, config.only)
+    if config.install:
         install_mini(parts)
-        print(MINI_PATH)
+    folder = MINI_PATH if config.install else parts.parts
+    print_json(folder=str(folder)) if json else print(folder)
 
 
-def style(name: str, output_dir: str | None, budget: float) -> None:
+def run_style(config: MiniStyleConfig, *, json: bool) -> None:
     """Fine-tune a custom model to try an adapter on."""
     silence_third_party_logs()
-    from imprompt.recipes.style import STYLES, train_style
+    from imprompt.recipes.style import train_style
 
-    if name not in STYLES:
-        raise UserError(f"style: expected one of {', '.join(STYLES)}, received {name!r}")
-    _check_budget(budget)
-    with progress_bar("style") as bar:
-        folder = ensure_writable_folder(output_dir or f"runs/mini-{name}")
-        print(train_style(name, folder, partial(_show_training, bar), budget))
-
-
-def _check_budget(budget: float) -> None:
-    if not 0 < budget <= 10:
-        raise UserError(f"budget: expected more than 0 and at most 10 (a fraction of the full training), received {budget}")
+    with progress_bar("style", show=not json) as bar:
+        folder = ensure_writable_folder(config.output_dir or f"runs/mini-{config.style}")
+        model = train_style(config.style, folder, partial(_show_training, bar), config.budget)
+    print_json(model=str(model)) if json else print(model)
 
 
 def _show_training(bar: ProgressDisplay, part: str, done: int, total: int, loss: float) -> None:
@@ -64,7 +56,7 @@ def _show_training(bar: ProgressDisplay, part: str, done: int, total: int, loss:
     bar.advance(done, total, f"loss {loss:.4f}" if loss else "")
 
 
-def preview(output_dir: str, seed: int) -> None:
+def run_preview(config: MiniPreviewConfig, *, json: bool) -> None:
     """Make a contact sheet: two rows of the synthetic world, then images from text, and images from references."""
     silence_third_party_logs()
     from imprompt.generation.generate import LoadedModels, generate_images
@@ -72,18 +64,18 @@ def preview(output_dir: str, seed: int) -> None:
     from imprompt.mini.held_out import make_held_out_samples
     from imprompt.utils.images import make_contact_sheet
 
-    rng = random.Random(seed)
-    samples = make_held_out_samples(8 + seed)[seed:]
+    rng = random.Random(config.seed)
+    samples = make_held_out_samples(8 + config.seed)[config.seed :]
     references = [sample.image for sample in samples]
     other_scenes = [world.render(sample.subject, world.make_scene(rng.randrange(10**6))) for sample in samples]
     options = [{"prompt": sample.caption} for sample in samples] + [{"image": (reference,)} for reference in references]
     models, generated = LoadedModels.empty(), []
-    with progress_bar("generating") as bar:
+    with progress_bar("generating", show=not json) as bar:
         for number, one in enumerate(options, 1):
-            config = GenerateConfig.from_options(**one, num_images=1, seed=seed)
-            generated += [image.image for image in generate_images(config, models)]
+            of_sample = GenerateConfig.from_options(**one, num_images=1, seed=config.seed)
+            generated += [image.image for image in generate_images(of_sample, models)]
             bar.advance(number, len(options))
-    path = ensure_writable_folder(output_dir) / "mini.png"
+    path = ensure_writable_folder(config.output_dir) / "mini.png"
     with atomic_path(path) as partial_path:
         make_contact_sheet([], [*references, *other_scenes, *generated], columns=8, cell_size=128).save(partial_path)
     print(
@@ -94,15 +86,7 @@ def preview(output_dir: str, seed: int) -> None:
     print(path)
 
 
-def evaluate(
-    tasks: Sequence[str],
-    scales: Sequence[float],
-    num_prompts: int,
-    sampling: EvaluationSamplingConfig,
-    output_dir: str | None,
-    *,
-    json: bool,
-) -> None:
+def run_evaluate_mini(config: MiniEvaluateConfig, *, json: bool) -> None:
     """Measure mini against its thresholds, on held-out prompts."""
     silence_third_party_logs()
     from imprompt.generation.generate import LoadedModels
@@ -110,25 +94,28 @@ def evaluate(
     from imprompt.models.base_pipelines import MINI_GUIDANCE_SCALE, use_scheduler
     from imprompt.recipes.benchmark import MiniBenchmark, TaskBenchmark
 
-    guidance_scale = MINI_GUIDANCE_SCALE if sampling.guidance_scale is None else sampling.guidance_scale
-    config = GenerateConfig.from_options(
-        num_inference_steps=sampling.num_inference_steps, guidance_scale=guidance_scale, scheduler=sampling.scheduler, device="cpu"
+    guidance_scale = MINI_GUIDANCE_SCALE if config.guidance_scale is None else config.guidance_scale
+    steps = config.num_inference_steps
+    settings = GenerateConfig.from_options(
+        num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=config.scheduler, device="cpu"
     )
-    folder = ensure_writable_folder(output_dir) if output_dir else None
+    folder = ensure_writable_folder(config.output_dir) if config.output_dir else None
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar("evaluating", show=not json))
-        pipe = LoadedModels.empty().pipeline(config.pipeline, config.sampling.dtype)
-        stack.enter_context(use_scheduler(pipe, sampling.scheduler, sampling.num_inference_steps))
-        samples = make_held_out_samples(num_prompts)
+        pipe = LoadedModels.empty().pipeline(settings.pipeline, settings.sampling.dtype)
+        stack.enter_context(use_scheduler(pipe, config.scheduler, steps))
+        samples = make_held_out_samples(config.num_prompts)
         on_progress = partial(_show_task, bar)
-        bench = MiniBenchmark(pipe, samples, sampling.num_inference_steps, guidance_scale, on_progress)
+        bench = MiniBenchmark(pipe, samples, steps, guidance_scale, on_progress)
         work = folder or Path(stack.enter_context(TemporaryDirectory()))
-        task_bench = TaskBenchmark(samples, work, config, on_progress, bench.classifier, bench.clip)
-        scores = _score_tasks(bench, task_bench, tasks or DEFAULT_TASKS, scales, folder)
+        task_bench = TaskBenchmark(samples, work, settings, on_progress, bench.classifier, bench.clip)
+        scores = _score_tasks(bench, task_bench, config.task or DEFAULT_TASKS, config.sweep_scale, folder)
     protocol = {
-        "prompts": num_prompts, "scheduler": sampling.scheduler, "num_inference_steps": sampling.num_inference_steps,
+        "prompts": config.num_prompts,
+        "scheduler": config.scheduler,
+        "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-    }  # fmt: skip
+    }
     if json:
         print_json(protocol=protocol, results=scores)
     else:
@@ -172,7 +159,7 @@ def _score_tasks(
 def _print_scores(scores: Scores, protocol: Mapping[str, object]) -> None:
     from imprompt.recipes.benchmark import THRESHOLDS
 
-    title = "{prompts} prompts, {scheduler} {num_inference_steps}, guidance {guidance_scale}".format(**protocol)
+    title = "{prompts} prompts, {scheduler} {steps}, guidance {guidance_scale}".format(**protocol)
     table = Table("task", "metric", "value", "threshold", "", title=title)
     for task, of_task in scores.items():
         for metric, value in of_task.items():

@@ -7,7 +7,6 @@ from imprompt.config.common import Scheduler as Scheduler
 from imprompt.config.common import parse_weighted as parse_weighted
 from imprompt.config.common import read_toml as read_toml
 from imprompt.config.evaluation import EvaluateConfig as EvaluateConfig
-from imprompt.config.evaluation import EvaluationSamplingConfig as EvaluationSamplingConfig
 from imprompt.config.evaluation import ReproduceConfig as ReproduceConfig
 from imprompt.config.generation import GenerateConfig as GenerateConfig
 from imprompt.config.generation import ImagePromptConfig as ImagePromptConfig
@@ -25,6 +24,12 @@ from imprompt.config.methods import PERSONALIZATION_PAPER_ROWS as PERSONALIZATIO
 from imprompt.config.methods import REFERENCE_METHODS as REFERENCE_METHODS
 from imprompt.config.methods import TRAINING_FREE_AGGREGATIONS as TRAINING_FREE_AGGREGATIONS
 from imprompt.config.methods import UNET_METHODS as UNET_METHODS
+from imprompt.config.tools import ConvertConfig as ConvertConfig
+from imprompt.config.tools import InspectConfig as InspectConfig
+from imprompt.config.tools import MiniBuildConfig as MiniBuildConfig
+from imprompt.config.tools import MiniEvaluateConfig as MiniEvaluateConfig
+from imprompt.config.tools import MiniPreviewConfig as MiniPreviewConfig
+from imprompt.config.tools import MiniStyleConfig as MiniStyleConfig
 from imprompt.config.training import MINI_SUBJECT_OPTIONS as MINI_SUBJECT_OPTIONS
 from imprompt.config.training import EncodeConfig as EncodeConfig
 from imprompt.config.training import TrainConfig as TrainConfig

@@ -26,8 +26,8 @@ METRICS = {
     "CMMD": "↓ to the same set",
     "IS": "↑ Inception Score, one split",
     "diversity": "↑ mean 1 − cosine among the samples of a prompt",
-    "ID similarity": "↑ cosine similarity to the subject's images that are no targets (one of which the row of a returned reference "
-    "shows), by an identity encoder",
+    "ID similarity": "↑ cosine similarity, by an identity encoder, to the subject's images that are no targets (a returned reference is "
+    "one of them)",
     "rank-1 ID acc.": "↑ share of images whose most similar subject of all is their own",
     "detection failures": "↓ share of images in which the identity encoder detected none",
 }

@@ -61,54 +61,71 @@ def train_module(
     `check_gradients_after` steps every tensor must have received a gradient: those inside a ControlNet receive one only
     once its zero convolutions have moved.
     """
+    run = _Run(plan, module)
     path = folder / f"{plan.name}.pt"
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    device = parameters[0].device
-    optimizers = _Optimizers(plan, parameters)
-    average = EMAModel(parameters, decay=plan.ema_decay, foreach=True) if plan.ema_decay else None
-    step, smooth = 0, math.nan
     if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        step, smooth = state["step"], state["smooth"]
-        module.load_state_dict(state["module"])
-        optimizers.load_state_dict(state["optimizer"])
-        if average:
-            average.load_state_dict(state["average"])
-
-    def save() -> None:
-        state = {"step": step, "smooth": smooth, "module": module.state_dict(), "optimizer": optimizers.state_dict()}
-        with atomic_path(path) as partial:
-            torch.save(state | ({"average": average.state_dict()} if average else {}), partial)
-
-    steps_taken = 0
-    saved = reported = time.monotonic()
-    use_bfloat16 = select_compute_dtype(device) is torch.bfloat16  # where it is emulated, bfloat16 is far slower than float32
-    autocast = torch.autocast(device.type, torch.bfloat16) if use_bfloat16 else nullcontext()
-    while step < plan.steps:
-        with autocast:
-            value = compute_loss(step)
-        value.backward()
-        steps_taken += 1
-        if steps_taken == check_gradients_after:
+        run.load(path)
+    first_step, saved, reported = run.step, time.monotonic(), time.monotonic()
+    while run.step < plan.steps:
+        loss = run.backward(compute_loss)
+        if run.step - first_step + 1 == check_gradients_after:
             check_gradients(module)
-        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        if torch.isfinite(norm):
-            optimizers.step(plan.compute_lr_multiplier(step))
-            if average:
-                average.step(parameters)
-        module.zero_grad(set_to_none=True)
-        step += 1
+        run.update()
         now = time.monotonic()
-        if now - reported > 0.5 or step == plan.steps:
-            smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
-            on_progress(step, plan.steps, smooth)
+        if now - reported > 0.5 or run.step == plan.steps:
+            run.smooth_loss = loss.item() if math.isnan(run.smooth_loss) else 0.98 * run.smooth_loss + 0.02 * loss.item()
+            on_progress(run.step, plan.steps, run.smooth_loss)
             reported = now
         if now - saved > save_seconds:
-            save()
+            run.save(path)
             saved = now
-    save()
-    if average:
-        average.copy_to(parameters)
+    run.save(path)
+    if run.average:
+        run.average.copy_to(run.parameters)
+
+
+class _Run:
+    """The state of a training run, and one step of it."""
+
+    def __init__(self, plan: TrainPlan, module: nn.Module):
+        self.plan, self.module, self.step, self.smooth_loss = plan, module, 0, math.nan
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizers = _Optimizers(plan, self.parameters)
+        self.average = EMAModel(self.parameters, decay=plan.ema_decay, foreach=True) if plan.ema_decay else None
+        use_bfloat16 = select_compute_dtype(self.device) is torch.bfloat16  # where it is emulated, it is far slower than float32
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16) if use_bfloat16 else nullcontext()
+
+    def backward(self, compute_loss: Callable[[int], Tensor]) -> Tensor:
+        """The loss of this step, whose gradients are computed."""
+        with self._autocast:
+            loss = compute_loss(self.step)
+        loss.backward()
+        return loss
+
+    def update(self) -> None:
+        """Change the weights, unless a gradient is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+        if torch.isfinite(norm):
+            self.optimizers.step(self.plan.compute_lr_multiplier(self.step))
+            if self.average:
+                self.average.step(self.parameters)
+        self.module.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        state = {"step": self.step, "smooth_loss": self.smooth_loss, "module": self.module.state_dict()}
+        state |= {"optimizer": self.optimizers.state_dict()} | ({"average": self.average.state_dict()} if self.average else {})
+        with atomic_path(path) as partial:
+            torch.save(state, partial)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.step, self.smooth_loss = state["step"], state["smooth_loss"]
+        self.module.load_state_dict(state["module"])
+        self.optimizers.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
 
 class _Optimizers:

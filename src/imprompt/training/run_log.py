@@ -105,6 +105,6 @@ def plot_curves(lines: list[dict[str, Any]]) -> bytes:
     names = dict.fromkeys(name for line in lines for name in line)
     panels = {}
     for title, prefixes in _PANELS.items():
-        shown = [name for name in names if name.startswith(prefixes)]
-        panels[title] = {name: [(line["step"], line[name]) for line in lines if name in line] for name in shown}
+        plotted = [name for name in names if name.startswith(prefixes)]
+        panels[title] = {name: [(line["step"], line[name]) for line in lines if name in line] for name in plotted}
     return plot_panels(panels, "step")

@@ -1,0 +1,71 @@
+"""Configuration of `inspect`, `convert` and `mini`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from imprompt.config.common import UNSET, Options, Scheduler, option
+from imprompt.errors import UserError
+
+
+@dataclass(frozen=True)
+class InspectConfig(Options):
+    """Describe an adapter file."""
+
+    file: str = option("", "adapter file", positional=True)
+
+    def check(self) -> None:
+        if not self.file:
+            raise UserError("file: expected an adapter file, received nothing")
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Options):
+    """Rewrite an adapter file or a training state as a public file."""
+
+    source: str = option("", "adapter file or training state", positional=True)
+    target: str = option("", "a name ending in .safetensors, or .bin for old readers", positional=True)
+    without_aggregator: bool = option(False, "only what every reader knows: without the trained aggregation of several references")
+
+    def check(self) -> None:
+        if not (self.source and self.target):
+            raise UserError("source and target: expected two files, such as imprompt convert adapter.bin adapter.safetensors")
+
+
+@dataclass(frozen=True)
+class MiniBuildConfig(Options):
+    """Train every part of mini from scratch (resumable)."""
+
+    output_dir: str = option("runs/mini", "work folder; a run in it is continued", alias=("-o",))
+    budget: float = option(1.0, "fraction of the full number of steps (0.001 for a trial)", gt=0, le=10)
+    only: tuple[str, ...] = option((), "just this part; repeat it for several", metavar="PART")
+    install: bool = option(False, "make the result the embedded model")
+
+
+@dataclass(frozen=True)
+class MiniStyleConfig(Options):
+    """Fine-tune a custom model from mini, in another drawing style (resumable)."""
+
+    style: Literal["ink", "mosaic"] = option("ink", "drawing style", positional=True)
+    output_dir: str | None = option(UNSET, "folder; a run in it is continued (default: runs/mini-STYLE)", alias=("-o",))
+    budget: float = option(1.0, "fraction of the full number of steps (0.01 for a trial)", gt=0, le=10)
+
+
+@dataclass(frozen=True)
+class MiniPreviewConfig(Options):
+    """Make a contact sheet of the synthetic world and of what mini generates."""
+
+    output_dir: str = option("imprompt-out", "folder of the contact sheet", alias=("-o",))
+    seed: int = option(0, "seed, and the first test sample", ge=0)
+
+
+@dataclass(frozen=True)
+class MiniEvaluateConfig(Options):
+    """Measure mini against its thresholds."""
+
+    task: tuple[str, ...] = option((), "just this task; repeat it for several", metavar="TASK")
+    sweep_scale: tuple[float, ...] = option((), "λ of the task image-text; repeat it for several", metavar="λ")
+    num_prompts: int = option(1000, "number of test samples", ge=1)
+    num_inference_steps: int = option(50, "denoising steps", ge=1, alias=("--steps",))
+    guidance_scale: float | None = option(UNSET, "classifier-free guidance scale (default: 3)", ge=0)
+    scheduler: Scheduler = option("ddim", "noise scheduler")
+    output_dir: str | None = option(UNSET, "folder for contact sheets and curves (default: none are written)", alias=("-o",))
