@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -103,18 +104,24 @@ def part(kind: type[Any]) -> Any:
     return field(default_factory=kind)
 
 
-def own_options(kind: type) -> Iterator[Option]:
+@cache
+def own_options(kind: Any) -> tuple[Option, ...]:
     """The options declared on a dataclass itself, without those of its parts."""
-    yield from (one for one in all_options(kind) if not one.part)
+    return tuple(one for one in all_options(kind) if not one.part)
 
 
-def all_options(kind: type, part: str = "", group: str = "") -> Iterator[Option]:
+@cache
+def all_options(kind: Any) -> tuple[Option, ...]:
     """The options of a configuration, those of its parts included, in the order of their declaration."""
+    return tuple(_iterate_options(kind))
+
+
+def _iterate_options(kind: type, part: str = "", group: str = "") -> Iterator[Option]:
     hints = get_type_hints(kind)
     for f in fields(kind):
         hint = hints[f.name]
         if isinstance(hint, type) and issubclass(hint, Options):
-            yield from all_options(hint, f.name, (hint.__doc__ or "").splitlines()[0].rstrip("."))
+            yield from _iterate_options(hint, f.name, (hint.__doc__ or "").splitlines()[0].rstrip("."))
         else:
             yield _option_of(f, hint, part, group)
 
