@@ -10,7 +10,6 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -104,16 +103,19 @@ def part(kind: type[Any]) -> Any:
     return field(default_factory=kind)
 
 
-@cache
-def own_options(kind: Any) -> tuple[Option, ...]:
+def own_options(kind: type) -> tuple[Option, ...]:
     """The options declared on a dataclass itself, without those of its parts."""
     return tuple(one for one in all_options(kind) if not one.part)
 
 
-@cache
-def all_options(kind: Any) -> tuple[Option, ...]:
+def all_options(kind: type) -> tuple[Option, ...]:
     """The options of a configuration, those of its parts included, in the order of their declaration."""
-    return tuple(_iterate_options(kind))
+    if kind not in _options_of:
+        _options_of[kind] = tuple(_iterate_options(kind))
+    return _options_of[kind]
+
+
+_options_of: dict[type, tuple[Option, ...]] = {}  # reading type hints is slow
 
 
 def _iterate_options(kind: type, part: str = "", group: str = "") -> Iterator[Option]:
