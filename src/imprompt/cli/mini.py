@@ -109,7 +109,7 @@ def run_evaluate_mini(config: MiniEvaluateConfig, *, json: bool) -> None:
         bench = MiniBenchmark(pipe, samples, steps, guidance_scale, on_progress)
         work = folder or Path(stack.enter_context(TemporaryDirectory()))
         task_bench = TaskBenchmark(samples, work, settings, on_progress, bench.classifier, bench.clip)
-        scores = _score_tasks(bench, task_bench, config.task or DEFAULT_TASKS, config.sweep_scale, folder)
+        scores = _score_tasks(bench, task_bench, config.task or DEFAULT_TASKS, config.scale, folder)
     protocol = {
         "prompts": config.num_prompts,
         "scheduler": config.scheduler,

@@ -63,7 +63,7 @@ class MiniEvaluateConfig(Options):
     """Measure mini against its thresholds."""
 
     task: tuple[str, ...] = option((), "just this task; repeat it for several", metavar="TASK")
-    sweep_scale: tuple[float, ...] = option((), "λ of the task image-text; repeat it for several", metavar="λ")
+    scale: tuple[float, ...] = option((), "λ of the task image-text; repeat it for several", metavar="λ")
     num_prompts: int = option(1000, "number of test samples", ge=1)
     num_inference_steps: int = option(50, "denoising steps", ge=1, alias=("--steps",))
     guidance_scale: float | None = option(UNSET, "classifier-free guidance scale (default: 3)", ge=0)

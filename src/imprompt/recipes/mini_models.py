@@ -419,7 +419,7 @@ class MiniBuild:
 
     def _train(self, name: str, module: nn.Module) -> None:
         plan = PLANS[name].scale_steps(self.budget)
-        train_module(plan, module, module.loss, self.folder, lambda done, total, loss: self.on_progress(name, done, total, loss))  # type: ignore[arg-type]
+        train_module(plan, module, module.compute_loss, self.folder, lambda done, total, loss: self.on_progress(name, done, total, loss))  # type: ignore[arg-type]
 
     def _save_part(self, name: str, save: Callable[[Path], object]) -> None:
         """Save a finished part, whole or not at all."""
