@@ -21,7 +21,7 @@ PROMPT = "a red fish"
 
 
 def measure_sheet(num_inference_steps: int, num_images: int, rounds: int) -> Times:
-    """Processor seconds of one thread for all images. Loading models is outside for both; encoding the reference and attaching are inside ours.
+    """Processor seconds of one thread for all images; loading models is not counted, encoding the reference and attaching are.
 
     Plain diffusers is at its defaults: float32, its own attention processors, the model's own scheduler.
     """

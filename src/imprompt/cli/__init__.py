@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_app() -> App:
     """Every command with its options."""
     app = App(
-        name="imprompt", help="Image prompts for text-to-image diffusion models.", version=__version__, help_format="plaintext", suppress_keyboard_interrupt=False,
-        default_parameter=Parameter(negative_iterable=(), negative_none=()),
+        name="imprompt", help="Image prompts for text-to-image diffusion models.", version=__version__, help_format="plaintext",
+        suppress_keyboard_interrupt=False, default_parameter=Parameter(negative_iterable=(), negative_none=()),
     )  # fmt: skip
     _add_command(app, "generate", config.GenerateConfig, "generate:run_generate")
     _add_command(app, "personalize", config.PersonalizeConfig, "personalize:run_personalize")
