@@ -19,6 +19,7 @@ def set_random_gradients(parameters, seed):
         p.grad = torch.randn(p.shape, generator=g)
 
 
+@pytest.mark.bf16
 def test_it_steps_as_pytorchs_does():
     parameters, torch_parameters = random_matrices(), random_matrices()
     our_muon = Muon(parameters, lr=0.02, weight_decay=0.1)
@@ -53,6 +54,7 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(parameters[0], before)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (2, 6, 20)])
 def test_singular_values_come_near_one_and_vectors_stay(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -274,25 +274,32 @@ def test_a_copy_has_gradient_checkpointing_where_the_base_has():
         assert build_small(name, pipe).finetuned_unet.is_gradient_checkpointing
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("name", ["dreambooth", "dreambooth-lora"])
-def test_finetuning_works_from_a_base_with_prepacked_weights(name):
+def test_finetuning_works_from_a_base_with_prepacked_weights(name, cpu_bf16):
+    """Compared with a base whose weights are not packed: the rounding of bfloat16 itself is .18 of latents of 2.1 here."""
     from imprompt.unet.mkldnn import prepack_weights
-    from imprompt.utils.compat import cpu_supports_bfloat16
 
-    pipe = sd15_pipeline()
+    pipe, plain = sd15_pipeline(), sd15_pipeline()
     pipe.unet.requires_grad_(False)
     prepack_weights(pipe.unet)
-    dtype = torch.bfloat16 if cpu_supports_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if cpu_bf16 else torch.float32
     pipe.to(dtype)
-    before, method = sample_latents(pipe), build_small(name, pipe)
+    plain.to(dtype)
+    before, method, other = sample_latents(pipe), build_small(name, pipe), build_small(name, plain)
     x, text = torch.randn(1, 4, 16, 16, dtype=dtype), torch.randn(1, 24, 32, dtype=dtype)
     method.predict(x, torch.tensor([300]), text, NULL_FEATURES).float().square().mean().backward()
     assert any(p.grad.abs().sum() > 0 for p in method.module.parameters())
-    with method.apply_to(pipe, NULL_FEATURES, NULL_FEATURES):
-        assert (sample_latents(pipe) - before).abs().max() < 0.1
+    with method.apply_to(pipe, NULL_FEATURES, NULL_FEATURES), other.apply_to(plain, NULL_FEATURES, NULL_FEATURES):
+        untrained = sample_latents(pipe)
+        expected = before if name == "dreambooth-lora" else sample_latents(plain)  # the copy is in float32, whatever the base is in
+    assert torch.equal(untrained, expected)
     perturbed(method)
-    with method.apply_to(pipe, NULL_FEATURES, NULL_FEATURES):
-        assert (sample_latents(pipe) - before).abs().max() > 0.1, "weights that were packed before the training are packed again"
+    perturbed(other)
+    with method.apply_to(pipe, NULL_FEATURES, NULL_FEATURES), other.apply_to(plain, NULL_FEATURES, NULL_FEATURES):
+        trained, expected = sample_latents(pipe), sample_latents(plain)
+    rounding, change = ((trained - latents).float().abs().mean() for latents in (expected, before))
+    assert change > 0.1 and rounding < 0.1 * change, "weights that were packed before the training are packed again"
     assert torch.equal(sample_latents(pipe), before)
 
 

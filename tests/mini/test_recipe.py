@@ -1,6 +1,7 @@
 """All of mini is built from scratch; the result is a Stable Diffusion folder with adapters."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from imprompt.mini.attribute_classifier import AttributeClassifier
 from imprompt.models import base_pipelines as pipelines
 from imprompt.models import checkpoints, hub
 from imprompt.models import image_prompt as prompter
+from imprompt.recipes import build, controlnets, mini_models
 from imprompt.recipes.build import CONFIGS, build_mini
 from imprompt.recipes.mini_models import ADAPTER_PARTS, ATTRIBUTES, MiniBuild, build_vae, normalize_latents
 from imprompt.recipes.style import STYLES, train_style
@@ -34,9 +36,25 @@ PARTS = {
     "judge-silhouette",
 }
 
+SMALL_ADAPTER = {"train_batch_size": 4, "num_validation_images": 2, "validation_num_inference_steps": 2}
+
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def small_batches():
+    """Every part and adapter trains on small batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plans in (mini_models.PLANS, controlnets.PLANS):
+            for name, plan in plans.items():
+                patch.setitem(plans, name, replace(plan, batch_size=16 if name == "identity" else 8))  # identity: one group of subjects
+        patch.setattr(
+            build, "adapter_config", lambda *args, adapter_config=build.adapter_config: adapter_config(*args).with_options(**SMALL_ADAPTER)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, small_batches):
+    """A folder with a finished build in `work` and its model in `weights`: two steps for every part."""
     folder = tmp_path_factory.mktemp("mini")
     build_mini(MiniBuild(folder / "work", lambda *_: None, budget=0.0002))
     MiniBuild(folder / "work", lambda *_: None, budget=0.0002).assemble_model(folder / "weights")

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from imprompt.unet.mkldnn import _packed_weights, prepack_weights
-from imprompt.utils.compat import cpu_supports_bfloat16
+from imprompt.utils import compat
+from imprompt.utils.compat import has_bfloat16_kernels
 
-needs_bfloat16 = pytest.mark.skipif(not cpu_supports_bfloat16(), reason="this processor does not compute in bfloat16")
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16_kernels(), reason="oneDNN has no kernels for bfloat16 on this CPU")
 
 
 @pytest.fixture
@@ -57,3 +58,11 @@ def test_gradients_other_dtypes_and_copies_use_the_original_weights(model, x):
     assert leaf.grad is not None and not any(m in _packed_weights for m in model)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model).float()(x.float()), unpacked.float()(x.float()))
+
+
+@torch.no_grad()
+def test_without_bfloat16_kernels_the_layers_are_left_alone(model, x, monkeypatch):
+    """The operators raise there, where PyTorch's own layers emulate bfloat16."""
+    monkeypatch.setattr(compat, "has_bfloat16_kernels", lambda: False)
+    prepack_weights(model)
+    assert model(x).isfinite().all() and not any("forward" in vars(m) or m in _packed_weights for m in model)
