@@ -85,7 +85,7 @@ def differences(images, others):
 @pytest.mark.bf16
 @pytest.mark.parametrize("plus", [False, True])
 def test_what_is_measured_is_what_is_generated(plus, cpu_bf16, tmp_path, insightface):
-    """In float32 up to 2 of 255; in bfloat16 closer than each image is to that of float32."""
+    """They differ by at most 2 of 255 in float32; in bfloat16 by less than bfloat16 differs from float32."""
     path = save_faceid_adapter(tmp_path / f"faceid{'-plus' * plus}.bin", plus=plus)
     config = configure(path).with_defaults()
     eval_set, loader = load_eval_set(config.dataset), SystemLoader.from_config(config)

@@ -34,7 +34,7 @@ def run_inspect(config: InspectConfig, *, json: bool) -> None:
 
 
 def run_convert(config: ConvertConfig, *, json: bool) -> None:
-    """Rewrite an adapter file."""
+    """Convert an adapter file or training state to a public adapter file."""
     from imprompt.models import checkpoints
 
     spec = checkpoints.convert_adapter(config.source, config.target, without_aggregator=config.without_aggregator)

@@ -1,7 +1,7 @@
-"""Declared options: what each field accepts stands on the field, and every command line, TOML file and keyword is checked by it.
+"""Declared options: each field declares what it accepts; the command line, TOML files and keyword arguments are checked by it.
 
 A command's configuration is a frozen dataclass of small frozen dataclasses (its parts); a function receives the part it
-uses. Users see the options flat: option names are unique within a command. Standard library only, so that `--help` is instant.
+uses. Users see a flat list of options: option names are unique within a command. Standard library only, so that `--help` is instant.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get
 
 from imprompt.errors import UserError
 
-UNSET = None  # the one value of an option that was not given: what stands in its place depends on other options
+UNSET = None  # marks an option that was not given; its default depends on other options (`with_defaults` of each command)
 
 Scheduler = Literal["ddim", "pndm", "dpm++", "euler", "euler-a", "heun", "unipc", "lcm"]
 ResizeMode = Literal["crop", "pad", "squash", "tile"]
@@ -39,7 +39,7 @@ def option(
     """A field with its help text, shorter names and range (greater or equal, greater, less or equal, less).
 
     With UNSET as default, the annotation is the type after `with_defaults`: `float` where that fills it in, `str | None`
-    where it may stay open.
+    where it may stay unset.
     """
     limits = {name: value for name, value in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if value is not None}
     metadata = {"help": help, "metavar": metavar, "alias": alias, "positional": positional, "limits": limits}
@@ -61,7 +61,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Base of every configuration and of its parts: types, choices and ranges are checked when one is made."""
+    """Base of every configuration and of its parts: types, choices and ranges are checked on construction."""
 
     def __post_init__(self) -> None:
         for one in own_options(type(self)):
@@ -69,7 +69,7 @@ class Options:
         self.check()
 
     def check(self) -> None:
-        """What has to fit together. Raises UserError."""
+        """Check constraints between options; subclasses override it. Raises UserError."""
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
@@ -79,13 +79,13 @@ class Options:
         for name, value in options.items():
             if name not in known:
                 raise UserError(f"unknown option {name!r}; expected one of {', '.join(known)}")
-            values.setdefault(known[name].part, {})[name] = _converted(known[name], value)
+            values.setdefault(known[name].part, {})[name] = _convert_value(known[name], value)
         hints = get_type_hints(cls)
         parts = {part: hints[part](**inner) for part, inner in values.items() if part}
         return cls(**values.get("", {}), **parts)
 
     def with_options(self, **options: Any) -> Self:
-        """A copy in which these flat options have other values."""
+        """A copy in which these options are replaced."""
         return type(self).from_options(**(self.to_options() | options))
 
     def to_options(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def own_options(kind: type) -> tuple[Option, ...]:
 
 def all_options(kind: type) -> tuple[Option, ...]:
     """The options of a configuration, those of its parts included, in the order of their declaration."""
-    if kind not in _options_of:
-        _options_of[kind] = tuple(_iterate_options(kind))
-    return _options_of[kind]
+    if kind not in _option_cache:
+        _option_cache[kind] = tuple(_iterate_options(kind))
+    return _option_cache[kind]
 
 
-_options_of: dict[type, tuple[Option, ...]] = {}  # reading type hints is slow
+_option_cache: dict[type, tuple[Option, ...]] = {}  # reading type hints is slow
 
 
 def _iterate_options(kind: type, part: str = "", group: str = "") -> Iterator[Option]:
@@ -125,10 +125,10 @@ def _iterate_options(kind: type, part: str = "", group: str = "") -> Iterator[Op
         if isinstance(hint, type) and issubclass(hint, Options):
             yield from _iterate_options(hint, f.name, (hint.__doc__ or "").splitlines()[0].rstrip("."))
         else:
-            yield _option_of(f, hint, part, group)
+            yield _make_option(f, hint, part, group)
 
 
-def _option_of(f: Field[Any], hint: Any, part: str, group: str) -> Option:
+def _make_option(f: Field[Any], hint: Any, part: str, group: str) -> Option:
     inner = [a for a in get_args(hint) if a is not type(None)] if get_origin(hint) in (Union, UnionType) else [hint]
     one = inner[0]
     repeatable = get_origin(one) is tuple
@@ -138,8 +138,8 @@ def _option_of(f: Field[Any], hint: Any, part: str, group: str) -> Option:
     return Option(f.name, f, str if choices else one, choices, repeatable, f.default is UNSET, part, group)
 
 
-def _converted(one: Option, value: Any) -> Any:
-    """A lone value of a repeatable option as a tuple, a path or a number as text where text is expected."""
+def _convert_value(one: Option, value: Any) -> Any:
+    """Wrap the only value of a repeatable option in a tuple; convert a path or an int where a string is expected."""
     if one.repeatable:
         return (value,) if isinstance(value, (str, Path)) or not isinstance(value, (list, tuple)) else tuple(value)
     if one.type is str and isinstance(value, (int, Path)) and not isinstance(value, bool):
@@ -181,7 +181,7 @@ def describe_limits(limits: Mapping[str, float]) -> str:
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
-    """PATH:WEIGHT as a pair; the weight is 1 where there is none."""
+    """PATH:WEIGHT as a pair; the weight is 1 if omitted."""
     match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", text)
     return (match[1], float(match[2])) if match else (text, 1.0)
 
@@ -225,10 +225,12 @@ class PipelineConfig(Options):
     """Base model."""
 
     model: str = option("mini", "base model: mini, a folder, a single .safetensors file or a hub id")
-    model_config: str | None = option(UNSET, "for a single file: a folder of the same family in diffusers' form (default: from the hub)")
+    model_config: str | None = option(
+        UNSET, "for a single file: a folder in diffusers format of a model of the same family (default: from the hub)"
+    )
     device: str = option("auto", "auto, cpu, cuda, mps …")
 
     @property
     def is_mini(self) -> bool:
-        """Whether the base is the embedded model."""
+        """Whether the base model is the embedded mini."""
         return self.model == "mini"

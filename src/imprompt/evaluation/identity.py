@@ -1,6 +1,6 @@
 """Identity encoders, and the gallery of subjects that generated images are compared with.
 
-None may be the encoder that conditions a system under comparison: it would measure its own output. The metrics are in metrics.py.
+An encoder must not evaluate a method that it conditions. The metrics are in metrics.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,13 +74,13 @@ class MiniIdentityEncoder:
 class IdentityGallery(NamedTuple):
     """The subjects of an evaluation, by their real images."""
 
-    centroids: Tensor  # (subjects, width): the mean embedding of a subject's images, at unit length; zeros without one
+    centroids: Tensor  # (subjects, width): the mean embedding of a subject's images, L2-normalized; zeros where no identity was detected
     has_embedding: Tensor  # (subjects,) bool: whether the identity was detected in any of them
 
 
 @torch.no_grad()
 def build_gallery(encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> IdentityGallery:
-    """Embed at most MAX_GALLERY_IMAGES images of each subject that are no targets. Raises UserError where no identity is detected."""
+    """Embed at most MAX_GALLERY_IMAGES images of each subject that are not targets. Raises UserError where no identity is detected."""
     centroids: dict[int, Tensor] = {}
     for subject in range(len(eval_set.subjects)):
         with suppress(ImageError):  # none of its images can be opened
@@ -95,7 +95,7 @@ def build_gallery(encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> Identit
 
 
 def load_or_build_gallery(path: Path, encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> IdentityGallery:
-    """The gallery from its file; built anew where the images or the encoder are others."""
+    """The gallery from its file; rebuilt if the images or the encoder changed."""
     metadata = {"built from": f"{encoder.name} {eval_set.fingerprint} {len(eval_set.subjects)}"}
     if not path.is_file() or _read_metadata(path) != metadata:
         with atomic_path(path) as partial:

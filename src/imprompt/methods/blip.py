@@ -54,6 +54,6 @@ class BlipDiffusion(FineTunedUNet):
 
 
 def build_blip_diffusion(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
-    """The untrained method."""
+    """Build BLIP-Diffusion's conditioning with untrained weights."""
     module = BlipDiffusion(pipe.unet, encoder.embed_dim(patches=True))
     return ConditioningMethod("blip-diffusion", pipe.unet, encoder, module, patches=True)

@@ -10,7 +10,7 @@ from imprompt.utils.protocols import UNetPipeline
 
 
 class ImageVariations(FineTunedUNet):
-    """A token of zeros stands for no image."""
+    """SD Image Variations' conditioning: the image embedding replaces the prompt. The unconditional input is a token of zeros."""
 
     def __init__(self, unet: UNet2DConditionModel, image_embed_dim: int):
         if image_embed_dim != unet.config.cross_attention_dim:
@@ -32,6 +32,6 @@ class ImageVariations(FineTunedUNet):
 
 
 def build_image_variations(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
-    """The untrained method. Raises UserError where image and prompt embeddings differ in width."""
+    """Build the method with untrained weights. Raises UserError if image and prompt embeddings differ in dimension."""
     module = ImageVariations(pipe.unet, encoder.embed_dim(patches=False))
     return ConditioningMethod("image-variations", pipe.unet, encoder, module)

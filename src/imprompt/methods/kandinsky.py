@@ -15,7 +15,7 @@ from imprompt.utils.protocols import UNetPipeline
 
 
 class Kandinsky(FineTunedUNet):
-    """The embedding of an image whose preprocessed pixels are zeros stands for no image."""
+    """Kandinsky 2.1's conditioning. The unconditional image embedding is that of an image whose preprocessed pixels are zeros."""
 
     def __init__(self, unet: UNet2DConditionModel, image_embed_dim: int):
         dim = unet.config.cross_attention_dim
@@ -39,7 +39,7 @@ class Kandinsky(FineTunedUNet):
 
 
 def build_kandinsky(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
-    """The untrained method. Raises UserError where image and prompt embeddings differ in width."""
+    """Build the method with untrained weights. Raises UserError if image and prompt embeddings differ in dimension."""
     module = Kandinsky(pipe.unet, encoder.embed_dim(patches=False))
     zero_pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
     uncond = encoder.encode_pixels(zero_pixels, patches=False)

@@ -18,7 +18,7 @@ from imprompt.utils.protocols import UNetPipeline
 
 
 class SeeCoder(ConditioningModule):
-    """A gray image stands for no image."""
+    """SeeCoder's conditioning: context tokens of the reference replace the prompt. The unconditional input is a gray image."""
 
     LOCAL_QUERIES, GLOBAL_QUERIES, DECODER_LAYERS, QUERY_LAYERS = 16, 4, 6, 6
 
@@ -80,5 +80,5 @@ def _make_layer(dim: int, heads: int) -> nn.TransformerEncoderLayer:
 
 
 def build_seecoder(pipe: UNetPipeline, encoder: FeatureEncoder) -> ConditioningMethod:
-    """The untrained method."""
+    """Build SeeCoder with untrained weights."""
     return ConditioningMethod("seecoder", pipe.unet, encoder, SeeCoder(pipe.unet.config.cross_attention_dim))

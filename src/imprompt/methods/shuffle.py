@@ -80,5 +80,5 @@ def warp_by_field(pixels: Tensor, field: Tensor) -> Tensor:
 
 
 def build_shuffle(pipe: UNetPipeline, encoder: FeatureEncoder) -> ConditioningMethod:
-    """The untrained method."""
+    """Build ControlNet Shuffle with untrained weights."""
     return ConditioningMethod("shuffle", pipe.unet, encoder, Shuffle(pipe.unet, pipe.vae_scale_factor))

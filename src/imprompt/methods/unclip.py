@@ -25,7 +25,7 @@ NUM_NOISE_LEVELS = 1000  # of the noise that is added to the image embedding
 class OpenUnCLIP(FineTunedUNet):
     """Linear(z) + Linear(pooled text) joins the time embedding; Linear(z), as 4 tokens, precedes the projected prompt.
 
-    A learned embedding stands for no image. The prompt is pooled by its last token, the end of the text.
+    The unconditional image embedding is learned. The prompt is pooled by its last token, the end of the text.
     """
 
     TOKENS = 4

@@ -40,7 +40,10 @@ class Versatile(FineTunedUNet):
 
 
 def build_versatile(pipe: UNetPipeline, encoder: ImageEncoder) -> ConditioningMethod:
-    """The untrained method; a gray image stands for no image. Raises UserError where image and prompt embeddings differ in width."""
+    """Build the method with untrained weights; the unconditional input is a gray image.
+
+    Raises UserError if image and prompt embeddings differ in dimension.
+    """
     gray = Image.new("RGB", (encoder.image_size, encoder.image_size), (128, 128, 128))
     uncond = encoder.encode_images([gray], patches=True)
     return ConditioningMethod("versatile", pipe.unet, encoder, Versatile(pipe.unet, encoder), patches=True, uncond_features=uncond)

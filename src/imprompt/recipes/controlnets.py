@@ -1,7 +1,7 @@
 """Mini's control models: a ControlNet for edges and a T2I-Adapter for silhouettes, trained like the published ones.
 
-The base is frozen; control images are rendered (arXiv:2302.05543 and arXiv:2302.08453). Also a segmentation model that finds
-silhouettes in any image, trained on subjects of its own; it only evaluates.
+See arXiv:2302.05543 (ControlNet) and arXiv:2302.08453 (T2I-Adapter). The base model is frozen; control images are rendered. A
+segmentation model for silhouettes, trained on other subjects, is used for evaluation only.
 """
 
 import random
@@ -27,6 +27,7 @@ from imprompt.recipes.mini_models import (
     render_once,
     sample_noised_batch,
     sample_pool_caption,
+    scale_count,
 )
 from imprompt.recipes.trainer import TrainPlan, make_step_generator, train_module
 from imprompt.unet.mkldnn import to_channels_last_if_faster
@@ -129,9 +130,9 @@ def build_control_model(kind: str, pipe: StableDiffusionPipeline) -> Any:
 
 def train_control_model(kind: str, model: Path, folder: Path, on_progress: Callable[[str, int, int, float], None], budget: float) -> Path:
     """Train a control model for the mini in `model`, or the segmentation model, in `folder` (resumable); save it as `folder/KIND`
-    in diffusers' layout.
+    in diffusers format.
     """
-    pool = ImagePool(folder, max(256, round(NUM_CONTROL_IMAGES * min(1.0, budget))), "judge" if kind == SEGMENTER else "train")
+    pool = ImagePool(folder, scale_count(NUM_CONTROL_IMAGES, budget), "judge" if kind == SEGMENTER else "train")
     pool.render_all(lambda done, total, _: on_progress("rendering", done, total, 0.0))
     drawings = ControlImages(folder, pool, "edges" if kind == "edges" else "silhouette")
     drawings.render_all(lambda done, total, _: on_progress(kind, done, total, 0.0))

@@ -385,6 +385,11 @@ PLANS = {
 NUM_TRAIN_IMAGES, NUM_CLASSIFIER_IMAGES, NUM_IDENTITY_IMAGES = 160_000, 80_000, 48_000
 
 
+def scale_count(count: int, budget: float) -> int:
+    """The number of images in a pool at a share of the full budget: at least 64."""
+    return max(64, round(count * min(1.0, budget)))
+
+
 class MiniBuild:
     """A build of mini in a work folder: every part is trained once, resumed where it was interrupted, stored in `parts/`."""
 
@@ -392,10 +397,9 @@ class MiniBuild:
         self.folder, self.on_progress, self.budget = folder, on_progress, budget
         self.parts = folder / "parts"
         self.tokenizer = build_tokenizer()
-        share = min(1.0, budget)
-        self.pool = ImagePool(folder, max(256, round(NUM_TRAIN_IMAGES * share)))
-        self.classifier_pool = ImagePool(folder, max(256, round(NUM_CLASSIFIER_IMAGES * share)), "judge")
-        self.identity_pool = ImagePool(folder, max(256, round(NUM_IDENTITY_IMAGES * share)), "identity")
+        self.pool = ImagePool(folder, scale_count(NUM_TRAIN_IMAGES, budget))
+        self.classifier_pool = ImagePool(folder, scale_count(NUM_CLASSIFIER_IMAGES, budget), "judge")
+        self.identity_pool = ImagePool(folder, scale_count(NUM_IDENTITY_IMAGES, budget), "identity")
         self.latents = LatentPool(folder, self.pool)
 
     def train_parts(self, only: Sequence[str] = tuple(PLANS)) -> None:

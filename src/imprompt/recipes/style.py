@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from imprompt.models.hub import MINI_PATH
-from imprompt.recipes.mini_models import ImagePool, LatentPool, UNetTraining
+from imprompt.recipes.mini_models import ImagePool, LatentPool, UNetTraining, scale_count
 from imprompt.recipes.trainer import TrainPlan, train_module
 
 NUM_STYLE_IMAGES = 16_000
@@ -56,7 +56,7 @@ class StyledImagePool(ImagePool):
 def train_style(style: str, folder: Path, on_progress: Callable[[str, int, int, float], None], budget: float = 1.0) -> Path:
     """Fine-tune in `folder` (resumable) and save the model as `folder/model`, as a diffusers folder."""
     pipe = StableDiffusionPipeline.from_pretrained(MINI_PATH, safety_checker=None, requires_safety_checker=False)
-    pool = StyledImagePool(folder, max(256, round(NUM_STYLE_IMAGES * min(1.0, budget))), style)
+    pool = StyledImagePool(folder, scale_count(NUM_STYLE_IMAGES, budget), style)
     pool.render_all(lambda done, total, _: on_progress("rendering", done, total, 0.0))
     latents = LatentPool(folder, pool)
     latents.encode_all(pipe.vae, lambda done, total, _: on_progress("latents", done, total, 0.0))

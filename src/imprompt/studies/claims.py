@@ -1,8 +1,8 @@
-"""Claims about rows, and whether our rows support them.
+"""Claims of a paper about result rows (one evaluated system each), and whether our rows support them.
 
-A claim that one row is better than another is evaluated by the mean of the paired differences, prompt by prompt or, where prompts
-belong to subjects, subject by subject; it is supported if the whole 95 % interval of that mean lies on the right side of zero. A
-claim about a ratio ("within 3 %") or about a trend ("monotonically") is evaluated on the values as the table prints them.
+A claim that one row is better than another is tested by the mean of the paired differences, prompt by prompt or, where prompts
+belong to subjects, subject by subject; it is supported if the whole 95 % confidence interval of that mean lies on the right side of zero. A
+claim about a ratio ("within 3 %") or about a trend ("monotonically") is evaluated on the values as rounded in the report.
 """
 
 import platform
@@ -84,7 +84,7 @@ def to_json(claims: Sequence[Claim], rows: Rows) -> dict[str, object]:
 
 
 def merge_protocols(rows: Rows) -> dict[str, str]:
-    """The protocol, field by field; where rows differ, every value, and after all but the most frequent one the rows that have it."""
+    """The evaluation settings, field by field. Where rows differ, values other than the most common are followed by their rows."""
     protocols = {row_id: row.protocol for row_id, row in rows.items() if row.protocol}
     merged = {}
     for field in dict.fromkeys(field for protocol in protocols.values() for field in protocol):

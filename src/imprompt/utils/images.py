@@ -68,7 +68,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"an image of {image.width} × {image.height} pixels is empty")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: the brightest value of the type is white
+    if image.mode.startswith("I") or image.mode == "F":  # white is 65535 for integers, and the largest value of a float image
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0)
         white = 65535 if image.mode.startswith("I") else max(values.max(), 1e-9)
         image = Image.fromarray((np.clip(values / white, 0, 1) * 255).round().astype(np.uint8))
