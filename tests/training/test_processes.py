@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 from safetensors.torch import load_file
@@ -35,6 +36,7 @@ OPTIONS = {
     "mixed_precision": "float32",
     "device": "cpu",
 }
+TIMEOUT = 300  # seconds
 
 
 def start_process(options, rank=0, num_processes=1, port=0):
@@ -55,7 +57,7 @@ def start_process(options, rank=0, num_processes=1, port=0):
 
 def wait_for_steps(processes):
     """The steps that the first process has printed when all have ended."""
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     assert all(process.returncode == 0 for process in processes), [err[-3000:] for _, err in outputs]
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("[")]
 
@@ -77,6 +79,16 @@ def free_port():
         return free.getsockname()[1]
 
 
+@pytest.fixture
+def extensions_dir(request, monkeypatch):
+    """DeepSpeed compiles an operator: into a cache of this checkout, kept between runs, instead of the one in the home folder."""
+    folder = request.config.cache.mkdir(f"torch_extensions-{version('torch')}-{sys.implementation.cache_tag}")
+    for lock in folder.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > TIMEOUT:  # its process was killed, and every other one would wait forever
+            lock.unlink(missing_ok=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+
+
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, free_port):
     one = train_alone(train_batch_size=4, max_train_steps=50, output_dir=str(tmp_path / "one"))
     two = train_in_pair(free_port, max_train_steps=50, output_dir=str(tmp_path / "two"))
@@ -87,7 +99,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, free
     assert all((a[key] - b[key]).norm() < 1e-5 * b[key].norm() for key in a)
 
 
-def test_zero_2_runs_resumes_and_writes_a_file_that_loads(tmp_path, free_port):
+def test_zero_2_runs_resumes_and_writes_a_file_that_loads(tmp_path, free_port, extensions_dir):
     """Two processes on the CPU, in float32: the losses of plain data parallelism, with the optimizer state in two parts."""
     pytest.importorskip("deepspeed")
     plain = train_in_pair(free_port, max_train_steps=4, output_dir=str(tmp_path / "plain"))
