@@ -1,29 +1,25 @@
 """Training in several processes: they take the steps of one process with all their batches, and resume after they are killed.
 
-Slow: about 25 interpreter starts (one each for two processes and for a kill), of which ten are the kills of one test.
+All trainings are forked from one process that has imported everything (multiprocessing's fork server).
 """
 
-import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+import traceback
 
 import pytest
 from safetensors.torch import load_file
 
 import imprompt
-
-SCRIPT = """
-import sys, json
 from imprompt.config import TrainConfig
 from imprompt.training import train_adapter
-for step in train_adapter(TrainConfig.from_options(**json.loads(sys.argv[1]))):
-    print(json.dumps([step.index, step.loss, step.grad_norm]), flush=True)
-"""
+
 OPTIONS = {
     "train_batch_size": 2,
     "learning_rate": 1e-3,
@@ -36,62 +32,87 @@ OPTIONS = {
     "mixed_precision": "float32",
     "device": "cpu",
 }
-TIMEOUT = 300  # seconds
 
 
-def start_process(options, rank=0, num_processes=1, port=0):
-    """Start one process of a training; it prints index, loss and gradient norm of each step."""
-    distributed = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": num_processes,
-        "LOCAL_WORLD_SIZE": num_processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    env |= {name: str(value) for name, value in distributed.items()} if num_processes > 1 else {}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(OPTIONS | options)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def report_steps(connection, options, distributed):
+    """In a process of its own: train, and send index, loss and gradient norm of each step; at last None, or the error."""
+    os.environ.update(distributed, TQDM_DISABLE="1")
+    try:
+        if options.get("deepspeed"):
+            import deepspeed
+
+            # DeepSpeed compiles its reduction through shared memory, for minutes; only tensor-parallel inference uses it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        for step in train_adapter(TrainConfig.from_options(**options)):
+            connection.send([step.index, step.loss, step.grad_norm])
+        connection.send(None)
+    except BaseException:
+        connection.send(traceback.format_exc())
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    """A multiprocessing context whose processes need no imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["imprompt.training", "pytest"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start_process(fork_server):
+    """A function that starts one process of a training and returns it with the connection to its steps."""
+
+    def start(options, rank=0, num_processes=1, port=0):
+        distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        receiver, sender = fork_server.Pipe(duplex=False)
+        environment = {name: str(value) for name, value in distributed.items()} if num_processes > 1 else {}
+        process = fork_server.Process(target=report_steps, args=(sender, OPTIONS | options, environment), daemon=True)
+        process.start()
+        sender.close()
+        return process, receiver
+
+    return start
 
 
 def wait_for_steps(processes):
-    """The steps that the first process has printed when all have ended."""
-    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
-    assert all(process.returncode == 0 for process in processes), [err[-3000:] for _, err in outputs]
-    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("[")]
-
-
-def train_alone(**options):
-    return wait_for_steps([start_process(options)])
-
-
-def train_in_pair(free_port, **options):
-    return wait_for_steps([start_process(options, rank, 2, free_port) for rank in (0, 1)])
-
-
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """The steps that the first process has sent when all have ended."""
+    messages = []
+    for _, connection in processes:
+        messages.append([])
+        while not messages[-1] or isinstance(messages[-1][-1], list):
+            assert connection.poll(300), "no step for five minutes"
+            messages[-1].append(connection.recv())
+    errors = [sent[-1] for sent in messages if sent[-1]]
+    assert not errors, errors
+    for process, _ in processes:
+        process.join(60)
+    assert [process.exitcode for process, _ in processes] == [0] * len(processes)
+    return messages[0][:-1]
 
 
 @pytest.fixture
-def extensions_dir(request, monkeypatch):
-    """DeepSpeed compiles an operator: into a cache of this checkout, kept between runs, instead of the one in the home folder."""
-    folder = request.config.cache.mkdir(f"torch_extensions-{version('torch')}-{sys.implementation.cache_tag}")
-    for lock in folder.glob("*/lock"):
-        if time.time() - lock.stat().st_mtime > TIMEOUT:  # its process was killed, and every other one would wait forever
-            lock.unlink(missing_ok=True)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+def train_alone(start_process):
+    return lambda **options: wait_for_steps([start_process(options)])
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, free_port):
+@pytest.fixture
+def train_in_pair(start_process):
+    def train(**options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return wait_for_steps([start_process(options, rank, 2, port) for rank in (0, 1)])
+
+    return train
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, train_alone, train_in_pair):
     one = train_alone(train_batch_size=4, max_train_steps=50, output_dir=str(tmp_path / "one"))
-    two = train_in_pair(free_port, max_train_steps=50, output_dir=str(tmp_path / "two"))
+    two = train_in_pair(max_train_steps=50, output_dir=str(tmp_path / "two"))
     assert len(one) == len(two) == 50
     assert [loss for _, loss, _ in two] == pytest.approx([loss for _, loss, _ in one], rel=1e-5)
     a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
@@ -99,42 +120,39 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, free
     assert all((a[key] - b[key]).norm() < 1e-5 * b[key].norm() for key in a)
 
 
-def test_zero_2_runs_resumes_and_writes_a_file_that_loads(tmp_path, free_port, extensions_dir):
+def test_zero_2_runs_resumes_and_writes_a_file_that_loads(tmp_path, train_in_pair):
     """Two processes on the CPU, in float32: the losses of plain data parallelism, with the optimizer state in two parts."""
     pytest.importorskip("deepspeed")
-    plain = train_in_pair(free_port, max_train_steps=4, output_dir=str(tmp_path / "plain"))
+    plain = train_in_pair(max_train_steps=4, output_dir=str(tmp_path / "plain"))
     options = {"deepspeed": True, "checkpointing_steps": 2}
-    zero = train_in_pair(free_port, **options, max_train_steps=4, output_dir=str(tmp_path / "zero"))
+    zero = train_in_pair(**options, max_train_steps=4, output_dir=str(tmp_path / "zero"))
     assert [loss for _, loss, _ in zero] == pytest.approx([loss for _, loss, _ in plain], rel=1e-4)
     assert [norm for _, _, norm in zero] == pytest.approx([norm for _, _, norm in plain], rel=1e-3)
     states = tmp_path / "zero" / "state"
     assert len(list((states / "step-4" / "pytorch_model").glob("*zero_pp_rank_*_optim_states.pt"))) == 2
 
-    resumed = train_in_pair(free_port, **options, max_train_steps=6, output_dir=str(tmp_path / "zero"))
+    resumed = train_in_pair(**options, max_train_steps=6, output_dir=str(tmp_path / "zero"))
     assert [index for index, _, _ in resumed] == [5, 6]
-    complete = train_in_pair(free_port, **options, max_train_steps=6, output_dir=str(tmp_path / "complete"))
+    complete = train_in_pair(**options, max_train_steps=6, output_dir=str(tmp_path / "complete"))
     assert [loss for _, loss, _ in resumed] == pytest.approx([loss for _, loss, _ in complete[4:]], rel=1e-5)
     assert imprompt.load(tmp_path / "zero" / "adapter.safetensors").spec.adapter_type == "base"
 
 
-def test_a_run_that_is_killed_at_ten_random_moments_ends_with_the_same_weights(tmp_path):
+def test_a_run_that_is_killed_at_ten_random_moments_ends_with_the_same_weights(tmp_path, start_process, train_alone):
     """No file is ever unreadable, and the weights are the same to the bit."""
     options = {"max_train_steps": 120, "checkpointing_steps": 3, "ema_decay": 0.9}
     train_alone(**options, output_dir=str(tmp_path / "complete"))
-    rng, kills = random.Random(0), 0
-    while kills < 10:
-        process = start_process(options | {"output_dir": str(tmp_path / "killed")})
-        for _ in range(rng.randint(1, 8)):
-            line = process.stdout.readline()  # after each step
+    rng, folder = random.Random(0), tmp_path / "killed"
+    for _ in range(10):
+        process, connection = start_process(options | {"output_dir": str(folder)})
+        steps = [connection.recv() for _ in range(rng.randint(1, 8))]
         time.sleep(rng.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += bool(line)
-        assert line, "the run ended before it was killed often enough"
-        for path in (tmp_path / "killed").glob("*.safetensors"):
+        process.kill()
+        process.join()
+        assert all(steps) and process.exitcode == -signal.SIGKILL, "the run ended before it was killed often enough"
+        for path in folder.glob("*.safetensors"):
             load_file(path)
-    train_alone(**options, output_dir=str(tmp_path / "killed"))
-    assert kills == 10
+    train_alone(**options, output_dir=str(folder))
     a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("complete", "killed"))
     assert all(a[key].equal(b[key]) for key in a)
 
