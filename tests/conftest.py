@@ -1,6 +1,10 @@
 """Small models of the real classes, random but fixed, for tests that need no training."""
 
+import copy
+import multiprocessing
 import os
+from functools import cache
+from multiprocessing import forkserver
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +17,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -37,6 +42,26 @@ def cpu_bf16(request, monkeypatch):
     """Whether a test marked `bf16` takes the CPU for one that computes in bfloat16. Where it does not, that is emulated."""
     monkeypatch.setenv("IMPROMPT_CPU_BF16", request.param)
     return request.param == "on"
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """A multiprocessing context whose processes are forked from one that has imported everything, instead of importing for seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["imprompt.training", "imprompt.studies.runner", "imprompt.cli", "pytest"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def forked_workers(fork_server):
+    """Processes of evaluations and studies are forked, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("imprompt.evaluation.workers", "imprompt.studies.runner"):
+            patch.setattr(f"{module}.get_context", lambda method: fork_server)
+        yield
 
 
 CROSS = 32
@@ -90,8 +115,15 @@ def vision_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
+_built_tokenizer = cache(build_tokenizer)  # takes longer than all models
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return copy.deepcopy(_built_tokenizer())  # some tests add tokens to it
+
+
 def _text_config() -> CLIPTextConfig:
-    tokenizer = build_tokenizer()
+    tokenizer = _built_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=CROSS, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=24, projection_dim=CROSS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -115,7 +147,7 @@ def sd15_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPi
     """A complete pipeline around a small random SD-1.5-shaped UNet."""
     torch.manual_seed(3)
     pipe = StableDiffusionPipeline(
-        unet=unet or sd15_unet(), vae=_vae(), text_encoder=CLIPTextModel(_text_config()).eval(), tokenizer=build_tokenizer(),
+        unet=unet or sd15_unet(), vae=_vae(), text_encoder=CLIPTextModel(_text_config()).eval(), tokenizer=_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
         image_encoder=vision_encoder(), feature_extractor=image_processor(), safety_checker=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -135,7 +167,7 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     text, text_2 = CLIPTextModel(_text_config()).eval(), CLIPTextModelWithProjection(_text_config()).eval()
     pipe = StableDiffusionXLPipeline(
         unet=sdxl_unet(2 * CROSS), vae=_vae(), text_encoder=text, text_encoder_2=text_2,
-        tokenizer=build_tokenizer(), tokenizer_2=build_tokenizer(),
+        tokenizer=_tokenizer(), tokenizer_2=_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1),
         image_encoder=vision_encoder(), feature_extractor=image_processor(), add_watermarker=False,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def test_after_an_interruption_the_table_is_the_same(evaluation, tmp_path):
     assert without_seconds(table) == without_seconds(evaluation[2])
 
 
-def test_two_processes_give_the_same_table(evaluation, tmp_path):
+def test_two_processes_give_the_same_table(evaluation, tmp_path, forked_workers):
     _, table = run_and_report(tmp_path, num_processes=2)
     assert without_seconds(table) == without_seconds(evaluation[2])
 
@@ -232,7 +232,7 @@ def test_other_data_with_the_same_names_are_rejected(tmp_path):
         next(run_evaluation(config.with_options(data=str(tmp_path / "b" / "images"))))
 
 
-def test_a_process_that_dies_is_reported_in_one_sentence(tmp_path, monkeypatch):
+def test_a_process_that_dies_is_reported_in_one_sentence(tmp_path, monkeypatch, forked_workers):
     monkeypatch.setattr(workers, "_start_process", os._exit)  # gets arguments that it cannot use, which ends the process too
     with pytest.raises(UserError, match="a process was killed from outside"):
         list(run_evaluation(configure(tmp_path, num_processes=2)))

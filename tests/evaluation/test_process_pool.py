@@ -11,6 +11,8 @@ import pytest
 from imprompt.errors import UserError
 from imprompt.evaluation.workers import process_pool
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def test_after_an_error_running_tasks_are_terminated():
     with pytest.raises(UserError, match="a mistake"), process_pool(2, import_module, "time") as processes:

@@ -46,10 +46,22 @@ def perturbed(method):
     return method
 
 
-@pytest.fixture(params=list(METHODS))
-def pipe_and_method(request):
+@pytest.fixture(scope="module", params=list(METHODS))
+def registered_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(registered_name):
     pipe, encoder = small_pipeline_and_encoder()
-    return pipe, perturbed(build_method(request.param, pipe, encoder))
+    return pipe, perturbed(build_method(registered_name, pipe, encoder))
+
+
+@pytest.fixture
+def pipe_and_method(built):
+    """A pipeline and each method with its weights perturbed; between tests the method is not attached."""
+    yield built
+    built[1].remove_from_unet()
 
 
 def encode_random_images(method, *seeds):
@@ -392,9 +404,8 @@ def test_an_unknown_method_is_named():
         build_method("dalle", *small_pipeline_and_encoder())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_registry_agrees_with_the_method(name):
-    method = build_method(name, *small_pipeline_and_encoder())
-    assert method.uses_patch_features == (METHODS[name].features == "patches")
-    if name not in PER_SUBJECT_METHODS:
-        assert (hasattr(method.module, "unet") or hasattr(method.module, "controlnet")) == METHODS[name].trains_unet
+def test_the_registry_agrees_with_the_method(registered_name, pipe_and_method):
+    (_, method), info = pipe_and_method, METHODS[registered_name]
+    assert method.uses_patch_features == (info.features == "patches")
+    if registered_name not in PER_SUBJECT_METHODS:
+        assert (hasattr(method.module, "unet") or hasattr(method.module, "controlnet")) == info.trains_unet

@@ -74,7 +74,7 @@ def test_only_the_training_images_of_a_part_are_rendered(tmp_path, monkeypatch):
     for part in PLANS:
         build.train_parts([part])
     pools = {"clip": "train", "judge-clip": "judge", "judge": "judge", "identity": "identity", "vae": "train", "unet": "train"}
-    assert rendered == [f"{pools[part]}-256.npy" for part in PLANS]
+    assert rendered == [f"{pools[part]}-64.npy" for part in PLANS]
     (tmp_path / "parts" / "judge").mkdir(parents=True)
     rendered.clear()
     build.train_parts(["judge"])

@@ -17,7 +17,7 @@ from imprompt.utils.statistics import Interval
 
 
 @pytest.fixture(scope="module")
-def smoke_study(tmp_path_factory):
+def smoke_study(tmp_path_factory, forked_workers):
     folder = tmp_path_factory.mktemp("smoke")
     config = ReproduceConfig.from_options(budget="smoke", output_dir=str(folder), num_processes=1)
     return config, folder, list(run_study(config))

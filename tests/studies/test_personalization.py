@@ -23,7 +23,7 @@ def smoke_config(**options):
 
 
 @pytest.fixture(scope="module")
-def smoke_study(tmp_path_factory):
+def smoke_study(tmp_path_factory, forked_workers):
     folder = tmp_path_factory.mktemp("smoke")
     config = smoke_config(output_dir=str(folder), num_processes=1)
     return config, folder, list(run_study(config))

@@ -65,13 +65,12 @@ def test_the_adapter_is_a_public_file_that_generates(complete_run):
     assert len(imprompt.generate("examples/cat.png", adapter=str(path), num_inference_steps=2, num_images=1)) == 1
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resumed_equals_uninterrupted_to_the_bit(complete_run, tmp_path, stop):
+def test_resumed_equals_uninterrupted_to_the_bit(complete_run, tmp_path):
+    """Interrupted after step 1, before there is a checkpoint, and after steps 3 and 5; every second step writes one."""
     folder, steps = complete_run
-    run_training(tmp_path, stop=stop)
-    resumed = run_training(tmp_path)
-    first = resumed[0].index
-    assert first == stop // 2 * 2 + 1 and [s.loss for s in resumed] == [s.loss for s in steps[first - 1 :]]
+    for stop, expected in ((1, steps[:1]), (3, steps[:3]), (3, steps[2:5]), (None, steps[4:])):
+        resumed = run_training(tmp_path, stop=stop)
+        assert [(s.index, s.loss) for s in resumed] == [(s.index, s.loss) for s in expected]
     for name in ("adapter.safetensors", "best.safetensors"):
         a, b = load_file(folder / name), load_file(tmp_path / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -80,25 +79,27 @@ def test_resumed_equals_uninterrupted_to_the_bit(complete_run, tmp_path, stop):
 
 
 def test_a_complete_run_is_not_repeated_except_on_request(tmp_path):
-    run_training(tmp_path, max_train_steps=2)
-    assert run_training(tmp_path, max_train_steps=2) == []
-    assert len(run_training(tmp_path, max_train_steps=2, resume_from_checkpoint="never")) == 2
+    options = {"max_train_steps": 2, "num_validation_images": 0}
+    run_training(tmp_path, **options)
+    assert run_training(tmp_path, **options) == []
+    assert len(run_training(tmp_path, **options, resume_from_checkpoint="never")) == 2
 
 
 def test_starting_anew_deletes_an_earlier_and_longer_run(tmp_path):
-    run_training(tmp_path)
-    assert [s.index for s in run_training(tmp_path, stop=2, resume_from_checkpoint="never")] == [1, 2]
+    run_training(tmp_path, num_validation_images=0)
+    assert (tmp_path / "adapter-6.safetensors").exists()
+    assert [s.index for s in run_training(tmp_path, stop=2, resume_from_checkpoint="never", num_validation_images=0)] == [1, 2]
     assert [p.name for p in (tmp_path / "state").glob("step-*")] == ["step-2"] and not (tmp_path / "adapter-6.safetensors").exists()
-    assert run_training(tmp_path)[0].index == 3
+    assert run_training(tmp_path, stop=1, num_validation_images=0)[0].index == 3
 
 
 def test_a_state_of_another_version_is_named(tmp_path):
-    run_training(tmp_path, max_train_steps=2)
+    run_training(tmp_path, max_train_steps=2, num_validation_images=0)
     path = tmp_path / "state" / "step-2" / "data-0.pt"
     torch.save(torch.load(path)["loader"], path)
     with pytest.raises(UserError, match=r"another version of imprompt \(state 1, expected 2\); use another --output-dir, or --resume"):
-        run_training(tmp_path)
-    assert len(run_training(tmp_path, max_train_steps=1, resume_from_checkpoint="never")) == 1
+        run_training(tmp_path, num_validation_images=0)
+    assert len(run_training(tmp_path, max_train_steps=1, num_validation_images=0, resume_from_checkpoint="never")) == 1
 
 
 def test_the_shuffled_reference_is_another_image_even_in_batches_of_one(tmp_path):
@@ -110,7 +111,7 @@ def test_a_failed_sanity_check_restores_the_base_model(tmp_path, monkeypatch):
     monkeypatch.setattr("imprompt.core.optim.parameters_without_grad", lambda module: ["image_proj"])
     with pytest.raises(UserError, match="receive no gradient"):
         run_training(tmp_path / "a", sanity_check=True)
-    assert len(run_training(tmp_path / "b", max_train_steps=1)) == 1
+    assert len(run_training(tmp_path / "b", max_train_steps=1, num_validation_images=0)) == 1
 
 
 def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path):
@@ -119,9 +120,9 @@ def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path):
 
 
 def test_a_run_is_not_resumed_with_another_method(tmp_path):
-    run_training(tmp_path, max_train_steps=2)
+    run_training(tmp_path, max_train_steps=2, num_validation_images=0)
     with pytest.raises(UserError, match="cannot be continued from step-2"):
-        run_training(tmp_path, method="simple")
+        run_training(tmp_path, method="simple", num_validation_images=0)
 
 
 @pytest.mark.parametrize("method", ["ip-adapter-plus", "ip-adapter-full-face", "simple", "simple-plus"])

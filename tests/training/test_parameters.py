@@ -33,21 +33,22 @@ def test_full_size_adapters_have_the_papers_number_of_parameters(unet, method, m
 
 
 @pytest.mark.parametrize("method", list(REFERENCE_METHODS))
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_the_adapter_has_gradients_and_optimizer_state(tmp_path, method, optimizer):
+def test_only_the_adapter_has_gradients_and_optimizer_state(tmp_path, method):
     config = TrainConfig.from_options(
-        method=method, optimizer=optimizer, train_batch_size=3, num_validation_images=0, mixed_precision="float32", output_dir=str(tmp_path)
+        method=method, train_batch_size=2, num_validation_images=0, mixed_precision="float32", output_dir=str(tmp_path)
     ).with_defaults()
     context = setup_training(config, torch.device("cpu"))
+    context.method.module.float()
     make_accelerator(config.pipeline.device, config.runtime, config.optimization, config.output_dir)
-    optimizers = make_optimizers(config.optimization, context.method.module.float())
     batch = next(iter(context.batches()))
     compute_loss(context.method, context.unet, context.noise_schedule, batch, context.uncond, config.loss).mean().backward()
-    for one in optimizers:
-        one.step()
     trained = list(context.method.module.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    assert {id(p) for one in optimizers for p in one.state} == {id(p) for p in trained}
+    for name in ("adamw", "muon"):
+        optimizers = make_optimizers(config.with_options(optimizer=name).optimization, context.method.module)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert {id(p) for optimizer in optimizers for p in optimizer.state} == {id(p) for p in trained}
     for frozen in (context.unet, context.pipe.vae, context.pipe.text_encoder, context.image_encoder.model):
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
     context.method.remove_from_unet()

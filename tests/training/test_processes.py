@@ -1,11 +1,11 @@
 """Training in several processes: they take the steps of one process with all their batches, and resume after they are killed.
 
-All trainings are forked from one process that has imported everything (multiprocessing's fork server).
+All trainings are forked from one process that has imported everything (fixture fork_server).
 """
 
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,25 +51,14 @@ def report_steps(connection, options, distributed):
 
 
 @pytest.fixture(scope="module")
-def fork_server():
-    """A multiprocessing context whose processes need no imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["imprompt.training", "pytest"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-@pytest.fixture
 def start_process(fork_server):
     """A function that starts one process of a training and returns it with the connection to its steps."""
 
     def start(options, rank=0, num_processes=1, port=0):
         distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         distributed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        receiver, sender = fork_server.Pipe(duplex=False)
         environment = {name: str(value) for name, value in distributed.items()} if num_processes > 1 else {}
+        receiver, sender = fork_server.Pipe(duplex=False)
         process = fork_server.Process(target=report_steps, args=(sender, OPTIONS | options, environment), daemon=True)
         process.start()
         sender.close()
@@ -94,12 +83,12 @@ def wait_for_steps(processes):
     return messages[0][:-1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train_alone(start_process):
     return lambda **options: wait_for_steps([start_process(options)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train_in_pair(start_process):
     def train(**options):
         with socket.socket() as free:
@@ -110,43 +99,50 @@ def train_in_pair(start_process):
     return train
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path, train_alone, train_in_pair):
-    one = train_alone(train_batch_size=4, max_train_steps=50, output_dir=str(tmp_path / "one"))
-    two = train_in_pair(max_train_steps=50, output_dir=str(tmp_path / "two"))
-    assert len(one) == len(two) == 50
+@pytest.fixture(scope="module")
+def pair(train_in_pair, tmp_path_factory):
+    """Folder and steps of a training in two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, train_in_pair(max_train_steps=30, output_dir=str(folder))
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path, train_alone):
+    one, (folder, two) = train_alone(train_batch_size=4, max_train_steps=30, output_dir=str(tmp_path)), pair
+    assert len(one) == len(two) == 30
     assert [loss for _, loss, _ in two] == pytest.approx([loss for _, loss, _ in one], rel=1e-5)
-    a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    a, b = (load_file(folder / "adapter.safetensors") for folder in (tmp_path, folder))
     # The division of AdamW makes single weights differ by 1.1e-5 on some CPUs.
     assert all((a[key] - b[key]).norm() < 1e-5 * b[key].norm() for key in a)
 
 
-def test_zero_2_runs_resumes_and_writes_a_file_that_loads(tmp_path, train_in_pair):
+def test_zero_2_runs_resumes_and_writes_a_file_that_loads(pair, tmp_path, train_in_pair):
     """Two processes on the CPU, in float32: the losses of plain data parallelism, with the optimizer state in two parts."""
     pytest.importorskip("deepspeed")
-    plain = train_in_pair(max_train_steps=4, output_dir=str(tmp_path / "plain"))
-    options = {"deepspeed": True, "checkpointing_steps": 2}
-    zero = train_in_pair(**options, max_train_steps=4, output_dir=str(tmp_path / "zero"))
-    assert [loss for _, loss, _ in zero] == pytest.approx([loss for _, loss, _ in plain], rel=1e-4)
-    assert [norm for _, _, norm in zero] == pytest.approx([norm for _, _, norm in plain], rel=1e-3)
-    states = tmp_path / "zero" / "state"
+    plain, options = pair[1], {"deepspeed": True, "checkpointing_steps": 2, "max_train_steps": 6, "output_dir": str(tmp_path)}
+    complete = train_in_pair(**options)
+    assert [loss for _, loss, _ in complete] == pytest.approx([loss for _, loss, _ in plain[:6]], rel=1e-4)
+    assert [norm for _, _, norm in complete] == pytest.approx([norm for _, _, norm in plain[:6]], rel=1e-3)
+    states = tmp_path / "state"
     assert len(list((states / "step-4" / "pytorch_model").glob("*zero_pp_rank_*_optim_states.pt"))) == 2
 
-    resumed = train_in_pair(**options, max_train_steps=6, output_dir=str(tmp_path / "zero"))
+    shutil.rmtree(states / "step-6")  # as if killed before
+    resumed = train_in_pair(**options)
     assert [index for index, _, _ in resumed] == [5, 6]
-    complete = train_in_pair(**options, max_train_steps=6, output_dir=str(tmp_path / "complete"))
     assert [loss for _, loss, _ in resumed] == pytest.approx([loss for _, loss, _ in complete[4:]], rel=1e-5)
-    assert imprompt.load(tmp_path / "zero" / "adapter.safetensors").spec.adapter_type == "base"
+    assert imprompt.load(tmp_path / "adapter.safetensors").spec.adapter_type == "base"
 
 
 def test_a_run_that_is_killed_at_ten_random_moments_ends_with_the_same_weights(tmp_path, start_process, train_alone):
     """No file is ever unreadable, and the weights are the same to the bit."""
-    options = {"max_train_steps": 120, "checkpointing_steps": 3, "ema_decay": 0.9}
+    options = {"max_train_steps": 40, "checkpointing_steps": 2, "ema_decay": 0.9}
+    start = time.monotonic()
     train_alone(**options, output_dir=str(tmp_path / "complete"))
+    seconds_per_step = (time.monotonic() - start) / 40
     rng, folder = random.Random(0), tmp_path / "killed"
     for _ in range(10):
         process, connection = start_process(options | {"output_dir": str(folder)})
-        steps = [connection.recv() for _ in range(rng.randint(1, 8))]
-        time.sleep(rng.uniform(0, 0.1))
+        steps = [connection.recv() for _ in range(rng.randint(1, 3))]
+        time.sleep(rng.uniform(0, 2 * seconds_per_step))  # every second step writes a checkpoint
         process.kill()
         process.join()
         assert all(steps) and process.exitcode == -signal.SIGKILL, "the run ended before it was killed often enough"

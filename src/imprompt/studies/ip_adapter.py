@@ -42,8 +42,8 @@ class IPAdapterStudy(Study):
             num_prompts=1_000, num_sweep_prompts=200, custom_model_share=0.6,
         ),
         "smoke": IPAdapterBudget(
-            max_train_steps=2, train_batch_size=4, num_train_images=64, num_images_per_prompt=2, num_inference_steps=2,
-            num_prompts=4, num_sweep_prompts=2, custom_model_share=0.004,
+            max_train_steps=1, train_batch_size=4, num_train_images=16, num_images_per_prompt=2, num_inference_steps=2,
+            num_prompts=4, num_sweep_prompts=2, custom_model_share=0.001,
         ),
     }  # fmt: skip
 
@@ -101,7 +101,7 @@ class IPAdapterStudy(Study):
         if method not in REFERENCE_METHODS:
             return None
         return TrainConfig.from_options(
-            method=method, data=self.train_data, num_validation_images=min(8, b.num_prompts),
+            method=method, data=self.train_data, num_validation_images=min(8, b.num_prompts // 2),
             sanity_check=self.config.budget == "full", lr_warmup_steps=min(100, b.max_train_steps // 2), **self.train_options(row_id),
         )  # fmt: skip
 

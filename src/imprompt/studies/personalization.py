@@ -77,9 +77,9 @@ class PersonalizationStudy(Study):
             num_prompts=200, num_seeds=3, targets_per_subject=2, reference_counts=(1, 2, 3, 5, 9, 16), num_sweep_subjects=50,
         ),
         "smoke": PersonalizationBudget(
-            max_train_steps=2, train_batch_size=4, num_train_images=40, num_images_per_prompt=2, num_inference_steps=2,
+            max_train_steps=1, train_batch_size=4, num_train_images=40, num_images_per_prompt=2, num_inference_steps=2,
             num_prompts=6, num_seeds=2, targets_per_subject=2, reference_counts=(1, 9), num_sweep_subjects=2,
-            finetune_steps=2, num_class_images=2,
+            finetune_steps=1, num_class_images=1,
         ),
     }  # fmt: skip
 
