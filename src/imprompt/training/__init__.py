@@ -45,11 +45,7 @@ def start_training(
                     on_progress(progress)
         accelerator.wait_for_everyone()
         context = setup_training(config, accelerator.device, rank, num_processes)
-        is_new = config.checkpointing.resume_from_checkpoint == "never" or not list_checkpoints(Path(config.output_dir))
-        report = None
-        if config.runtime.sanity_check and is_new:
-            trains_unet = METHODS[config.method].trains_unet
-            report = _run_sanity_check(context, config.optimization.learning_rate, trains_unet=trains_unet)
+        report = _run_sanity_check(config, context)
         start_trackers(accelerator, config.output_dir, config.to_options())
         trainer = Trainer(accelerator, context, config.optimization, config.loss)
         checkpoints = CheckpointManager(Path(config.output_dir), config.checkpointing, accelerator, context.loader, context.metadata)
@@ -64,8 +60,12 @@ def _run(context: TrainingContext, trainer: Trainer, checkpoints: CheckpointMana
         context.method.remove_from_unet()
 
 
-def _run_sanity_check(context: TrainingContext, learning_rate: float, *, trains_unet: bool) -> SanityReport:
+def _run_sanity_check(config: TrainConfig, context: TrainingContext) -> SanityReport | None:
+    """The report on a new run; None where it is resumed or not asked for."""
+    is_new = config.checkpointing.resume_from_checkpoint == "never" or not list_checkpoints(Path(config.output_dir))
+    if not (config.runtime.sanity_check and is_new):
+        return None
     try:
-        return run_sanity_check(context, learning_rate, trains_unet=trains_unet)
+        return run_sanity_check(context, config.optimization.learning_rate, trains_unet=METHODS[config.method].trains_unet)
     finally:
         context.method.remove_from_unet()

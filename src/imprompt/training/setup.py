@@ -174,37 +174,19 @@ class RunFolder(NamedTuple):
 
 def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num_processes: int = 1) -> TrainingContext:
     """Open the data and load all models of a run. Raises UserError, with what to do next, where something does not fit together."""
-    seed, model, subjects = config.runtime.seed, config.pipeline.model, config.subjects
-    by_subject, batch_size = bool(subjects.min_images_per_subject), config.optimization.train_batch_size
     folder = open_run_folder(config.output_dir, config.checkpointing, rank)
-    data = open_training_data(config.dataset.data, config.feature_cache, subjects)
-    pipe = load_base_model(config.pipeline, config.runtime, device)
-    pretrained = load_pretrained_adapter(config.adapter, config.method) if config.adapter else None
-    image_encoder = None if config.per_subject else load_image_encoder(model, config.image_encoder, pretrained, pipe)
-    torch.manual_seed(seed)
-    method = build_trainable_method(config.method, pipe, image_encoder, pretrained, config.finetuning, subjects.aggregation)
+    data = open_training_data(config.dataset.data, config.feature_cache, config.subjects)
+    pipe, image_encoder, method = load_models(config, device)
     if config.per_subject:
-        data = data._replace(images=build_dreambooth_dataset(data.images, method, pipe, model, config.finetuning, folder))
+        images = build_dreambooth_dataset(data.images, method, pipe, config.pipeline.model, config.finetuning, folder)
+        data = data._replace(images=images)
     encoders = make_frozen_encoders(pipe, method)
-    if data.cache:
-        check_cache_encoders(data.cache, encoders, config.method, model, by_subject=by_subject)
-    source, validation_source = make_data_sources(data, encoders, config.dataset, subjects)
-    num_images, test_fraction = config.validation.num_validation_images, subjects.test_fraction
-    validation_records, train_records = split_validation(validation_source.records, num_images, test_fraction, seed)
-    train_records = train_records if source is validation_source else source.records
-    if by_subject:
-        check_same_split(folder, source.records, train_records, subjects, seed)
-    validation_set = validation_source.make_validation_set(validation_records, batch_size, is_test_split=by_subject)
-    error_budget = ErrorBudget(config.dataset.max_unreadable_fraction, folder.path / f"unreadable-{rank}.tsv")
-    report_unreadable(data.images, train_records, error_budget)
-    loader: Loader[Any] = Loader(
-        train_records, source.make_item, batch_size=batch_size, seed=seed, rank=rank, world_size=num_processes,
-        workers=config.dataset.dataloader_num_workers, error_budget=error_budget, batch_key=lambda item: item.shape,
-        rebuild_item=source.rebuild_item,
-    )  # fmt: skip
+    source, train_records, validation_set = make_data_split(config, data, encoders, folder)
+    loader = make_loader(config, data, source, train_records, folder, rank, num_processes)
     noise_schedule, uncond = noise_schedule_from(pipe.scheduler).to(device), encoders.encode_uncond(method.uncond_features())
     if data.cache:
         encoders.offload()
+    model = config.pipeline.model
     metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": Path(data.name).name}
     return TrainingContext(
         pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, uncond, validation_set,
@@ -238,6 +220,16 @@ def open_training_data(data: str, feature_cache: str | None, subjects: SubjectCo
             )
         images = SubjectDataset(images, min_images)
     return OpenedData(name, cache, images)
+
+
+def load_models(config: TrainConfig, device: torch.device) -> tuple[UNetPipeline, ImageEncoder | None, Method]:
+    """The base pipeline, the image encoder (None for per-subject methods) and the method that is trained."""
+    pipe = load_base_model(config.pipeline, config.runtime, device)
+    pretrained = load_pretrained_adapter(config.adapter, config.method) if config.adapter else None
+    image_encoder = None if config.per_subject else load_image_encoder(config.pipeline.model, config.image_encoder, pretrained, pipe)
+    torch.manual_seed(config.runtime.seed)
+    aggregation = config.subjects.aggregation
+    return pipe, image_encoder, build_trainable_method(config.method, pipe, image_encoder, pretrained, config.finetuning, aggregation)
 
 
 def load_base_model(config: PipelineConfig, runtime: RuntimeConfig, device: torch.device) -> UNetPipeline:
@@ -326,6 +318,36 @@ def make_data_sources(
     image_source = None if data.images is None else DataSource.from_images(data.images, transform, encoders)
     source = DataSource.from_cache(data.cache, encoders, config.num_references, subjects) if data.cache else cast(DataSource, image_source)
     return source, image_source or source
+
+
+def make_data_split(
+    config: TrainConfig, data: OpenedData, encoders: FrozenEncoders, folder: RunFolder
+) -> tuple[DataSource, Records, ValidationSet]:
+    """The source of the training with the records that are trained on, and what is validated on."""
+    by_subject, seed = bool(config.subjects.min_images_per_subject), config.runtime.seed
+    if data.cache:
+        check_cache_encoders(data.cache, encoders, config.method, config.pipeline.model, by_subject=by_subject)
+    source, validation_source = make_data_sources(data, encoders, config.dataset, config.subjects)
+    num_images, test_fraction = config.validation.num_validation_images, config.subjects.test_fraction
+    validation_records, train_records = split_validation(validation_source.records, num_images, test_fraction, seed)
+    train_records = train_records if source is validation_source else source.records
+    if by_subject:
+        check_same_split(folder, source.records, train_records, config.subjects, seed)
+    batch_size = config.optimization.train_batch_size
+    return source, train_records, validation_source.make_validation_set(validation_records, batch_size, is_test_split=by_subject)
+
+
+def make_loader(
+    config: TrainConfig, data: OpenedData, source: DataSource, train_records: Records, folder: RunFolder, rank: int, num_processes: int
+) -> Loader[Any]:
+    """The batches of this process; records that cannot be read are listed in the folder of the run."""
+    error_budget = ErrorBudget(config.dataset.max_unreadable_fraction, folder.path / f"unreadable-{rank}.tsv")
+    report_unreadable(data.images, train_records, error_budget)
+    return Loader(
+        train_records, source.make_item, batch_size=config.optimization.train_batch_size, seed=config.runtime.seed, rank=rank,
+        world_size=num_processes, workers=config.dataset.dataloader_num_workers, error_budget=error_budget,
+        batch_key=lambda item: item.shape, rebuild_item=source.rebuild_item,
+    )  # fmt: skip
 
 
 def report_unreadable(images: Records | None, train_records: Records, error_budget: ErrorBudget) -> None:
