@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## a picture drawn after a reference picture
+demo: $(READY) ## images from a reference image
 	@$(BIN)/imprompt generate --image examples/cat.png --num-images 4 --output-dir imprompt-out
 
 test: $(READY) ## all tests
@@ -36,5 +36,5 @@ oldest: $(OLDEST)/.ready ## the tests around pipelines, with the oldest diffuser
 bench: $(READY) ## ratios to plain diffusers
 	@$(BIN)/python -m benchmarks
 
-clean: ## everything that was made here, except trainings under runs/
+clean: ## deletes everything that was made here, except runs/
 	rm -rf .venv .venv-oldest imprompt-out .pytest_cache .mypy_cache .ruff_cache
