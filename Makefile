@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check oldest bench clean
+.PHONY: demo test test-fast coverage check oldest bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -16,7 +16,13 @@ demo: $(READY) ## images from a reference image
 	@$(BIN)/imprompt generate --image examples/cat.png --num-images 4 --output-dir imprompt-out
 
 test: $(READY) ## all tests
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --durations=10
+
+test-fast: $(READY) ## the tests that are not marked slow: less than a minute
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+coverage: $(READY) ## all tests, and the lines of the package that they do not run
+	@$(BIN)/python -m pytest -n 2 --cov=imprompt --cov-report=term:skip-covered
 
 check: $(READY) ## lint, types, layering
 	@$(BIN)/ruff check

@@ -44,6 +44,28 @@ def cpu_bf16(request, monkeypatch):
     return request.param == "on"
 
 
+# Files that each take more than about seven seconds of one core.
+SLOW_FILES = {
+    "cli/test_bad_input", "cli/test_first_tries", "cli/test_personalize", "cli/test_tasks",
+    "evaluation/test_evaluation_runner", "evaluation/test_face_adapters", "evaluation/test_process_pool", "evaluation/test_subject_evaluation",
+    "methods/test_methods", "methods/test_per_subject",
+    "mini/test_benchmark", "mini/test_recipe",
+    "models/test_references",
+    "parity/test_diffusers", "parity/test_faceid",
+    "pipelines/test_circumstances", "pipelines/test_matrix",
+    "studies/test_ip_adapter", "studies/test_personalization",
+    "training/test_cache", "training/test_leave_one_out", "training/test_loop", "training/test_parameters", "training/test_processes", "training/test_sanity_check",
+    "test_readme",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of SLOW_FILES as slow: make test-fast leaves them out."""
+    for item in items:
+        if item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py") in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def fork_server():
     """A multiprocessing context whose processes are forked from one that has imported everything, instead of importing for seconds."""
