@@ -47,14 +47,16 @@ def cpu_bf16(request, monkeypatch):
 # Files that each take more than about seven seconds of one core.
 SLOW_FILES = {
     "cli/test_bad_input", "cli/test_first_tries", "cli/test_personalize", "cli/test_tasks",
-    "evaluation/test_evaluation_runner", "evaluation/test_face_adapters", "evaluation/test_process_pool", "evaluation/test_subject_evaluation",
+    "evaluation/test_evaluation_runner", "evaluation/test_face_adapters", "evaluation/test_process_pool",
+    "evaluation/test_subject_evaluation",
     "methods/test_methods", "methods/test_per_subject",
     "mini/test_benchmark", "mini/test_recipe",
     "models/test_references",
     "parity/test_diffusers", "parity/test_faceid",
     "pipelines/test_circumstances", "pipelines/test_matrix",
     "studies/test_ip_adapter", "studies/test_personalization",
-    "training/test_cache", "training/test_leave_one_out", "training/test_loop", "training/test_parameters", "training/test_processes", "training/test_sanity_check",
+    "training/test_cache", "training/test_leave_one_out", "training/test_loop", "training/test_parameters",
+    "training/test_processes", "training/test_sanity_check",
     "test_readme",
 }  # fmt: skip
 
