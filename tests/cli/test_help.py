@@ -106,3 +106,21 @@ def test_convert_there_and_back(adapter, tmp_path, capsys):
     assert all(torch.equal(tensors[key], first[key]) and tensors[key].dtype == first[key].dtype for key in first)
     content = torch.load(pickle, weights_only=True)
     assert {"image_proj", "ip_adapter"} <= set(content) and "1.to_k_ip.weight" in content["ip_adapter"]
+
+
+def test_metadata_of_a_file_is_neither_markup_nor_obeyed_by_the_terminal(adapter, capsys):
+    tensors, _ = checkpoints.read_adapter_file(adapter)
+    metadata = {"[/x]": 1, "[link=http://evil]click": 2, "base": "\x1b]0;owned\x07\x9b2J\u202e", "a\nb": "c\nimprompt: done"}
+    safetensors.torch.save_file(tensors, adapter, {"imprompt": json.dumps(metadata)})
+    for command in (["inspect", str(adapter)], ["inspect", str(adapter), "--json"], ["convert", str(adapter), str(adapter)]):
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in printed) and "\nimprompt: done" not in printed
+    assert main(["inspect", str(adapter)]) == 0
+    table = capsys.readouterr().out
+    assert "[/x]" in table and "[link=http://evil]click" in table and r"\x1b]0;owned" in table
+
+
+def test_a_name_with_a_line_break_stays_in_one_sentence(capsys):
+    assert main(["inspect", "no\nsuch\x1b[2Jfile.safetensors"]) == 2
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()

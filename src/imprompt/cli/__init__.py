@@ -12,6 +12,7 @@ from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedC
 from imprompt import __version__, config
 from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
 from imprompt.errors import UserError
+from imprompt.utils.text import escape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             exit_on_error=False, print_error=False, help_on_error=False, result_action="return_none",
         )  # fmt: skip
     except CycloptsError as error:
-        print(f"imprompt: {_describe(error)}", file=sys.stderr)
+        print(f"imprompt: {escape(_describe(error))}", file=sys.stderr)
         return 2
     except UserError as error:
-        print(f"imprompt: {error}", file=sys.stderr)
+        print(f"imprompt: {escape(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("imprompt: interrupted", file=sys.stderr)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from imprompt.utils.text import escape
+
 
 class ProgressDisplay:
     """A progress bar on standard error with rate and remaining time, and messages above it."""
@@ -29,7 +31,7 @@ class ProgressDisplay:
 
     def log(self, text: str) -> None:
         """Print a message above the bar."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bar.console.print(escape(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from imprompt.cli.generate import print_json
 from imprompt.config import ValidateDataConfig
 from imprompt.errors import UserError
 from imprompt.utils.files import ensure_writable_folder
+from imprompt.utils.text import escape
 
 
 def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
@@ -32,5 +33,5 @@ def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
     Console().print(table)
     for key, reason in list(report.unreadable.items())[:3]:
-        print(f"unreadable: {key}: {reason}")
+        print(f"unreadable: {escape(key)}: {escape(reason)}")
     print(page)

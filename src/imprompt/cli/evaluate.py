@@ -3,6 +3,7 @@
 from imprompt.cli.console import progress_bar, silence_third_party_logs
 from imprompt.cli.generate import print_json
 from imprompt.config import EvaluateConfig, ReproduceConfig
+from imprompt.utils.text import escape
 
 MAX_LISTED_PROMPTS = 5  # skipped prompts that are listed for each row
 
@@ -32,7 +33,7 @@ def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
     for row in worker.rows:
         skipped = worker.load_features(row).skipped
         for name, reason in list(skipped.items())[:MAX_LISTED_PROMPTS]:
-            print(f"skipped in {row.name}: prompt {name}: {reason}")
+            print(f"skipped in {escape(row.name)}: prompt {escape(name)}: {escape(reason)}")
         if skipped and row.source == "copy":
             print(f"once they are repaired, delete {worker.output_dir} or choose another --output-dir")
     print(page)

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from imprompt.cli.generate import print_json
 from imprompt.config import ConvertConfig, InspectConfig
+from imprompt.utils.text import escape
 
 
 def run_inspect(config: InspectConfig, *, json: bool) -> None:
@@ -29,7 +30,7 @@ def run_inspect(config: InspectConfig, *, json: bool) -> None:
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if name == "parameters" else Text(str(value)))
+        table.add_row(Text(escape(name.replace("_", " "))), f"{value:,}" if name == "parameters" else Text(escape(value)))
     Console().print(table)
 
 
@@ -41,4 +42,4 @@ def run_convert(config: ConvertConfig, *, json: bool) -> None:
     if json:
         print_json(target=config.target, adapter_type=spec.adapter_type, base=spec.base_model, parameters=spec.num_parameters)
         return
-    print(f"{config.target}: {spec.adapter_type} adapter for {spec.base_model}, {spec.num_parameters:,} parameters")
+    print(escape(f"{config.target}: {spec.adapter_type} adapter for {spec.base_model}, {spec.num_parameters:,} parameters"))

@@ -77,5 +77,6 @@ def save_contact_sheet(folder: Path, references: list[Image.Image], images: list
 
 
 def print_json(**result: object) -> None:
-    """The result of a command, for a program."""
-    print(json.dumps(result, ensure_ascii=False))
+    """The result of a command, for a program. Characters that a terminal would obey are escaped as JSON does."""
+    text = json.dumps(result, ensure_ascii=False)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", r"\u007f") for c in text))

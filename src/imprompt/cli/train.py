@@ -9,6 +9,7 @@ from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_pa
 from imprompt.cli.generate import print_json
 from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import EncodeConfig, TrainConfig
+from imprompt.utils.text import escape
 
 MAX_LISTED_RECORDS = 10  # skipped records that are listed
 
@@ -85,7 +86,7 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
         return
     print(f"{config.output_dir}: {cache['records']:,} records in {cache['chunks']:,} chunks, {cache['bytes'] / 2**20:,.0f} MiB")
     for key, reason in list(cache["unreadable"].items())[:MAX_LISTED_RECORDS]:
-        print(f"skipped: {key}: {reason}")
+        print(f"skipped: {escape(key)}: {escape(reason)}")
     if len(cache["unreadable"]) > MAX_LISTED_RECORDS:
         print(f"… and {len(cache['unreadable']) - MAX_LISTED_RECORDS} more: {config.output_dir}/unreadable-*.tsv")
 
