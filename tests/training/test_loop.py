@@ -13,6 +13,7 @@ from imprompt.config import TrainConfig
 from imprompt.core.optim import lr_multiplier
 from imprompt.errors import UserError
 from imprompt.training import log_steps, train_adapter
+from imprompt.training.state_files import read_state_file
 
 SMALL = TrainConfig.from_options(
     max_train_steps=6, train_batch_size=4, lr_warmup_steps=2, learning_rate=3e-3, ema_decay=0.5, num_validation_images=3,
@@ -93,15 +94,6 @@ def test_starting_anew_deletes_an_earlier_and_longer_run(tmp_path):
     assert run_training(tmp_path, stop=1, num_validation_images=0)[0].index == 3
 
 
-def test_a_state_of_another_version_is_named(tmp_path):
-    run_training(tmp_path, max_train_steps=2, num_validation_images=0)
-    path = tmp_path / "state" / "step-2" / "data-0.pt"
-    torch.save(torch.load(path)["loader"], path)
-    with pytest.raises(UserError, match=r"another version of imprompt \(state 1, expected 2\); use another --output-dir, or --resume"):
-        run_training(tmp_path, num_validation_images=0)
-    assert len(run_training(tmp_path, max_train_steps=1, num_validation_images=0, resume_from_checkpoint="never")) == 1
-
-
 def test_the_shuffled_reference_is_another_image_even_in_batches_of_one(tmp_path):
     result = run_training(tmp_path, max_train_steps=1, train_batch_size=1)[-1].validation
     assert result.metrics["val/shuffled_reference_gap"] != 0
@@ -117,12 +109,6 @@ def test_a_failed_sanity_check_restores_the_base_model(tmp_path, monkeypatch):
 def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path):
     for dtype in ("bfloat16", "float32"):
         assert len(run_training(tmp_path / dtype, max_train_steps=1, num_validation_images=0, mixed_precision=dtype)) == 1
-
-
-def test_a_run_is_not_resumed_with_another_method(tmp_path):
-    run_training(tmp_path, max_train_steps=2, num_validation_images=0)
-    with pytest.raises(UserError, match="cannot be continued from step-2"):
-        run_training(tmp_path, method="simple", num_validation_images=0)
 
 
 @pytest.mark.parametrize("method", ["ip-adapter-plus", "ip-adapter-full-face", "simple", "simple-plus"])
@@ -144,7 +130,8 @@ def test_muon_trains_the_matrices_and_resumes_to_the_bit(tmp_path):
     complete = run_training(tmp_path / "a", **options)
     first = run_training(tmp_path / "b", stop=2, **options)
     assert [s.loss for s in first + run_training(tmp_path / "b", **options)] == [s.loss for s in complete]
-    assert len(list((tmp_path / "a" / "state" / "step-4").glob("optimizer*"))) == 2
+    state = read_state_file(tmp_path / "a" / "state" / "step-4" / "run.safetensors")
+    assert ["momentum_buffer" in next(iter(saved.values())) for saved in state["optimizers"]] == [True, False]
 
 
 def test_muon_in_float16_is_refused(tmp_path):

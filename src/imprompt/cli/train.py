@@ -46,7 +46,7 @@ def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> 
         progress.rename("encoding")
         progress.advance(at.chunks, at.total, f"{at.records} records")
 
-    steps, report = start_training(config, on_encoding)
+    steps, report = start_training(config, on_encoding, progress.log)
     if is_main and report:
         for warning in report.warnings:
             progress.log(f"warning: {warning}")

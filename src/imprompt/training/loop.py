@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,15 +21,28 @@ from torch import Tensor, nn
 
 from imprompt.config.training import LossConfig, OptimizationConfig, RuntimeConfig, ValidationConfig
 from imprompt.core.optim import Muon, lr_multiplier
+from imprompt.data.loader import Loader
 from imprompt.errors import UserError
 from imprompt.models.base_pipelines import resolve_mixed_precision, set_device
-from imprompt.training.checkpointing import CheckpointManager, TrainState
+from imprompt.training.checkpointing import CheckpointManager
 from imprompt.training.objective import compute_loss
 from imprompt.training.setup import TrainingContext
 from imprompt.training.validation import ValidationResult, Validator
+from imprompt.training.zero import get_zero_state, never_compile_deepspeed_ops, set_zero_state
 from imprompt.utils.compat import reset_accelerate_state
 
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # a process may wait this long for another one that still fills the feature cache
+_DIVERGED_REMEDY = "nothing was saved since the last state; start anew with a smaller --learning-rate, or look for bad values in the data"
+MAX_NONFINITE_STEPS = 25  # in a row; the scaler of float16 needs about 16 to find its scale
+
+
+@dataclass
+class TrainState:
+    """The counters of a run, saved with its state."""
+
+    step: int = 0  # optimizer steps taken
+    nonfinite_steps: int = 0
+    best_validation_loss: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,17 +62,23 @@ class TrainStep:
 
 
 def run_training_loop(
-    context: TrainingContext, trainer: "Trainer", checkpoints: CheckpointManager, config: ValidationConfig
+    context: TrainingContext,
+    trainer: "Trainer",
+    checkpoints: CheckpointManager,
+    config: ValidationConfig,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainStep]:
-    """Resume or start the run, train it to its last step and yield every optimizer step; validate and save in between."""
+    """Train a run to its last step and yield every optimizer step; validate and save in between.
+
+    Where `should_stop()` is true in any of the processes, the state is saved after the step, and the iterator ends. Raises
+    UserError where the loss or the weights are not finite.
+    """
     accelerator, state = trainer.accelerator, trainer.state
-    checkpoints.resume_or_clear()
-    trainer.move_ema()
     validator = Validator(context, config) if context.validation_set.prompts and accelerator.is_main_process else None
     start_time, first_step = time.monotonic(), state.step
     try:
-        while not trainer.is_finished:
-            loss, lr, grad_norm = trainer.take_step()
+        while not trainer.is_finished and not trainer.is_stopped:
+            loss, lr, grad_norm = trainer.take_step(should_stop)
             validation, adapter_path = _validate_and_save(trainer, checkpoints, validator, config.validation_steps)
             images_per_second = (state.step - first_step) * trainer.images_per_step / (time.monotonic() - start_time)
             step = TrainStep(
@@ -85,7 +104,8 @@ class Trainer:
         context.method.module, *self.optimizers = accelerator.prepare(self.module, *optimizers)
         decay = optimization.ema_decay
         self.ema = EMAModel(self.module.parameters(), decay=decay, foreach=True) if decay else None
-        accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
+        self.is_stopped = False
+        self._loss, self._nonfinite_in_a_row = 0.0, 0  # of the last step; steps
         self.max_steps = optimization.max_train_steps
         images_per_batch = optimization.train_batch_size * accelerator.num_processes
         self.images_per_step = images_per_batch * optimization.gradient_accumulation_steps
@@ -96,12 +116,48 @@ class Trainer:
         """Whether the last step has been taken."""
         return self.state.step >= self.max_steps
 
-    def move_ema(self) -> None:
-        """Move the moving average to the device: one that was read from a checkpoint is on the CPU."""
-        if self.ema:
-            self.ema.to(self.accelerator.device)
+    @property
+    def loader(self) -> Loader[Any]:
+        """The batches of this process."""
+        return self.context.loader
 
-    def take_step(self) -> tuple[float, float, float]:
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has its own part of the optimizer: DeepSpeed ZeRO-2."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all processes share: counters, weights, moving average, and optimizers without their options, which may change."""
+        scaler = self.accelerator.scaler
+        return {
+            "counters": asdict(self.state),
+            "module": self.module.state_dict(),
+            "optimizers": [] if self.is_sharded else [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def sharded_state_dict(self) -> dict[str, Any] | None:
+        """What only this process has of the optimizer; None unless it is sharded."""
+        return get_zero_state(self.optimizers[0].optimizer) if self.is_sharded else None
+
+    def load_state_dict(self, state: Mapping[str, Any], sharded: Mapping[str, Any] | None) -> None:
+        """Continue from `state_dict()` and `sharded_state_dict()`."""
+        self.module.load_state_dict(state["module"])
+        if sharded is not None:
+            set_zero_state(self.optimizers[0].optimizer, sharded)
+        else:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counters"].items():
+            setattr(self.state, name, value)
+
+    def take_step(self, should_stop: Callable[[], bool] = lambda: False) -> tuple[float, float, float]:
         """One optimizer step: the mean loss over all batches and processes, the learning rate, and the norm of the gradient."""
         config, state = self.optimization, self.state
         lr = config.learning_rate * lr_multiplier(state.step, config.max_train_steps, config.lr_warmup_steps, config.lr_scheduler)
@@ -115,7 +171,30 @@ class Trainer:
         state.nonfinite_steps += not math.isfinite(grad_norm)
         if self.ema:
             self.ema.step(self.module.parameters())
-        return float(self.accelerator.reduce(loss, "mean")), lr, grad_norm
+        stop = torch.full_like(loss, should_stop())  # all processes stop after the same step
+        self._loss, stopping = self.accelerator.reduce(torch.stack([loss, stop]), "mean").tolist()
+        self.is_stopped = stopping > 0
+        self._count_nonfinite(grad_norm, lr)
+        return self._loss, lr, grad_norm
+
+    def _count_nonfinite(self, grad_norm: float, lr: float) -> None:
+        """Raise UserError after too many steps in a row without a finite loss and gradient."""
+        is_finite = math.isfinite(self._loss) and math.isfinite(grad_norm)
+        self._nonfinite_in_a_row = 0 if is_finite else self._nonfinite_in_a_row + 1
+        if self._nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise UserError(
+                f"training has diverged: loss {self._loss:g}, gradient norm {grad_norm:g} at step {self.state.step}, "
+                f"not finite for {MAX_NONFINITE_STEPS} steps; {_DIVERGED_REMEDY}"
+            )
+
+    def check_finite(self, validation_loss: float | None = None) -> None:
+        """Raise UserError before anything is saved where the last loss, the validation loss or a weight is not finite."""
+        losses = {"loss": self._loss} | ({} if validation_loss is None else {"validation loss": validation_loss})
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise UserError(f"training has diverged: the {name} is {value:g} at step {self.state.step}; {_DIVERGED_REMEDY}")
+        if not all(parameter.isfinite().all() for parameter in self.module.parameters()):
+            raise UserError(f"training has diverged: weights are not finite at step {self.state.step}; {_DIVERGED_REMEDY}")
 
     def _train_on_batch(self) -> tuple[Tensor, float]:
         """The loss of a batch, and the norm of the gradient where the batch completes an optimizer step."""
@@ -154,17 +233,20 @@ def _validate_and_save(
     """After the steps at which it is due: the result of the validation, and the path of the adapter."""
     step, result, adapter_path = trainer.state.step, None, None
     validates, saves = (trainer.is_finished or step % every == 0 for every in (validation_steps, checkpoints.steps))
+    saves = saves or trainer.is_stopped
     if not validates and not saves:
         return None, None
+    trainer.check_finite()
     with trainer.ema_weights():
         if validator and validates:
             result = validator.validate()
+            trainer.check_finite(result.metrics["val/loss"])
         if saves:
             adapter_path = checkpoints.save_adapter(trainer.module, step)
         if result and not trainer.context.validation_set.is_test_split:  # nothing may be selected on test subjects
-            checkpoints.save_if_best(trainer.module, trainer.state, result.metrics["val/loss"])
+            checkpoints.save_if_best(trainer.module, result.metrics["val/loss"])
     if saves:
-        checkpoints.save_state(trainer.state)
+        checkpoints.save_state()
     return result, adapter_path
 
 
@@ -192,6 +274,7 @@ def _deepspeed_plugin(device: str, optimization: OptimizationConfig) -> DeepSpee
     """ZeRO-2: optimizer states and gradients are sharded among the processes."""
     if find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is not installed; install it with: pip install 'imprompt[deepspeed]'")
+    never_compile_deepspeed_ops()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # the only place where Accelerate looks before it sets up the processes
     if device == "cpu":
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}

@@ -1,14 +1,17 @@
 """The log of a run: every value as a JSON line, curves, sample grids, and one page that opens offline."""
 
 import json
+import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from imprompt.config import TrainConfig
 from imprompt.training.loop import TrainStep
-from imprompt.utils.files import atomic_path, write_file
+from imprompt.utils.files import atomic_path, disk_errors_explained, write_file
 from imprompt.utils.html import render_html, write_page
 from imprompt.utils.plots import plot_panels
 
@@ -47,7 +50,7 @@ class RunLog:
         line |= {"images_per_second": round(step.images_per_second, 2)}
         line |= {"nonfinite_steps": step.nonfinite_steps, "unreadable": step.unreadable}
         line |= step.validation.metrics if step.validation else {}
-        with self.path.open("a", encoding="utf-8") as file:
+        with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._losses, self._last_write = [], now
         if step.validation:
@@ -61,13 +64,12 @@ class RunLog:
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_lines(self) -> list[dict[str, Any]]:
-        """The lines logged so far, without one that was cut off when the process was killed."""
+        """The lines logged so far, without one that was cut off when the process was killed, or is no line of a log."""
         lines = []
-        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
+        for text in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            with suppress(ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+                line = json.loads(text)
+                lines.append({"step": int(line["step"])} | {name: value for name, value in line.items() if math.isfinite(value)})
         return lines
 
     def write_page(self) -> None:
@@ -75,7 +77,8 @@ class RunLog:
         lines = self.read_lines()
         curves = plot_curves(lines)
         write_file(self.folder / "curves.png", curves)
-        grids = sorted((self.folder / "samples").glob("step-*.png"))[-MAX_SAMPLE_GRIDS:]
+        paths = (self.folder / "samples").glob("step-*.png")
+        grids = sorted(path for path in paths if re.fullmatch(r"step-\d{7,18}", path.stem))[-MAX_SAMPLE_GRIDS:]
         last = next((line for line in reversed(lines) if "val/loss" in line), lines[-1])
         images = {int(path.stem.removeprefix("step-")): path.read_bytes() for path in reversed(grids)}
         body = render_html(_BODY, curves=curves, last=last, images=images, options=self.options)

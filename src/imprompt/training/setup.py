@@ -1,6 +1,5 @@
 """The setup of a run: its data, the base model with its frozen encoders, and the method. What does not fit together is found here."""
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,12 +33,13 @@ from imprompt.models.base_pipelines import load_pipeline, noise_schedule_from, r
 from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.models.image_prompt import ImagePromptEncoder, resolve_image_encoder
-from imprompt.training.checkpointing import check_state_version, list_checkpoints
 from imprompt.training.class_images import generate_class_images
 from imprompt.training.frozen_encoders import FrozenEncoders, TrainingBatch, UncondInputs
-from imprompt.training.precompute import check_cache_encoders, make_transform_config
+from imprompt.training.precompute import check_cache_encoders, dataset_fingerprint, make_transform_config
+from imprompt.training.run_options import check_run_options, describe_run
+from imprompt.training.state_files import find_resumable_state
 from imprompt.unet.injection import check_compatible
-from imprompt.utils.files import ensure_writable_folder, write_file
+from imprompt.utils.files import check_or_write_manifest, ensure_writable_folder
 from imprompt.utils.protocols import UNetPipeline
 
 VALIDATION_SEED = 7_919  # selects the validation images
@@ -71,6 +71,7 @@ class TrainingContext:
     uncond: UncondInputs
     validation_set: ValidationSet
     metadata: dict[str, str]  # of the adapter files
+    run_folder: "RunFolder"
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -156,26 +157,27 @@ class RunFolder(NamedTuple):
     """The folder of a run."""
 
     path: Path
-    is_resumed: bool
+    state: Path | None  # from which the run is resumed
     is_main_process: bool
+    notices: Sequence[str] = ()  # what is to be known about a run that is resumed
+    options: Mapping[str, Any] = {}  # what identifies the run
 
     def check_manifest(self, name: str, manifest: Mapping[str, object], options: str) -> None:
         """Record what is trained on. Raises UserError, naming the options, where the run that is resumed had another manifest."""
-        path, text = self.path / name, json.dumps(manifest, indent=1)
         if not self.is_main_process:
             return
-        if self.is_resumed and path.is_file() and path.read_text("utf-8") != text:
-            raise UserError(
-                f"the run in {self.path} was started with other subjects; use {options} that it was started with, another --output-dir, "
-                "or --resume-from-checkpoint never"
-            )
-        write_file(path, text)
+        path = self.path / name
+        if not self.state:
+            path.unlink(missing_ok=True)
+        remedy = f"use {options} that it was started with, another --output-dir, or --resume-from-checkpoint never"
+        check_or_write_manifest(path, manifest, f"the run in {self.path}", remedy)
 
 
 def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num_processes: int = 1) -> TrainingContext:
     """Open the data and load all models of a run. Raises UserError, with what to do next, where something does not fit together."""
     folder = open_run_folder(config.output_dir, config.checkpointing, rank)
     data = open_training_data(config.dataset.data, config.feature_cache, config.subjects)
+    folder = check_same_run(folder, config, data, num_processes)
     pipe, image_encoder, method = load_models(config, device)
     if config.per_subject:
         images = build_dreambooth_dataset(data.images, method, pipe, config.pipeline.model, config.finetuning, folder)
@@ -190,17 +192,25 @@ def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num
     metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": Path(data.name).name}
     return TrainingContext(
         pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, uncond, validation_set,
-        metadata | method.metadata,
+        metadata | method.metadata, folder,
     )  # fmt: skip
 
 
 def open_run_folder(path: str, config: CheckpointConfig, rank: int) -> RunFolder:
     """The folder of a new or resumed run. Raises UserError where nothing can be written to it, or its run cannot be resumed."""
     folder = ensure_writable_folder(path)
-    is_resumed = config.resume_from_checkpoint == "latest" and bool(list_checkpoints(folder))
-    if is_resumed:
-        check_state_version(folder)
-    return RunFolder(folder, is_resumed, rank == 0)
+    state, notices = find_resumable_state(folder) if config.resume_from_checkpoint == "latest" else (None, [])
+    return RunFolder(folder, state, rank == 0, notices)
+
+
+def check_same_run(folder: RunFolder, config: TrainConfig, data: OpenedData, num_processes: int) -> RunFolder:
+    """The folder with what identifies the run. Raises UserError where the run in it is trained on something else."""
+    dataset = data.cache.manifest.get("dataset_fingerprint", "") if data.cache else dataset_fingerprint(cast(Records, data.images))
+    options = describe_run(config, num_processes, str(dataset))
+    if config.checkpointing.resume_from_checkpoint == "never":
+        return folder._replace(options=options)
+    notices = check_run_options(folder.path, options, is_resumed=folder.state is not None)
+    return folder._replace(options=options, notices=[*folder.notices, *notices])
 
 
 def open_training_data(data: str, feature_cache: str | None, subjects: SubjectConfig) -> OpenedData:
