@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from imprompt import __version__, config
+from imprompt.cli.console import print_notices
 from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
 from imprompt.errors import UserError
 from imprompt.utils.text import escape
@@ -18,10 +19,11 @@ from imprompt.utils.text import escape
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 130 when interrupted."""
     try:
-        build_app()(
-            sys.argv[1:] if arguments is None else list(arguments),
-            exit_on_error=False, print_error=False, help_on_error=False, result_action="return_none",
-        )  # fmt: skip
+        with print_notices():
+            build_app()(
+                sys.argv[1:] if arguments is None else list(arguments),
+                exit_on_error=False, print_error=False, help_on_error=False, result_action="return_none",
+            )  # fmt: skip
     except CycloptsError as error:
         print(f"imprompt: {escape(_describe(error))}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from imprompt.errors import Notice
 from imprompt.utils.text import escape
 
 
@@ -46,11 +48,10 @@ def progress_bar(name: str, *, show: bool = True) -> Iterator[ProgressDisplay]:
 
 
 def silence_third_party_logs(*, loading: bool = True) -> None:
-    """Hide the warnings that libraries print for developers, and with `loading` their progress bars for files.
+    """Hide what libraries log for developers, and with `loading` their progress bars for files.
 
     To be called before they are imported. Where something may have to be downloaded, the bars are useful.
     """
-    warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it logs to standard output
@@ -58,3 +59,21 @@ def silence_third_party_logs(*, loading: bool = True) -> None:
         from imprompt.models.base_pipelines import hide_loading_progress
 
         hide_loading_progress()
+
+
+@contextmanager
+def print_notices() -> Iterator[None]:
+    """Within the context every notice is printed once, as one line on standard error; the warnings of libraries are not."""
+    printed = set[str]()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = escape(" ".join(str(message).split()))
+        if text not in printed:
+            printed.add(text)
+            print(f"imprompt: note: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = show
+        yield

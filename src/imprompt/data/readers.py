@@ -18,9 +18,8 @@ from imprompt.data.coco import CocoCaptions, is_coco
 from imprompt.data.records import Record, Records
 from imprompt.errors import UserError, summarize_error
 from imprompt.mini import world
-from imprompt.utils.images import ImageInput
+from imprompt.utils.images import IMAGE_SUFFIXES, ImageInput
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LIST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COLUMNS = ("target", "text", "references", "mask", "subject")
 _COLUMN_ALIASES = {  # columns of other tools

@@ -11,6 +11,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imprompt.errors import ImageError, summarize_error
 
+# What is opened, by Pillow's name of the format, with the suffixes of its files; TGA has no signature, and is tried last.
+IMAGE_FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),  # with pillow-heif
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+
 MAX_PIXELS = 100_000_000  # an image of 10 000 × 10 000 pixels; a larger one would need more than a gigabyte
 MAX_TILES = 8  # of one image
 _MAX_PADDED_SIDE = 2048  # in pixels, of a padded or squashed image: encoders take 224 to 448
