@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.personalization_study import id_similarity_by_subject, parse_study_config, study_progress_bar
-from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.studies.base import CLIP_T, ID_SIMILARITY, RowId
 from imprompt.studies.claims import format_difference, mean_per_subject
 from imprompt.studies.personalization import PersonalizationStudy
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     scaled_ids = {replace(PLUS, scale=scale): scale for scale in SCALES}
     with study_progress_bar("equal_text_alignment") as on_progress:
         study = PersonalizationStudy(config, on_progress)
-        worker = study.load_worker("mini")
+        evaluation = study.load_evaluation("mini")
         rows = {row_id: study.eval_row(row_id) for row_id in (BEST, PLUS)}
         rows |= {row_id: replace(rows[PLUS], name=str(row_id), scale=scale) for row_id, scale in scaled_ids.items()}
         for row in rows.values():
-            study.generate_row(worker, row)
-    scores = {row_id: scores_by_subject(worker, row) for row_id, row in rows.items()}
+            study.generate_row(evaluation, row)
+    scores = {row_id: scores_by_subject(evaluation, row) for row_id, row in rows.items()}
     Console(highlight=False, soft_wrap=True, width=160).print(comparison_table(scores, study.budget.num_subjects))
 
 
@@ -52,11 +52,11 @@ def comparison_table(scores: dict[RowId, dict[str, Tensor]], num_subjects: int) 
     return table
 
 
-def scores_by_subject(worker: EvaluationWorker, row: EvalRow) -> dict[str, Tensor]:
+def scores_by_subject(evaluation: Evaluation, row: EvalRow) -> dict[str, Tensor]:
     """A row's ID similarity and CLIP-T, one value for each subject."""
-    features = worker.load_features(row)
-    assert worker.gallery is not None
+    features = evaluation.load_features(row)
+    assert evaluation.gallery is not None
     return {
-        ID_SIMILARITY: id_similarity_by_subject(worker, row, worker.gallery.centroids),
+        ID_SIMILARITY: id_similarity_by_subject(evaluation, row, evaluation.gallery.centroids),
         CLIP_T: mean_per_subject(features["score.CLIP-T"].tolist(), features["group"].tolist()),
     }

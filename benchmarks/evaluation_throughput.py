@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.timing import interleave
 from imprompt.config import EvaluateConfig
 from imprompt.evaluation.report import score_row
-from imprompt.evaluation.runner import EvaluationWorker, built_in_row
+from imprompt.evaluation.runner import Evaluation, built_in_row
 from imprompt.evaluation.samples import SamplingParams, load_eval_set
 from imprompt.evaluation.systems import SystemLoader
 
@@ -44,10 +44,10 @@ def measure_memory(console: Console, num_images: int) -> None:
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         config = EvaluateConfig.from_options(num_prompts=num_images, num_images_per_prompt=1, output_dir=folder)
-        worker, row = EvaluationWorker(config.with_defaults()), built_in_row("copy", num_images)
+        evaluation, row = Evaluation(config.with_defaults()), built_in_row("copy", num_images)
         start, memory = time.monotonic(), []
-        for chunk in range(worker.num_chunks(row)):
-            worker.run_chunk(row, chunk)
+        for chunk in range(evaluation.num_chunks(row)):
+            evaluation.run_chunk(row, chunk)
             memory.append(process.memory_info().rss)
         seconds, warm = time.monotonic() - start, memory[len(memory) // 5]
         growth = memory[-1] / warm - 1
@@ -57,7 +57,7 @@ def measure_memory(console: Console, num_images: int) -> None:
             f"fifth, {growth:+.1%} at the end ({verdict}: < {MAX_GROWTH:.0%})"
         )
         start = time.monotonic()
-        score_row(worker, row)
+        score_row(evaluation, row)
         seconds, resident = time.monotonic() - start, process.memory_info().rss / 2**20
         console.print(f"evaluation_throughput: metrics with intervals took {seconds:.0f} s, {resident:.0f} MiB")
 

@@ -35,16 +35,16 @@ ROW_IDS = (
 def main(arguments: Sequence[str] = ()) -> None:
     """Compare every row with both galleries."""
     study = PersonalizationStudy(parse_study_config("identity_gallery", __doc__, arguments))
-    worker = study.load_worker("mini")
-    assert worker.gallery is not None
-    seeds = [int(name) for name in worker.eval_set.subjects][: study.budget.num_subjects]
+    evaluation = study.load_evaluation("mini")
+    assert evaluation.gallery is not None
+    seeds = [int(name) for name in evaluation.eval_set.subjects][: study.budget.num_subjects]
     other_centroids = embed_other_scenes(seeds)
     with_study, with_others = dict[RowId, Tensor](), dict[RowId, Tensor]()
     for row_id in ROW_IDS:
         row = study.eval_row(row_id)
-        if all(worker.row_store(row).has_chunk(chunk) for chunk in range(worker.num_chunks(row))):
-            with_study[row_id] = id_similarity_by_subject(worker, row, worker.gallery.centroids)
-            with_others[row_id] = id_similarity_by_subject(worker, row, other_centroids)
+        if all(evaluation.row_store(row).has_chunk(chunk) for chunk in range(evaluation.num_chunks(row))):
+            with_study[row_id] = id_similarity_by_subject(evaluation, row, evaluation.gallery.centroids)
+            with_others[row_id] = id_similarity_by_subject(evaluation, row, other_centroids)
     table = Table(title=f"ID similarity, {len(seeds)} subjects, {NUM_REFERENCES} references", box=box.SIMPLE)
     for heading in ("", "study's gallery", "other images", f"{BEST} − it, study's", f"{BEST} − it, others"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)

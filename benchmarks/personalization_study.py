@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imprompt.config import ReproduceConfig
 from imprompt.evaluation.metrics import cosine_similarity
-from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.studies.base import StudyProgress
 from imprompt.studies.claims import mean_per_subject
 
@@ -33,8 +33,11 @@ def study_progress_bar(benchmark: str) -> Iterator[Callable[[StudyProgress], Non
         yield lambda step: progress_bar.update(task, description=f"{step.row}: {step.stage}", completed=step.done, total=step.total)
 
 
-def id_similarity_by_subject(worker: EvaluationWorker, row: EvalRow, centroids: Tensor) -> Tensor:
-    """ID similarity of a row's images to their subjects, (subjects,). centroids: (subjects, width)."""
-    features = worker.load_features(row)
+def id_similarity_by_subject(evaluation: Evaluation, row: EvalRow, centroids: Tensor) -> Tensor:
+    """ID similarity of the images of one compared system (a row of the study's table) to their subjects, (subjects,).
+
+    centroids: (subjects, width). The column "group" is the index of an image's subject.
+    """
+    features = evaluation.load_features(row)
     similarity = cosine_similarity(features["id_embeds"], centroids[features["group"]])
     return mean_per_subject(similarity.tolist(), features["group"].tolist())

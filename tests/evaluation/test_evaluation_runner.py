@@ -17,7 +17,7 @@ from imprompt.data.records import Record
 from imprompt.errors import ImageError, UserError
 from imprompt.evaluation import metrics, report, systems, workers
 from imprompt.evaluation.features import FeatureExtractors
-from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, EvaluationWorker, run_evaluation
+from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, Evaluation, run_evaluation
 from imprompt.evaluation.samples import RecordEvalSet, SamplingParams, load_eval_set
 from imprompt.evaluation.scoring import METRICS, NEGATIVE_NOTE, metric_label, metric_of
 from imprompt.evaluation.store import RowStore
@@ -48,9 +48,9 @@ def run_and_report(folder, **options):
     """Scores by row, and table.csv."""
     config = configure(folder, **options)
     list(run_evaluation(config))
-    worker = EvaluationWorker(config.with_defaults())
-    scores = list(report.score_rows(worker))
-    report.write_evaluation_report(worker, scores)
+    evaluation = Evaluation(config.with_defaults())
+    scores = list(report.score_rows(evaluation))
+    report.write_evaluation_report(evaluation, scores)
     return {score.name: score for score in scores}, (folder / "table.csv").read_text()
 
 
@@ -115,11 +115,11 @@ def test_the_scale_sweep_begins_with_the_base_model(evaluation):
     points = [score for score in scores.values() if score.sweep_of]
     assert [p.scale for p in points] == list(EVALUATION_SCALES)
     assert points[-1].metrics["CLIP-I (mini)"].value > points[0].metrics["CLIP-I (mini)"].value
-    worker = EvaluationWorker(configure(folder).with_defaults())
+    evaluation = Evaluation(configure(folder).with_defaults())
     base_row = EvalRow("base", "text", "other", 1, 2)
-    worker.run_chunk(base_row, 0)
-    scale_0 = next(row for row in worker.rows if row.name == points[0].name)
-    assert torch.equal(worker.load_features(scale_0)["clip_embeds"], worker.load_features(base_row)["clip_embeds"])
+    evaluation.run_chunk(base_row, 0)
+    scale_0 = next(row for row in evaluation.rows if row.name == points[0].name)
+    assert torch.equal(evaluation.load_features(scale_0)["clip_embeds"], evaluation.load_features(base_row)["clip_embeds"])
 
 
 def test_after_an_interruption_the_table_is_the_same(evaluation, tmp_path):

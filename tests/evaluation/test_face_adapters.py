@@ -11,7 +11,7 @@ from imprompt.core.adapter import Adapter
 from imprompt.core.image_projection import FaceIDPlusProjection, FaceIDProjection
 from imprompt.errors import UserError
 from imprompt.evaluation import identity, metrics, report
-from imprompt.evaluation.runner import EvaluationWorker, run_evaluation
+from imprompt.evaluation.runner import Evaluation, run_evaluation
 from imprompt.evaluation.samples import SamplingParams, load_eval_set
 from imprompt.evaluation.systems import SystemLoader
 from imprompt.generation.generate import generate_images
@@ -74,8 +74,8 @@ def configure(adapter, **options):
 
 
 def load_features(config, row_name):
-    worker = EvaluationWorker(config.with_defaults())
-    return worker.load_features(next(row for row in worker.rows if row.name == row_name))
+    evaluation = Evaluation(config.with_defaults())
+    return evaluation.load_features(next(row for row in evaluation.rows if row.name == row_name))
 
 
 def differences(images, others):
@@ -132,8 +132,8 @@ def test_a_row_that_skipped_prompts_is_compared_with_the_targets_of_the_others(t
     config = configure(save_faceid_adapter(tmp_path / "faceid.bin"), output_dir=str(tmp_path / "out"), num_prompts=6)
     insightface.without_face = (load_eval_set(config.dataset)[2].references[0].tobytes(),)
     list(run_evaluation(config))
-    worker = EvaluationWorker(config.with_defaults())
-    score = report.score_row(worker, next(row for row in worker.rows if row.name == "faceid"))
+    evaluation = Evaluation(config.with_defaults())
+    score = report.score_row(evaluation, next(row for row in evaluation.rows if row.name == "faceid"))
     features, targets = load_features(config, "faceid"), load_features(config, TARGET)
     expected = metrics.frechet_distance(targets["features"][[0, 1, 3, 4, 5]], features["features"])
     assert score.metrics["FD (mini)"].value == pytest.approx(expected, rel=1e-6)

@@ -22,7 +22,7 @@ def test_after_an_error_running_tasks_are_terminated():
     assert isinstance(long_task.exception(), BrokenProcessPool)
 
 
-def test_every_task_gets_the_worker_of_its_process():
+def test_every_task_gets_the_object_that_its_process_built():
     with process_pool(1, dict, a=1) as processes:
         processes.submit(dict.update, b=2).result()
         assert processes.submit(dict.copy).result() == {"a": 1, "b": 2}

@@ -16,7 +16,7 @@ from imprompt.data.subjects import SubjectDataset
 from imprompt.errors import ImageError, UserError
 from imprompt.evaluation import report
 from imprompt.evaluation.identity import IdentityGallery, build_gallery, load_or_build_gallery
-from imprompt.evaluation.runner import EvaluationWorker, run_evaluation
+from imprompt.evaluation.runner import Evaluation, run_evaluation
 from imprompt.evaluation.samples import SamplingParams, SubjectEvalSet, load_eval_set
 from imprompt.evaluation.systems import SystemLoader, parse_label
 from imprompt.mini import world
@@ -103,31 +103,31 @@ def evaluation(tmp_path_factory):
     adapters, baselines = ("one=mini", "mini@average", "mini@max"), ("dreambooth-lora", "inversion")
     config = SMALL.with_options(output_dir=str(folder), adapter=adapters, baseline=baselines)
     list(run_evaluation(config))
-    worker = EvaluationWorker(config)
-    scores = list(report.score_rows(worker))
-    report.write_evaluation_report(worker, scores)
-    return worker, {score.name: score for score in scores}, config
+    evaluation = Evaluation(config)
+    scores = list(report.score_rows(evaluation))
+    report.write_evaluation_report(evaluation, scores)
+    return evaluation, {score.name: score for score in scores}, config
 
 
 def test_every_row_has_identity_metrics(evaluation):
-    worker, scores, _ = evaluation
+    evaluation, scores, _ = evaluation
     rows = [TARGET, "another real image", REFERENCE, TEXT, "one", "mini@average", "mini@max", "dreambooth-lora", "inversion"]
     assert list(scores) == rows
     assert all({"ID similarity", "rank-1 ID acc."} <= set(score.metrics) for score in scores.values())
     assert scores[TARGET].metrics["rank-1 ID acc."].value == 1 and scores[TARGET].metrics["ID similarity"].value > 0.9
     assert scores[TEXT].metrics["ID similarity"].value < scores["mini@average"].metrics["ID similarity"].value
     assert scores["one"].num_images == 12
-    table = list(csv.DictReader((worker.output_dir / "table.csv").read_text().splitlines()))
+    table = list(csv.DictReader((evaluation.output_dir / "table.csv").read_text().splitlines()))
     columns = {"ID similarity", "rank-1 ID acc. low", "detection failures"}
     assert columns & set(table[0]) == {"ID similarity", "rank-1 ID acc. low"}
 
 
 def test_the_returned_reference_is_one_of_the_references(evaluation):
-    worker, scores, _ = evaluation
-    row = next(row for row in worker.rows if row.name == REFERENCE)
-    paths = sorted((worker.row_store(row).folder / "images").iterdir())
+    evaluation, scores, _ = evaluation
+    row = next(row for row in evaluation.rows if row.name == REFERENCE)
+    paths = sorted((evaluation.row_store(row).folder / "images").iterdir())
     for i, path in enumerate(paths):
-        reference = worker.eval_set[i].references[i % SMALL.dataset.targets_per_subject]
+        reference = evaluation.eval_set[i].references[i % SMALL.dataset.targets_per_subject]
         assert Image.open(path).convert("RGB").tobytes() == reference.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
     values = scores[REFERENCE].metrics
     assert len(paths) == 6 and values["ID similarity"].value > 0.9
@@ -141,21 +141,21 @@ def test_with_one_target_another_real_image_is_no_reference():
 
 
 def test_fine_tuning_time_is_not_generation_time(evaluation):
-    worker, scores, _ = evaluation
+    evaluation, scores, _ = evaluation
     for name, is_finetuned in (("dreambooth-lora", True), ("mini@max", False)):
-        row = next(row for row in worker.rows if row.name == name)
-        assert bool(worker.load_features(row)["finetune_seconds"].sum() > 0) == is_finetuned
+        row = next(row for row in evaluation.rows if row.name == name)
+        assert bool(evaluation.load_features(row)["finetune_seconds"].sum() > 0) == is_finetuned
     assert scores["inversion"].trainable_params == 4 * 128
-    names = [path.name for path in (worker.output_dir / "class").iterdir()]
+    names = [path.name for path in (evaluation.output_dir / "class").iterdir()]
     class_nouns = {name.rsplit("-", 2)[0] for name in names}
     assert len(names) == SMALL.finetuning.num_class_images * len(class_nouns)  # shared by all subjects of a class
 
 
 def test_a_second_run_fine_tunes_nothing_again(evaluation):
-    worker, _, config = evaluation
-    before = {path: path.stat().st_mtime_ns for path in worker.output_dir.rglob("chunk-*")}
+    evaluation, _, config = evaluation
+    before = {path: path.stat().st_mtime_ns for path in evaluation.output_dir.rglob("chunk-*")}
     list(run_evaluation(config))
-    assert before == {path: path.stat().st_mtime_ns for path in worker.output_dir.rglob("chunk-*")}
+    assert before == {path: path.stat().st_mtime_ns for path in evaluation.output_dir.rglob("chunk-*")}
 
 
 def test_all_references_are_used():
@@ -175,8 +175,8 @@ def test_all_references_are_used():
 
 def test_the_gallery_is_built_again_for_other_subjects(tmp_path):
     path = tmp_path / "gallery.safetensors"
-    workers = [EvaluationWorker(SMALL.with_options(output_dir=str(tmp_path), num_prompts=count)) for count in (4, 6)]
-    small, large = (load_or_build_gallery(path, worker.identity_encoder, worker.eval_set) for worker in workers)
+    workers = [Evaluation(SMALL.with_options(output_dir=str(tmp_path), num_prompts=count)) for count in (4, 6)]
+    small, large = (load_or_build_gallery(path, evaluation.identity_encoder, evaluation.eval_set) for evaluation in workers)
     assert (len(small.centroids), len(large.centroids)) == (2, 3)
     before = path.stat().st_mtime_ns
     load_or_build_gallery(path, workers[1].identity_encoder, workers[1].eval_set)

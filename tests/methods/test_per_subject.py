@@ -277,7 +277,7 @@ def test_a_copy_has_gradient_checkpointing_where_the_base_has():
 @pytest.mark.bf16
 @pytest.mark.parametrize("name", ["dreambooth", "dreambooth-lora"])
 def test_finetuning_works_from_a_base_with_prepacked_weights(name, cpu_bf16):
-    """Compared with a base whose weights are not packed: the rounding of bfloat16 itself is .18 of latents of 2.1 here."""
+    """Compared with a base whose weights are not packed. The mean absolute error of bfloat16 is .18 here, for latents of magnitude 2.1."""
     from imprompt.unet.mkldnn import prepack_weights
 
     pipe, plain = sd15_pipeline(), sd15_pipeline()
@@ -299,7 +299,7 @@ def test_finetuning_works_from_a_base_with_prepacked_weights(name, cpu_bf16):
     with method.apply_to(pipe, NULL_FEATURES, NULL_FEATURES), other.apply_to(plain, NULL_FEATURES, NULL_FEATURES):
         trained, expected = sample_latents(pipe), sample_latents(plain)
     rounding, change = ((trained - latents).float().abs().mean() for latents in (expected, before))
-    assert change > 0.1 and rounding < 0.1 * change, "weights that were packed before the training are packed again"
+    assert change > 0.1 and rounding < 0.1 * change, "weights packed before the training were used after it"
     assert torch.equal(sample_latents(pipe), before)
 
 

@@ -15,7 +15,7 @@ from imprompt.utils.text import escape
 
 
 def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
-    """Read, count and compare every record once; write the report. An error where no record can be used."""
+    """Read every record once, count, look for duplicates, and write the report. An error where no record can be used."""
     from imprompt.data.report import analyze_dataset
 
     folder = ensure_writable_folder(config.output_dir)

@@ -14,28 +14,28 @@ def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
     silence_third_party_logs()
     with progress_bar("evaluating", show=not json) as progress:
         from imprompt.evaluation import report
-        from imprompt.evaluation.runner import EvaluationWorker, run_evaluation
+        from imprompt.evaluation.runner import Evaluation, run_evaluation
         from imprompt.utils.memory import explain_oom
 
         with explain_oom("take a smaller --batch-size"):
             for at in run_evaluation(config):
                 progress.advance(at.done, at.total, f"{at.row} · {at.images_per_second:.1f} images/s")
         progress.rename("scoring")
-        worker, scores = EvaluationWorker(config), []
-        for row in worker.rows:
-            scores.append(report.score_row(worker, row))
-            progress.advance(len(scores), len(worker.rows), row.name)
-        page = report.write_evaluation_report(worker, scores)
+        evaluation, scores = Evaluation(config), []
+        for row in evaluation.rows:
+            scores.append(report.score_row(evaluation, row))
+            progress.advance(len(scores), len(evaluation.rows), row.name)
+        page = report.write_evaluation_report(evaluation, scores)
     if json:
         print_json(page=str(page), rows=[report.score_to_json(score) for score in scores])
         return
     print(report.scores_to_markdown([score for score in scores if not score.sweep_of]))
-    for row in worker.rows:
-        skipped = worker.load_features(row).skipped
+    for row in evaluation.rows:
+        skipped = evaluation.load_features(row).skipped
         for name, reason in list(skipped.items())[:MAX_LISTED_PROMPTS]:
             print(f"skipped in {escape(row.name)}: prompt {escape(name)}: {escape(reason)}")
         if skipped and row.source == "copy":
-            print(f"once they are repaired, delete {worker.output_dir} or choose another --output-dir")
+            print(f"once they are repaired, delete {evaluation.output_dir} or choose another --output-dir")
     print(page)
 
 

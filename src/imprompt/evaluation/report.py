@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.evaluation.scoring import METRICS, NEGATIVE_MARK, NEGATIVE_NOTE, RowScore, compute_metrics, metric_of
 from imprompt.evaluation.store import RowStore
-from imprompt.evaluation.systems import NOT_GENERATED
+from imprompt.evaluation.systems import COPY_BASELINE, NOT_GENERATED
 from imprompt.utils.files import atomic_path, write_file
 from imprompt.utils.html import render_html, write_page
 from imprompt.utils.images import make_contact_sheet
@@ -38,47 +38,50 @@ _BODY = """\
 """
 
 
-def score_rows(worker: EvaluationWorker) -> Iterable[RowScore]:
+def score_rows(evaluation: Evaluation) -> Iterable[RowScore]:
     """The metrics of every row of a finished evaluation, one after the other."""
-    return (score_row(worker, row) for row in worker.rows)
+    return (score_row(evaluation, row) for row in evaluation.rows)
 
 
-def score_row(worker: EvaluationWorker, row: EvalRow) -> RowScore:
-    """The metrics of a finished row. They are stored next to its chunks, and read back while nothing has changed."""
-    path, num_bootstrap_samples = worker.row_store(row).score_path, worker.metrics.bootstrap_samples
+def score_row(evaluation: Evaluation, row: EvalRow) -> RowScore:
+    """The metrics of a finished row. They are stored with its images and features, and read back while nothing has changed."""
+    path, num_bootstrap_samples = evaluation.row_store(row).score_path, evaluation.metrics.bootstrap_samples
     if path.is_file():
         stored = json.loads(path.read_text("utf-8"))
         if stored.pop("bootstrap_samples") == num_bootstrap_samples:
-            return RowScore(**stored | {"metrics": {name: Interval(*ends) for name, ends in stored["metrics"].items()}})
-    score = _compute_score(worker, row)
+            return RowScore(**stored | {"metrics": {name: Interval(*bounds) for name, bounds in stored["metrics"].items()}})
+    score = _compute_score(evaluation, row)
     write_file(path, json.dumps(asdict(score) | {"bootstrap_samples": num_bootstrap_samples}))
     return score
 
 
-def _compute_score(worker: EvaluationWorker, row: EvalRow) -> RowScore:
-    features, targets = worker.load_features(row), worker.load_features(next(r for r in worker.rows if r.source == "copy"))
+def _compute_score(evaluation: Evaluation, row: EvalRow) -> RowScore:
+    features, targets = (
+        evaluation.load_features(row),
+        evaluation.load_features(next(r for r in evaluation.rows if r.source == COPY_BASELINE)),
+    )
     num_images = len(column) if (column := features.column("prompt_index")) is not None else 0
     return RowScore(
         row.name,
         num_images,
         num_images // row.num_samples,
         num_skipped=len(features.skipped),
-        trainable_params=None if row.source in NOT_GENERATED else worker.load_system(row.source).trainable_params,
+        trainable_params=None if row.source in NOT_GENERATED else evaluation.load_system(row.source).trainable_params,
         seconds_per_image=features.generation_seconds / max(num_images, 1),
         scale=row.scale,
         sweep_of=row.sweep_of,
         metrics=compute_metrics(
-            features, targets, worker.metrics, num_samples=row.num_samples, compare_sets=not row.sweep_of, gallery=worker.gallery,
-            by_subject=worker.by_subject,
+            features, targets, evaluation.metrics, num_samples=row.num_samples, distribution_metrics=not row.sweep_of,
+            gallery=evaluation.gallery, by_subject=evaluation.by_subject,
         ) if num_images else {},
     )  # fmt: skip
 
 
-def write_evaluation_report(worker: EvaluationWorker, scores: Sequence[RowScore]) -> Path:
+def write_evaluation_report(evaluation: Evaluation, scores: Sequence[RowScore]) -> Path:
     """Write table.md, table.csv, table.json, images and index.html. Returns the path of the page."""
-    out, protocol = worker.output_dir, worker.protocol
+    out, protocol = evaluation.output_dir, evaluation.protocol
     rows, points = [score for score in scores if not score.sweep_of], [score for score in scores if score.sweep_of]
-    legend = metric_legend(rows, by_subject=worker.by_subject)
+    legend = metric_legend(rows, by_subject=evaluation.by_subject)
     facts = "\n".join(f"- {name}: {value}" for name, value in protocol.items())
     write_file(out / "table.md", f"{scores_to_markdown(rows)}\n{legend}\n\n{facts}\n")
     write_file(out / "table.csv", scores_to_csv(scores))
@@ -91,7 +94,7 @@ def write_evaluation_report(worker: EvaluationWorker, scores: Sequence[RowScore]
     if curve:
         write_file(out / "curve.png", curve)
     body = render_html(_BODY, results=score_cells(rows), legend=legend, strips=strips, curve=curve, protocol=protocol)
-    write_page(out / "index.html", "Evaluation", body, f"Image prompts on {worker.loader.pipeline.model}")
+    write_page(out / "index.html", "Evaluation", body, f"Image prompts on {evaluation.loader.pipeline.model}")
     return out / "index.html"
 
 
@@ -101,7 +104,7 @@ def score_to_json(score: RowScore) -> dict[str, object]:
 
 
 def metric_columns(scores: Sequence[RowScore]) -> list[str]:
-    """The labels of all metrics of these rows, in the order of METRICS."""
+    """The labels of all metrics of these rows, in the order of METRICS; "CLIP-I (mini)" is a label of the metric "CLIP-I"."""
     labels = dict.fromkeys(label for score in scores for label in score.metrics)
     return sorted(labels, key=lambda label: list(METRICS).index(metric_of(label)))
 
@@ -135,7 +138,7 @@ def score_cells(scores: Sequence[RowScore]) -> TableCells:
 
 
 def _is_negative_distance(score: RowScore, label: str) -> bool:
-    """Whether an unbiased estimate of a squared distance is below zero by more than its interval."""
+    """Whether the unbiased estimate of a squared kernel distance (KID, KD, CMMD) is below zero by more than its interval."""
     return metric_of(label) in ("KD × 1000", "CMMD") and label in score.metrics and score.metrics[label].high < 0
 
 
@@ -151,16 +154,16 @@ def scores_to_markdown(scores: Sequence[RowScore]) -> str:
 
 
 def scores_to_csv(scores: Sequence[RowScore]) -> str:
-    """Every metric with both ends of its interval."""
+    """Every metric with both bounds of its interval."""
     labels = metric_columns(scores)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head = ["row", "trainable params", "images", "prompts", "skipped", "scale", "seconds per image"]
-    writer.writerow(head + [f"{label}{end}" for label in labels for end in ("", " low", " high")])
+    writer.writerow(head + [f"{label}{bound}" for label in labels for bound in ("", " low", " high")])
     for s in scores:
-        ends = [end for label in labels for end in s.metrics.get(label, (None, None, None))]
+        values = [value for label in labels for value in s.metrics.get(label, (None, None, None))]
         counts = (s.trainable_params, s.num_images, s.num_prompts, s.num_skipped, s.scale, f"{s.seconds_per_image:.4f}")
-        writer.writerow([s.name, *counts, *("" if end is None else f"{end:.6f}" for end in ends)])
+        writer.writerow([s.name, *counts, *("" if value is None else f"{value:.6f}" for value in values)])
     return buffer.getvalue()
 
 

@@ -83,7 +83,7 @@ def scale_sweep_rows(source: str, num_prompts: int) -> list[EvalRow]:
     return [EvalRow(f"{name} λ {scale}", source, "other", 1, num_prompts, scale, name) for scale in EVALUATION_SCALES]
 
 
-class EvaluationWorker:
+class Evaluation:
     """What one process needs to evaluate rows: samples, feature extractors, and the system of the current row."""
 
     def __init__(self, config: EvaluateConfig):
@@ -323,16 +323,16 @@ def run_evaluation(config: EvaluateConfig) -> Iterator[EvaluationProgress]:
     config = config.with_defaults()
     ensure_writable_folder(config.output_dir)
     _check_sources((*config.adapter, *config.baseline), by_subject=config.dataset.min_images_per_subject is not None)
-    worker = EvaluationWorker(config)
-    _check_sample_counts(worker)
-    _check_per_subject_prompts(worker)
-    rows = worker.rows
-    worker.check_before_run(rows)
-    worker.write_manifests(rows)
-    chunks = [(row, chunk) for row in rows for chunk in range(worker.num_chunks(row))]
-    missing = [(row, chunk) for row, chunk in chunks if not worker.row_store(row).has_chunk(chunk)]
+    evaluation = Evaluation(config)
+    _check_sample_counts(evaluation)
+    _check_per_subject_prompts(evaluation)
+    rows = evaluation.rows
+    evaluation.check_before_run(rows)
+    evaluation.write_manifests(rows)
+    chunks = [(row, chunk) for row in rows for chunk in range(evaluation.num_chunks(row))]
+    missing = [(row, chunk) for row, chunk in chunks if not evaluation.row_store(row).has_chunk(chunk)]
     done, num_images, start = len(chunks) - len(missing), 0, time.monotonic()
-    for row_name, count in _run_chunks(config, worker, missing):
+    for row_name, count in _run_chunks(config, evaluation, missing):
         done, num_images = done + 1, num_images + count
         yield EvaluationProgress(row_name, done, len(chunks), num_images / (time.monotonic() - start))
 
@@ -352,35 +352,35 @@ def _check_sources(sources: Sequence[str], *, by_subject: bool) -> None:
             )
 
 
-def _check_sample_counts(worker: EvaluationWorker) -> None:
+def _check_sample_counts(evaluation: Evaluation) -> None:
     """Raise UserError where there are too few samples for confidence intervals."""
-    if len(worker.eval_set) < 2:
-        raise UserError(f"expected at least 2 prompts (a confidence interval needs two), received {len(worker.eval_set)}")
-    if worker.by_subject and len(worker.eval_set.subjects) < 2:
+    if len(evaluation.eval_set) < 2:
+        raise UserError(f"expected at least 2 prompts (a confidence interval needs two), received {len(evaluation.eval_set)}")
+    if evaluation.by_subject and len(evaluation.eval_set.subjects) < 2:
         raise UserError("expected at least 2 subjects (a confidence interval and identification need two), received 1")
 
 
-def _check_per_subject_prompts(worker: EvaluationWorker) -> None:
+def _check_per_subject_prompts(evaluation: Evaluation) -> None:
     """Raise UserError, before any fine-tuning, where a prompt does not name the subject that a per-subject method generates."""
-    per_subject = [source for source in worker.sources if parse_label(source)[1] in PER_SUBJECT_METHODS]
-    if not per_subject or not isinstance(worker.eval_set, SubjectEvalSet):
+    per_subject = [source for source in evaluation.sources if parse_label(source)[1] in PER_SUBJECT_METHODS]
+    if not per_subject or not isinstance(evaluation.eval_set, SubjectEvalSet):
         return
-    if worker.sampling.prompt_mode == "none":
+    if evaluation.sampling.prompt_mode == "none":
         raise UserError(f"{per_subject[0]} needs a prompt that names the subject: add --prompt-mode caption")
-    if not worker.dataset.class_noun and not is_mini_data(worker.dataset.data):
+    if not evaluation.dataset.class_noun and not is_mini_data(evaluation.dataset.data):
         raise UserError(f"class_noun: {per_subject[0]} needs to know what the subjects are, such as person; received nothing")
-    for i, prompt in enumerate(worker.eval_set.prompts):
-        insert_subject_token(prompt, worker.eval_set.class_noun(i), "sks")
+    for i, prompt in enumerate(evaluation.eval_set.prompts):
+        insert_subject_token(prompt, evaluation.eval_set.class_noun(i), "sks")
 
 
-def _run_chunks(config: EvaluateConfig, worker: EvaluationWorker, chunks: list[tuple[EvalRow, int]]) -> Iterator[tuple[str, int]]:
+def _run_chunks(config: EvaluateConfig, evaluation: Evaluation, chunks: list[tuple[EvalRow, int]]) -> Iterator[tuple[str, int]]:
     """Run chunks here, or in several processes with workers of their own; yields the row's name and the number of images."""
     if config.num_processes == 1 or len(chunks) < 2:
         for row, chunk in chunks:
-            yield row.name, worker.run_chunk(row, chunk)
+            yield row.name, evaluation.run_chunk(row, chunk)
         return
-    with process_pool(min(config.num_processes, len(chunks)), EvaluationWorker, config) as processes:
-        pending = {processes.submit(EvaluationWorker.run_chunk, row, chunk): row.name for row, chunk in chunks}
+    with process_pool(min(config.num_processes, len(chunks)), Evaluation, config) as processes:
+        pending = {processes.submit(Evaluation.run_chunk, row, chunk): row.name for row, chunk in chunks}
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(future), future.result()

@@ -123,13 +123,13 @@ def compute_metrics(
     config: MetricsConfig,
     *,
     num_samples: int,
-    compare_sets: bool = True,
+    distribution_metrics: bool = True,
     gallery: IdentityGallery | None = None,
     by_subject: bool = False,
 ) -> dict[str, Interval]:
     """The metrics of a row by label; none for fewer than 2 groups. `targets`: the features of the target images.
 
-    With `compare_sets` also those that compare whole sets of images, from MIN_PROMPTS_FOR_SET_METRICS prompts on; with a gallery of
+    With `distribution_metrics` also those that compare whole sets of images, from MIN_PROMPTS_FOR_SET_METRICS prompts on; with a gallery of
     subjects also identity. Intervals are over subjects with `by_subject`, otherwise over prompts.
     """
     groups = row["group" if by_subject else "prompt_index"]
@@ -142,7 +142,7 @@ def compute_metrics(
         intervals["diversity"] = mean_interval(diversity, groups[::num_samples], config.bootstrap_samples)
     if gallery is not None:
         intervals |= identity_metrics(row, gallery, groups, config.bootstrap_samples)
-    if compare_sets and len(groups.unique()) >= MIN_PROMPTS_FOR_SET_METRICS:
+    if distribution_metrics and len(groups.unique()) >= MIN_PROMPTS_FOR_SET_METRICS:
         intervals |= set_metrics(row, targets, groups)
     return {metric_label(name, config): interval for name, interval in intervals.items()}
 

@@ -34,7 +34,8 @@ BUILT_IN_ROWS = {  # source of a row → its label
     "reference": "one reference, returned",
     "text": "text only",
 }
-NOT_GENERATED = ("copy", "real", "reference")  # these rows contain real images
+COPY_BASELINE = "copy"  # the row whose images are the target images themselves
+NOT_GENERATED = (COPY_BASELINE, "real", "reference")  # these rows contain real images
 
 
 class System(Protocol):

@@ -1,7 +1,7 @@
 """Kandinsky 2.1 (Razzhigaev et al., 2023, arXiv:2310.03502): ten image tokens precede the projected prompt; the UNet is trained.
 
-The image embedding and the pooled prompt also join the time embedding. The two projections are diffusers' own `TextImageProjection` and
-`TextImageTimeEmbedding`.
+The image embedding and the embedding of the last token, in place of a pooled prompt, are added to the time embedding. The two
+projections are diffusers' own `TextImageProjection` and `TextImageTimeEmbedding`.
 """
 
 import torch

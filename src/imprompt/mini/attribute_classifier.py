@@ -1,4 +1,4 @@
-"""The attribute classifier and the segmentation model that evaluate images of mini's world.
+"""The attribute classifier and the segmentation model that evaluate images of the embedded model and of its synthetic dataset, `world`.
 
 Both were trained on subjects and scenes of their own, and no other part of mini was trained with them.
 """

@@ -24,7 +24,7 @@ from imprompt.data.feature_cache import is_complete
 from imprompt.errors import UserError
 from imprompt.evaluation.metrics import pairwise_diversity
 from imprompt.evaluation.report import image_strip, score_row
-from imprompt.evaluation.runner import EvalRow, EvaluationWorker, built_in_row
+from imprompt.evaluation.runner import EvalRow, Evaluation, built_in_row
 from imprompt.evaluation.scoring import RowFeatures, RowScore
 from imprompt.evaluation.systems import BUILT_IN_ROWS, NOT_GENERATED
 from imprompt.models.base_pipelines import resolve_dtype, set_device
@@ -113,7 +113,7 @@ class Study(ABC):
     def __init__(self, config: ReproduceConfig, on_progress: Callable[[StudyProgress], None] = lambda progress: None):
         self.config, self.out, self.on_progress = config, Path(config.output_dir), on_progress
         self.budget = self.budgets[config.budget]
-        self._workers: dict[str, EvaluationWorker] = {}
+        self._evaluations: dict[str, Evaluation] = {}
 
     @property
     @abstractmethod
@@ -206,19 +206,19 @@ class Study(ABC):
             return str(row_id)
         config = self.train_config(row_id)
         minutes = {"training": self._train(config) if config else 0.0}
-        row, worker = self.eval_row(row_id), self.load_worker(self.base_model(row_id))
+        row, evaluation = self.eval_row(row_id), self.load_evaluation(self.base_model(row_id))
         if row.source != "copy":
-            self.generate_row(worker, self.eval_row(RowId("copy")))
-        minutes["generation"] = self.generate_row(worker, row)
-        score = score_row(worker, row)
-        features = worker.load_features(row)
+            self.generate_row(evaluation, self.eval_row(RowId("copy")))
+        minutes["generation"] = self.generate_row(evaluation, row)
+        score = score_row(evaluation, row)
+        features = evaluation.load_features(row)
         finetuning = features.column("finetune_seconds")
         if finetuning is not None and finetuning.any():
             minutes["finetuning"] = float(finetuning.sum()) / 60
-        result = RowResult(score, minutes, self.per_prompt_scores(features, row, worker), dict(worker.protocol))
+        result = RowResult(score, minutes, self.per_prompt_scores(features, row, evaluation), dict(evaluation.protocol))
         if not row.sweep_of:
             with atomic_path(path.with_suffix(".png")) as partial:
-                self.build_strip(worker, row).save(partial)
+                self.build_strip(evaluation, row).save(partial)
         write_file(path, json.dumps(result._asdict() | {"score": asdict(score)}))
         return str(row_id)
 
@@ -248,9 +248,9 @@ class Study(ABC):
             "feature_cache": str(self.cache_dir(METHODS[self.cached_method(row_id)].features)),
         }  # fmt: skip
 
-    def load_worker(self, base_model: str) -> EvaluationWorker:
+    def load_evaluation(self, base_model: str) -> Evaluation:
         """The evaluation of the rows on a base model."""
-        if base_model not in self._workers:
+        if base_model not in self._evaluations:
             folder = self.out / ("evaluation" if base_model == "mini" else f"evaluation-{Path(base_model).parent.name}")
             shared = {
                 "model": base_model, "data": "mini", "clip_model": "mini", "feature_extractor": "mini", "batch_size": 64,
@@ -260,14 +260,14 @@ class Study(ABC):
                 "device": self.config.device, "dtype": self.dtype_name(),
             }  # fmt: skip
             config = EvaluateConfig.from_options(**shared, **self.evaluate_options())
-            self._workers[base_model] = EvaluationWorker(config.with_defaults())
-        return self._workers[base_model]
+            self._evaluations[base_model] = Evaluation(config.with_defaults())
+        return self._evaluations[base_model]
 
-    def build_strip(self, worker: EvaluationWorker, row: EvalRow) -> Image.Image:
+    def build_strip(self, evaluation: Evaluation, row: EvalRow) -> Image.Image:
         """Images of a row side by side."""
-        return image_strip(worker.output_dir, row.name)
+        return image_strip(evaluation.output_dir, row.name)
 
-    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, evaluation: Evaluation) -> dict[str, list[float]]:
         """Metrics prompt by prompt, by which rows are compared."""
         columns = {CLIP_I: features["score.CLIP-I"], CLIP_T: features["score.CLIP-T"]}
         scores = {label: to_rounded_list(values.unflatten(0, (-1, row.num_samples)).mean(1)) for label, values in columns.items()}
@@ -279,15 +279,15 @@ class Study(ABC):
         """The data type of all base models."""
         return str(resolve_dtype("auto", torch.device(set_device(self.config.device)).type, is_mini=True)).removeprefix("torch.")
 
-    def generate_row(self, worker: EvaluationWorker, row: EvalRow) -> float:
+    def generate_row(self, evaluation: Evaluation, row: EvalRow) -> float:
         """Generate the chunks of a row that are missing and extract their features. Returns the minutes that all chunks took."""
-        worker.write_manifests([row])
-        num_chunks = worker.num_chunks(row)
+        evaluation.write_manifests([row])
+        num_chunks = evaluation.num_chunks(row)
         for chunk in range(num_chunks):
-            if not worker.row_store(row).has_chunk(chunk):
-                worker.run_chunk(row, chunk)
+            if not evaluation.row_store(row).has_chunk(chunk):
+                evaluation.run_chunk(row, chunk)
             self.on_progress(StudyProgress(row.name, "generation", chunk + 1, num_chunks))
-        return worker.load_features(row).generation_seconds / 60
+        return evaluation.load_features(row).generation_seconds / 60
 
     def _train(self, config: TrainConfig) -> float:
         """Train unless it is done. Returns the minutes that it took."""

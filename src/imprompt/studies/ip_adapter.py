@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from imprompt.config import IP_ADAPTER_PAPER_METHODS, REFERENCE_METHODS, UNET_METHODS, TrainConfig
-from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, Evaluation
 from imprompt.evaluation.scoring import RowFeatures
 from imprompt.recipes.style import train_style
 from imprompt.studies.base import Budget, Job, RowId, Study, StudyProgress, to_rounded_list
@@ -105,9 +105,9 @@ class IPAdapterStudy(Study):
             sanity_check=self.config.budget == "full", lr_warmup_steps=min(100, b.max_train_steps // 2), **self.train_options(row_id),
         )  # fmt: skip
 
-    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, evaluation: Evaluation) -> dict[str, list[float]]:
         """Also the CLIP embeddings at λ = 0 and of text only, which claim e compares."""
-        scores = super().per_prompt_scores(features, row, worker)
+        scores = super().per_prompt_scores(features, row, evaluation)
         if row.sweep_of and (row.source == "text" or row.scale == 0):
             scores["CLIP embeddings"] = to_rounded_list(features["clip_embeds"].flatten(), digits=5)
         return scores

@@ -23,7 +23,7 @@ from PIL import Image
 from imprompt.config import MINI_SUBJECT_OPTIONS, PER_SUBJECT_METHODS, TrainConfig
 from imprompt.evaluation.metrics import cosine_similarity, rank1_identification
 from imprompt.evaluation.report import image_strip
-from imprompt.evaluation.runner import EvalRow, EvaluationWorker
+from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.evaluation.scoring import RowFeatures
 from imprompt.evaluation.systems import BUILT_IN_ROWS, MethodSystem, System
 from imprompt.studies.base import ID_SIMILARITY, RANK1_ACCURACY, Budget, Job, RowId, Study, StudyProgress, to_rounded_list
@@ -148,11 +148,11 @@ class PersonalizationStudy(Study):
             "finetune_steps": b.finetune_steps, "num_class_images": b.num_class_images,
         }  # fmt: skip
 
-    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, worker: EvaluationWorker) -> dict[str, list[float]]:
+    def per_prompt_scores(self, features: RowFeatures, row: EvalRow, evaluation: Evaluation) -> dict[str, list[float]]:
         """Also ID similarity, rank-1 identification, and the number of each prompt's subject."""
-        scores = super().per_prompt_scores(features, row, worker)
-        assert worker.gallery is not None
-        embeddings, subjects, centroids = features["id_embeds"], features["group"], worker.gallery.centroids
+        scores = super().per_prompt_scores(features, row, evaluation)
+        assert evaluation.gallery is not None
+        embeddings, subjects, centroids = features["id_embeds"], features["group"], evaluation.gallery.centroids
         similarity = cosine_similarity(embeddings, centroids[subjects])
         is_rank1 = rank1_identification(embeddings, subjects, centroids).double()
         for name, values in ((ID_SIMILARITY, similarity), (RANK1_ACCURACY, is_rank1)):
@@ -162,10 +162,12 @@ class PersonalizationStudy(Study):
 
     def time_encoding(self) -> str:
         """Time, method by method, how long a new subject takes that needs no fine-tuning; run while nothing else is at work."""
-        worker, seconds, methods = self.load_worker("mini"), load_timings(self.out), self.methods_to_time([])
+        evaluation, seconds, methods = self.load_evaluation("mini"), load_timings(self.out), self.methods_to_time([])
         for number, method in enumerate(methods, 1):
             row = self.eval_row(main_row(method))
-            seconds[method] = time_until_attached(worker.load_system(row.source), worker.eval_set[0].references[: row.num_references])
+            seconds[method] = time_until_attached(
+                evaluation.load_system(row.source), evaluation.eval_set[0].references[: row.num_references]
+            )
             self.on_progress(StudyProgress(method, "timing", number, len(methods)))
         write_file(self.out / TIMINGS_FILE, json.dumps(seconds, indent=1))
         return "time per new subject"
@@ -180,9 +182,9 @@ class PersonalizationStudy(Study):
             if row_id in row_ids and (method in UNTRAINED_ROWS or row_id in missing or self.checkpoint_path(row_id).is_file())
         ]
 
-    def build_strip(self, worker: EvaluationWorker, row: EvalRow) -> Image.Image:
+    def build_strip(self, evaluation: Evaluation, row: EvalRow) -> Image.Image:
         """One image of each of the first subjects."""
-        return image_strip(worker.output_dir, row.name, range(0, row.num_prompts, self.budget.targets_per_subject))
+        return image_strip(evaluation.output_dir, row.name, range(0, row.num_prompts, self.budget.targets_per_subject))
 
 
 @torch.no_grad()

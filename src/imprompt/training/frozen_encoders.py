@@ -46,7 +46,7 @@ class TrainingBatch(NamedTuple):
     image_features: Tensor  # (batch, references, patches, features)
     time_ids: Tensor  # (batch, 6), SDXL: original height and width, crop top and left, target height and width
     mask: Tensor | None  # (batch, 1, height, width), 0 … 1: where the error counts
-    seeds: list[int]
+    seeds: list[int]  # one per image, for its noise, its timestep and what is dropped
     loss_weight: Tensor | None = None  # (batch,); None where all are 1
 
     @classmethod
@@ -155,7 +155,10 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def encode_uncond(self, uncond_features: Tensor) -> UncondInputs:
-        """With the embeddings of the empty prompt. uncond_features: those of the method, (1, patches, features)."""
+        """The unconditional inputs: the embeddings of the empty prompt, and the unconditional image features of the trained method.
+
+        uncond_features: (1, patches, features).
+        """
         return UncondInputs(self.encode_prompts([""]), uncond_features[None].to(self.device))
 
     @torch.no_grad()

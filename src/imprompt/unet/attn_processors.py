@@ -128,7 +128,7 @@ def _attention_like_diffusers(attn: Attention, query: Tensor, key: Tensor, value
 
 
 def compute_text_key_values(attn: Attention, prompt_embeds: Tensor) -> KeyValues:
-    """The layer's own keys and values of the text embeddings, (rows, tokens, cross)."""
+    """The layer's own keys and values of the text embeddings, each (rows, tokens, hidden)."""
     return KeyValues(attn.to_k(prompt_embeds), attn.to_v(prompt_embeds))
 
 
