@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from imprompt.core.adapter import Adapter
-from imprompt.core.image_projection import FullImageProjection, ImageProjection, Resampler
+from imprompt.core.image_projection import FaceIDPlusProjection, FaceIDProjection, FullImageProjection, ImageProjection, Resampler
 from imprompt.mini.tokenizer import build_tokenizer
 from imprompt.unet.attn_processors import infer_adapter_shape
 
@@ -91,6 +91,8 @@ def forked_workers(fork_server):
 CROSS = 32
 VISION = 40  # dimension of the image encoder's patch features
 POOLED = 24  # dimension of its pooled embedding
+FACE = 12  # dimension of the identity embeddings
+RANK = 3  # of the LoRA in FaceID adapters
 
 
 def sd15_unet(cross: int = CROSS, **more: Any) -> UNet2DConditionModel:
@@ -209,6 +211,23 @@ def random_adapter(unet: UNet2DConditionModel, adapter_type: str, seed: int = 5)
         "full-face": lambda: FullImageProjection(VISION, cross_attention_dim),
     }[adapter_type]()
     return Adapter(projector, hidden_dims, cross_attention_dim).eval().requires_grad_(False)
+
+
+def random_face_adapter(unet, *, plus=False, tokens=4, shortcut=False, lora=True):
+    """Random weights in the layout of the public files, with LoRA in every layer, of self-attention too."""
+    torch.manual_seed(5)
+    hidden_dims, cross_attention_dim = infer_adapter_shape(unet)
+    if plus:
+        projector = FaceIDPlusProjection(FACE, VISION, cross_attention_dim, tokens, 24, num_heads=1, depth=4, shortcut=shortcut)
+    else:
+        projector = FaceIDProjection(FACE, cross_attention_dim, tokens, 24)
+    adapter = Adapter(projector, hidden_dims, cross_attention_dim)
+    if lora:
+        for n, name in enumerate(unet.attn_processors):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            kv_dim = cross_attention_dim if n % 2 else hidden
+            adapter.add_lora(n, {name: (kv_dim if name in "kv" else hidden, hidden, RANK) for name in ("q", "k", "v", "out")})
+    return adapter.eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import safetensors
 import safetensors.torch
 import torch
 
-from conftest import random_adapter, sd15_pipeline, sd15_unet, sdxl_unet
-from imprompt.errors import UserError
+from conftest import random_adapter, random_face_adapter, sd15_pipeline, sd15_unet, sdxl_unet
+from imprompt.errors import Notice, UserError
 from imprompt.models import checkpoints
 from imprompt.models.checkpoints import CheckpointError, detect_spec, load_adapter, read_adapter_file, save, write_tensors
 from imprompt.models.hub import default_image_encoder
+from imprompt.models.tensor_files import ADAPTER_SUFFIXES
 from released_adapters import (
     FULL_SIZE_ADAPTERS,
     LAYERS_AND_CROSS_DIM,
@@ -28,7 +30,10 @@ from released_adapters import (
     faceid_plus_projection,
     faceid_projection,
     key_value_shapes,
+    linear_shapes,
     lora_shapes,
+    norm_shapes,
+    plus_projection,
 )
 
 
@@ -209,7 +214,8 @@ def test_a_training_state_as_pickle_converts(make, tmp_path):
         else:
             state[key.replace("image_proj.", "image_proj_model.", 1)] = value
     torch.save(state, tmp_path / "pytorch_model.bin")
-    spec = checkpoints.convert_adapter(tmp_path / "pytorch_model.bin", tmp_path / "public.safetensors")
+    with pytest.warns(Notice, match=r"left out, .* unet \(\d+ tensors\)"):
+        spec = checkpoints.convert_adapter(tmp_path / "pytorch_model.bin", tmp_path / "public.safetensors")
     assert spec.adapter_type == "plus" and len(spec.layers) == len(paths)
     assert equal_tensors(read_adapter_file(tmp_path / "public.safetensors")[0], public)
 
@@ -228,7 +234,8 @@ def test_a_deduplicated_training_state_gets_the_public_layer_indices(make, tmp_p
         else:
             state[key.replace("image_proj.", "image_proj_model.", 1)] = value
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    checkpoints.convert_adapter(tmp_path / "model.safetensors", tmp_path / "public.bin")
+    with pytest.warns(Notice, match=r"left out, .* unet \(\d+ tensors\)"):
+        checkpoints.convert_adapter(tmp_path / "model.safetensors", tmp_path / "public.bin")
     received, _ = read_adapter_file(tmp_path / "public.bin")
     assert equal_tensors(received, public)
     for n, path in paths.items():
@@ -294,7 +301,7 @@ def test_save_converts_to_the_given_dtype(tmp_path):
 )
 def test_faceid_is_read_with_its_lora_weights(shapes, temporary_folder):
     layers = {n: 2 for n in SD15_LAYERS}
-    path = temporary_folder / "ip-adapter-faceid.bin"
+    path = temporary_folder / "ip-adapter-faceid-plus.bin"
     original = random_tensors(shapes | key_value_shapes(layers, 768) | lora_shapes(layers, 768, rank=2))
     torch.save(to_nested(original), path)
     assert equal_tensors(read_adapter_file(path)[0], original)
@@ -341,7 +348,7 @@ def test_truncated_old_pickles_are_reported_as_damaged(small_adapter, tmp_path):
     assert "damaged" in load_error(path)
 
 
-@pytest.mark.parametrize("suffix", checkpoints.ADAPTER_SUFFIXES)
+@pytest.mark.parametrize("suffix", ADAPTER_SUFFIXES)
 @pytest.mark.parametrize(
     "text", ["a text file, renamed", '{"json": 1}', "<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com"]
 )
@@ -404,9 +411,9 @@ def test_missing_files_folders_and_unknown_suffixes(small_adapter, tmp_path):
     with pytest.raises(CheckpointError, match="no adapter file at"):
         read_adapter_file(tmp_path)
     (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
-    assert "received .gguf" in load_error(tmp_path / "adapter.gguf")
+    assert "a GGUF file" in load_error(tmp_path / "adapter.gguf")
     (tmp_path / "adapter").write_bytes(b"")
-    assert "no suffix" in load_error(tmp_path / "adapter")
+    assert "damaged" in load_error(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"cannot write adapter\.onnx"):
         write_tensors(small_adapter, tmp_path / "adapter.onnx")
     assert not (tmp_path / "adapter.onnx").exists()
@@ -514,3 +521,221 @@ def test_converting_onto_itself_is_safe(small_adapter, tmp_path):
     write_tensors(small_adapter, path, {"base": "mini"})
     checkpoints.convert_adapter(path, path)
     assert equal_tensors(read_adapter_file(path)[0], small_adapter) and read_adapter_file(path)[1] == {"base": "mini"}
+
+
+# ------------------------------------------------------------------------------------------ files of other programs
+
+
+def faceid_training_state(unet):
+    """A FaceID adapter, and the tensors that safetensors keeps of its training state: those that lie in the UNet, each once."""
+    adapter = random_face_adapter(unet)
+    public = {key: value.clone() for key, value in adapter.state_dict().items()}
+    paths = list(unet.attn_processors)
+    state = {f"unet.{key}": value.contiguous() for key, value in unet.state_dict().items()}
+    for key, value in public.items():
+        group, rest = key.split(".", 1)
+        n, name = rest.split(".", 1)
+        state[f"unet.{paths[int(n)]}.{name}" if group == "ip_adapter" else f"image_proj_model.{rest}"] = value
+    return public, state
+
+
+@pytest.mark.parametrize("make", [sd15_unet, sdxl_unet])
+def test_a_faceid_training_state_keeps_its_lora(make, tmp_path):
+    public, state = faceid_training_state(make())
+    assert sum("_lora." in key for key in public) > 4 * len(public) / 6
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.warns(Notice, match="unet"):
+        checkpoints.convert_adapter(tmp_path / "model.safetensors", tmp_path / "public.safetensors")
+    assert equal_tensors(read_adapter_file(tmp_path / "public.safetensors")[0], public)
+
+
+def test_a_training_state_of_which_only_some_copies_were_dropped_is_whole(tmp_path):
+    public, state = faceid_training_state(sd15_unet())
+    moved = [key for key in public if key.startswith("ip_adapter.1.")]
+    for key in moved:
+        state[key.replace("ip_adapter", "adapter_modules")] = public[key].clone()
+    safetensors.torch.save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")
+    with pytest.warns(Notice, match="unet|module"):
+        assert equal_tensors(read_adapter_file(tmp_path / "model.safetensors")[0], public)
+
+
+WRAPPINGS = {
+    "model.": lambda t: {f"model.{key}": value for key, value in t.items()},
+    "_orig_mod.": lambda t: {f"_orig_mod.{key}": value for key, value in t.items()},
+    "module._orig_mod.": lambda t: {f"module._orig_mod.{key}": value for key, value in t.items()},
+    "compiled parts": lambda t: {key.replace(".", "._orig_mod.", 1): value for key, value in t.items()},
+    "parallel parts": lambda t: {
+        key.replace("image_proj.", "image_proj_model.module.").replace("ip_adapter.", "adapter_modules.module."): value
+        for key, value in t.items()
+    },
+    "ip_adapter.image_proj_model": lambda t: {
+        f"ip_adapter.{key.replace('image_proj.', 'image_proj_model.').replace('ip_adapter.', 'adapter_modules.')}": value
+        for key, value in t.items()
+    },
+    "state_dict": lambda t: {"state_dict": t, "epoch": 3},
+    "model_state_dict": lambda t: {"model_state_dict": to_nested(t)},
+    "module of DeepSpeed": lambda t: {"module": t, "global_steps": 7},
+    "only an ema": lambda t: {"ema": t},
+    "nested twice": lambda t: {"state_dict": {"model": to_nested(t)}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_prefixes_and_containers_around_the_tensors_are_understood(wrapping, small_adapter, tmp_path):
+    torch.save(WRAPPINGS[wrapping](small_adapter), tmp_path / "wrapped.bin")
+    assert equal_tensors(read_adapter_file(tmp_path / "wrapped.bin")[0], small_adapter)
+
+
+def test_of_weights_and_their_average_the_weights_are_read_and_the_rest_is_reported(small_adapter, tmp_path):
+    average = {key: value + 1 for key, value in small_adapter.items()}
+    for name, content in (("a.bin", {"ema": average, "state_dict": small_adapter}), ("b.bin", {"model": small_adapter, "ema": average})):
+        torch.save(content, tmp_path / name)
+        with pytest.warns(Notice, match=rf"left out, .* ema \({len(average)} tensors\)"):
+            assert equal_tensors(read_adapter_file(tmp_path / name)[0], small_adapter)
+
+
+def test_tensors_of_other_models_in_the_file_are_reported(small_adapter, tmp_path):
+    extra = {"image_encoder.layer.weight": torch.ones(2), "image_encoder.layer.bias": torch.ones(2), "preprocessor.mean": torch.ones(1)}
+    safetensors.torch.save_file(small_adapter | extra, tmp_path / "x.safetensors")
+    with pytest.warns(Notice, match=r"x.safetensors: left out, .*image_encoder \(2 tensors\), preprocessor \(1 tensors\)") as notices:
+        assert equal_tensors(read_adapter_file(tmp_path / "x.safetensors")[0], small_adapter)
+    assert len(notices) == 1
+
+
+def test_the_content_of_a_file_counts_and_not_its_suffix(small_adapter, tmp_path):
+    write_tensors(small_adapter, tmp_path / "a.safetensors")
+    torch.save(to_nested(small_adapter), tmp_path / "b.bin")
+    torch.save(to_nested(small_adapter), tmp_path / "c.bin", _use_new_zipfile_serialization=False)
+    for source, target, name in (
+        ("a.safetensors", "a.bin", "safetensors file"),
+        ("b.bin", "b.safetensors", "PyTorch pickle"),
+        ("c.bin", "c.safetensors", "PyTorch pickle"),
+    ):
+        (tmp_path / source).rename(tmp_path / target)
+        with pytest.warns(Notice, match=f"{target} is read as a {name}"):
+            assert equal_tensors(read_adapter_file(tmp_path / target)[0], small_adapter)
+    (tmp_path / "a.bin").rename(tmp_path / "blob")  # as in the cache of the hub
+    assert equal_tensors(read_adapter_file(tmp_path / "blob")[0], small_adapter)
+
+
+def test_a_zip_archive_and_pointers_are_called_what_they_are(small_adapter, tmp_path):
+    write_tensors(small_adapter, tmp_path / "adapter.safetensors")
+    for suffix in (".zip", ".safetensors"):
+        with zipfile.ZipFile(tmp_path / f"packed{suffix}", "w") as archive:
+            archive.write(tmp_path / "adapter.safetensors", "adapter.safetensors")
+        assert "zip archive" in load_error(tmp_path / f"packed{suffix}")
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert "pointer of Git LFS" in load_error(tmp_path / "x.safetensors")
+    (tmp_path / "y.bin").write_text("\n<!DOCTYPE html>")
+    assert "a web page" in load_error(tmp_path / "y.bin")
+
+
+def test_headers_of_any_length_are_no_pickles(small_adapter, tmp_path):
+    """The length of the header, which a safetensors file begins with, may look like the beginning of a pickle or of a zip archive."""
+    for length in (0x80 + 256 * 40, 0x4B50):
+        bare = int.from_bytes(safetensors.torch.save(small_adapter, {"x": ""})[:8], "little")
+        data = safetensors.torch.save(small_adapter, {"x": "x" * (length - bare)})
+        (tmp_path / "a.safetensors").write_bytes(data)
+        assert data.startswith((b"PK", b"\x80"))
+        assert equal_tensors(read_adapter_file(tmp_path / "a.safetensors")[0], small_adapter)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(small_adapter, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    write_tensors(small_adapter, tmp_path / "a.safetensors")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be opened \(Permission denied\)"):
+        load_adapter(tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------------------------------------- weights that are no numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_with_the_name_of_the_tensor(value, dtype, small_adapter, tmp_path):
+    key = "ip_adapter.7.to_k_ip.weight"
+    tensors = {name: tensor.to(dtype) for name, tensor in small_adapter.items()}
+    tensors[key][3, 2] = value
+    write_tensors(tensors, tmp_path / "a.safetensors")
+    assert f"{key} contains NaN or infinity" in load_error(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        checkpoints.convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64])
+def test_weights_of_types_that_are_no_weights_are_refused(dtype, small_adapter, tmp_path):
+    torch.save({key: (value * 127).to(dtype) for key, value in small_adapter.items()}, tmp_path / "a.bin")
+    assert f"is {str(dtype).removeprefix('torch.')}" in load_error(tmp_path / "a.bin")
+
+
+def test_float8_is_read_as_it_is_unless_its_scale_is_missing(small_adapter, tmp_path):
+    rounded = {key: value.to(torch.float8_e4m3fn) for key, value in small_adapter.items()}
+    write_tensors(rounded, tmp_path / "a.safetensors")
+    adapter, spec = load_adapter(tmp_path / "a.safetensors")
+    assert spec.dtype == "float8_e4m3fn" and torch.equal(adapter.image_proj.proj.weight, rounded["image_proj.proj.weight"].float())
+    scaled = {key: (value / value.abs().max().clamp(min=1e-9) * 448).to(torch.float8_e4m3fn) for key, value in small_adapter.items()}
+    write_tensors(scaled, tmp_path / "b.safetensors")
+    assert "its scale is unknown" in load_error(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to_sparse(), lambda x: torch.ones(1).expand(x.shape), lambda x: x.to("meta")])
+def test_tensors_that_are_not_dense_are_refused(make, small_adapter, tmp_path):
+    torch.save(small_adapter | {"ip_adapter.1.to_k_ip.weight": make(small_adapter["ip_adapter.1.to_k_ip.weight"])}, tmp_path / "a.bin")
+    text = load_error(tmp_path / "a.bin")
+    assert "dense" in text or "could run code" in text
+
+
+# ------------------------------------------------------------------------------------------------------- hostile files
+
+
+def write_header(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> None:
+    """A safetensors file with these names, types, shapes and sizes in bytes, all of them zeros."""
+    header, offset = {}, 0
+    for key, (dtype, shape, size) in tensors.items():
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset := offset + size]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"image_proj.proj.weight": ("F16", [1, 1], 2), f"ip_adapter.{'1' * 4301}.to_k_ip.weight": ("F16", [1, 1], 2)},
+        {"image_proj.proj.weight": ("F16", [0, 2**63], 0), "ip_adapter.1.to_k_ip.weight": ("F16", [1, 1], 2)},
+        {"image_proj.proj.weight": ("F16", [0, 2**62], 0), "ip_adapter.1.to_k_ip.weight": ("F16", [1, 1], 2)},
+        {"image_proj.perceiver_resampler.proj_in.weight": ("F16", [4, 4], 32), "ip_adapter.1.to_k_ip.weight": ("F16", [4, 8], 64)},
+        {"image_proj.perceiver_resampler.proj_in.weight": ("F16", [4, 4], 32), "image_proj.proj.2.weight": ("F16", [4, 4], 32),
+         "ip_adapter.1.to_k_ip.weight": ("F16", [4, 8], 64)},
+        {"image_proj.latents": ("F16", [1, 1, 1], 2), "image_proj.proj_in.weight": ("F16", [1, 1], 2),
+         "image_proj.layers.٣.0.to_q.weight": ("F16", [1, 1], 2), "ip_adapter.٣.to_k_ip.weight": ("F16", [1, 1], 2)},
+        {"image_proj.\x1b[2J\n": ("F16", [1, 1], 2), "ip_adapter.1.to_k_ip.weight": ("F16", [1, 1], 2)},
+    ],
+)  # fmt: skip
+def test_hostile_headers_are_refused_in_one_sentence(tensors, tmp_path):
+    write_header(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(CheckpointError):
+        load_adapter(tmp_path / "x.safetensors")
+
+
+# ------------------------------------------------------------------------------------- adapters that are not IP-Adapters
+
+
+def test_instantid_is_told_from_faceid_portrait():
+    layers = key_value_shapes({n: 2 for n in SD15_LAYERS}, 2048)
+    for width, adapter_type in ((1280, "instantid"), (2048, "faceid-resampler")):
+        shapes = plus_projection(512, width, 1280, 2048) | layers
+        spec = detect_spec({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+        assert spec.adapter_type == adapter_type and spec.is_faceid and not spec.normalized_id_embeds
+
+
+@pytest.mark.parametrize("embed_dim", [768, 1024, 1280])
+def test_the_face_layout_of_ai_toolkit_is_not_taken_for_faceid(embed_dim):
+    """Its LayerNorm comes before the projection, which shows in its width; for CLIP ViT-L both widths are 768."""
+    shapes = linear_shapes("image_proj.proj.0", embed_dim, 2 * embed_dim) | linear_shapes("image_proj.proj.2", 2 * embed_dim, 4 * 768)
+    shapes |= norm_shapes("image_proj.norm", embed_dim) | key_value_shapes(SD15_LAYERS, 768)
+    with pytest.raises(CheckpointError, match="ai-toolkit"):
+        detect_spec({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})

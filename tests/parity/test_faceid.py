@@ -2,38 +2,19 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from conftest import CROSS, VISION, image_processor, sd15_pipeline, vision_encoder
-from imprompt.core.adapter import Adapter
-from imprompt.core.image_projection import FaceIDPlusProjection, FaceIDProjection
-from imprompt.errors import UserError
+from conftest import CROSS, FACE, image_processor, random_face_adapter, sd15_pipeline, vision_encoder
+from imprompt.errors import Notice, UserError
 from imprompt.models import checkpoints
 from imprompt.models.face_encoders import FaceEncoder
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.models.image_prompt import ImagePromptEncoder
-from imprompt.unet.attn_processors import infer_adapter_shape
 from imprompt.unet.injection import attach
 
-STEPS, FACE, RANK = 4, 12, 3
-
-
-def random_face_adapter(unet, *, plus=False, tokens=4, shortcut=False, lora=True):
-    """Random weights in the layout of the public files, with LoRA in every layer, of self-attention too."""
-    torch.manual_seed(5)
-    hidden_dims, cross_attention_dim = infer_adapter_shape(unet)
-    if plus:
-        projector = FaceIDPlusProjection(FACE, VISION, cross_attention_dim, tokens, 24, num_heads=1, depth=4, shortcut=shortcut)
-    else:
-        projector = FaceIDProjection(FACE, cross_attention_dim, tokens, 24)
-    adapter = Adapter(projector, hidden_dims, cross_attention_dim)
-    if lora:
-        for n, name in enumerate(unet.attn_processors):
-            hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-            kv_dim = cross_attention_dim if n % 2 else hidden
-            adapter.add_lora(n, {name: (kv_dim if name in "kv" else hidden, hidden, RANK) for name in ("q", "k", "v", "out")})
-    return adapter.eval().requires_grad_(False)
+STEPS = 4
 
 
 def random_id_embeds(count):
@@ -125,6 +106,12 @@ def test_what_the_keys_do_not_determine_is_in_the_name_or_the_header(tmp_path):
         ("faceid-plus.bin", {}, False),
         ("faceid-plusv2.bin", {}, True),
         ("x.safetensors", {"version": 2}, True),
+        ("faceid-plus.safetensors", {"version": 2}, True),  # what was written into the file counts more than its name
+        ("IP-Adapter-FaceID-PlusV2_sd15.safetensors", {}, True),
+        ("ip-adapter-faceid-plus-v2_sd15.bin", {}, True),
+        ("faceid_plus_v2.bin", {}, True),
+        ("FaceID Plus V2.bin", {}, True),
+        ("IP-Adapter-FaceID-Plus_sd15.bin", {}, False),
     ):
         checkpoints.save(plus, tmp_path / name, metadata)
         assert checkpoints.load_adapter(tmp_path / name)[0].image_proj.shortcut is shortcut
@@ -137,4 +124,23 @@ def test_what_the_keys_do_not_determine_is_in_the_name_or_the_header(tmp_path):
     for name in ("faceid-plusv2.bin", "faceid-portrait_unnorm.bin"):  # converting stores it in the header
         checkpoints.convert_adapter(tmp_path / name, tmp_path / "converted.safetensors")
         original, converted = (checkpoints.read_adapter_file(tmp_path / file)[1] for file in (name, "converted.safetensors"))
-        assert converted["version"] == original["version"] and converted["normalized"] == original["normalized"]
+        assert converted == original and original in ({"version": 2}, {"normalized": False})
+
+
+def test_a_version_that_nothing_tells_is_reported_and_can_be_set(tmp_path):
+    plus = random_face_adapter(sd15_pipeline().unet, plus=True)
+    source, target = tmp_path / "my-face.safetensors", tmp_path / "mine.safetensors"
+    checkpoints.save(plus, source)
+    with pytest.warns(Notice, match="my-face.safetensors is taken for version 1 of FaceID-Plus.*--faceid-version 2"):
+        assert not checkpoints.load_adapter(source)[0].image_proj.shortcut
+    assert checkpoints.convert_adapter(source, target, faceid_version=2).faceid_version == 2
+    assert checkpoints.load_adapter(target)[0].image_proj.shortcut
+    checkpoints.save(random_face_adapter(sd15_pipeline().unet), source)
+    with pytest.raises(UserError, match="only FaceID-Plus has two versions"):
+        checkpoints.convert_adapter(source, target, faceid_version=2)
+
+
+def test_the_version_is_found_in_what_other_programs_write_into_a_file(tmp_path):
+    tensors = random_face_adapter(sd15_pipeline().unet, plus=True).state_dict()
+    safetensors.torch.save_file(tensors, tmp_path / "renamed.safetensors", {"modelspec.title": "IP-Adapter FaceID Plus v2"})
+    assert checkpoints.load_adapter(tmp_path / "renamed.safetensors")[1].faceid_version == 2

@@ -19,6 +19,7 @@ from imprompt.errors import ImageError, UserError
 from imprompt.models import checkpoints
 from imprompt.models.hub import MINI_PATH
 from imprompt.models.image_prompt import load
+from imprompt.models.tensor_files import read_metadata
 from imprompt.training import encode_dataset, train_adapter
 from imprompt.training.setup import setup_training
 
@@ -180,7 +181,7 @@ def test_training_from_a_cache_of_single_references(cache_folder, tmp_path):
     path = tmp_path / "adapter.safetensors"
     assert isinstance(checkpoints.load_adapter(path)[0].aggregator, SelfAttention)
     assert len(train(tmp_path / "finetuned", adapter=str(path), **options)) == 2  # keeps the aggregator of the adapter
-    assert checkpoints.read_metadata(tmp_path / "finetuned" / "adapter.safetensors")["aggregator"] == "self-attention"
+    assert read_metadata(tmp_path / "finetuned" / "adapter.safetensors")["aggregator"] == "self-attention"
 
 
 def test_a_cache_without_subjects_is_refused(tmp_path, cache_folder):

@@ -11,9 +11,11 @@ from imprompt.utils.text import escape
 
 def run_inspect(config: InspectConfig, *, json: bool) -> None:
     """Print type, tokens, layers, base family, encoder and parameters of an adapter file."""
-    from imprompt.models.checkpoints import detect_spec, read_adapter_file
+    from imprompt.models import checkpoints, hub
 
-    spec = detect_spec(*read_adapter_file(config.file))
+    path, _ = hub.resolve_adapter(config.file)
+    _, spec = checkpoints.read_adapter(path)
+    checkpoints.report_assumptions(spec, path.name)
     facts = {
         "adapter_type": spec.adapter_type,
         "tokens": spec.num_tokens or "one per patch",
@@ -23,7 +25,7 @@ def run_inspect(config: InspectConfig, *, json: bool) -> None:
         "cross_attention_dim": spec.cross_attention_dim,
         "parameters": spec.num_parameters,
         "dtype": spec.dtype,
-    }
+    } | ({"faceid_version": spec.faceid_version} if spec.faceid_version else {})
     facts |= {key: value for key, value in spec.metadata.items() if key not in facts}
     if json:
         print_json(**facts)
@@ -36,9 +38,12 @@ def run_inspect(config: InspectConfig, *, json: bool) -> None:
 
 def run_convert(config: ConvertConfig, *, json: bool) -> None:
     """Convert an adapter file or training state to a public adapter file."""
-    from imprompt.models import checkpoints
+    from imprompt.models import checkpoints, hub
 
-    spec = checkpoints.convert_adapter(config.source, config.target, without_aggregator=config.without_aggregator)
+    source, _ = hub.resolve_adapter(config.source)
+    spec = checkpoints.convert_adapter(
+        source, config.target, without_aggregator=config.without_aggregator, faceid_version=config.faceid_version
+    )
     if json:
         print_json(target=config.target, adapter_type=spec.adapter_type, base=spec.base_model, parameters=spec.num_parameters)
         return

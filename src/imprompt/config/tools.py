@@ -25,6 +25,9 @@ class ConvertConfig(Options):
     source: str = option("", "adapter file or training state", positional=True)
     target: str = option("", "a name ending in .safetensors, or .bin for old readers", positional=True)
     without_aggregator: bool = option(False, "only what every reader knows: without the trained aggregation of several references")
+    faceid_version: int | None = option(
+        UNSET, "version of a FaceID-Plus adapter, to be written into its metadata (default: as its name or metadata say)", ge=1, le=2
+    )
 
     def check(self) -> None:
         if not (self.source and self.target):

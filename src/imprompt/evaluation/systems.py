@@ -23,9 +23,10 @@ from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.inversion import TextualInversion
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.methods.loading import load_method
-from imprompt.models import checkpoints, hub
+from imprompt.models import hub
 from imprompt.models.base_pipelines import load_pipeline, resolve_dtype, sample_images, set_device, use_scheduler
 from imprompt.models.face_encoders import FaceEncoder
+from imprompt.models.tensor_files import ADAPTER_SUFFIXES
 from imprompt.utils.protocols import UNetPipeline
 
 BUILT_IN_ROWS = {  # source of a row → its label
@@ -245,7 +246,7 @@ def parse_label(source: str) -> tuple[str, str]:
         return name, rest
     file, aggregation = split_aggregation(source)
     path = Path(file)
-    if path.suffix in checkpoints.ADAPTER_SUFFIXES:
+    if path.suffix in ADAPTER_SUFFIXES:
         label = (path.parent.name or path.stem) if path.stem in ("adapter", "best") else path.stem
         return label + (f"@{aggregation}" if aggregation else ""), source
     return BUILT_IN_ROWS.get(source) or source.rsplit("/", 1)[-1] or source, source

@@ -32,6 +32,8 @@ class PlaceholderEmbeddings(nn.Module):
         super().__init__()
         self.names = [token] if len(widths) == 1 else ["clip_l", "clip_g"]
         for name, width in zip(self.names, widths, strict=True):
+            if hasattr(self, name):
+                raise UserError(f"token: expected a new word, such as {PLACEHOLDER_TOKEN}; received {token!r}")
             self.register_parameter(name, nn.Parameter(torch.zeros(num_vectors, width)))
 
     @property

@@ -1,6 +1,7 @@
 """Methods from their files, ready to generate or to be fine-tuned."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -8,13 +9,14 @@ from imprompt.config.methods import METHODS, PER_SUBJECT_METHODS
 from imprompt.core.adapter import Adapter
 from imprompt.errors import CheckpointError, UserError
 from imprompt.methods import Method, build_method
-from imprompt.methods.dreambooth import LORA_RANK, DreamBooth
-from imprompt.methods.inversion import NUM_VECTORS, PLACEHOLDER_TOKEN, TextualInversion
+from imprompt.methods.dreambooth import DreamBooth
+from imprompt.methods.inversion import PLACEHOLDER_TOKEN, TextualInversion
 from imprompt.methods.ip_adapter import IPAdapter
 from imprompt.models import checkpoints, hub
 from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.models.image_prompt import load, resolve_image_encoder
+from imprompt.models.tensor_files import read_metadata, read_tensors
 from imprompt.unet.injection import check_compatible
 from imprompt.unet.mkldnn import prepack_weights
 from imprompt.utils.protocols import UNetPipeline
@@ -39,14 +41,14 @@ def load_method(source: str, pipe: UNetPipeline, model: str, image_encoder: str 
 def read_method_name(source: str) -> str:
     """The name of the method that a file was trained with, read without its tensors."""
     path, _ = hub.resolve_adapter(source)
-    return str(checkpoints.read_metadata(path).get("method", "ip-adapter")) if path.suffix == ".safetensors" else "ip-adapter"
+    return str(read_metadata(path).get("method", "ip-adapter"))
 
 
 def _load_weights(source: str, pipe: UNetPipeline, model: str, image_encoder: str | None) -> Method:
     if source == "reference-only":
         return build_method(source, pipe, _load_image_encoder(model, image_encoder, pipe))
     path, _ = hub.resolve_adapter(source)
-    metadata = checkpoints.read_metadata(path) if path.suffix == ".safetensors" else {}
+    metadata = read_metadata(path)
     name = str(metadata.get("method", "ip-adapter"))
     if name.startswith("ip-adapter"):
         prompt_encoder = load(source, image_encoder=image_encoder).to(pipe.unet.device)
@@ -55,7 +57,7 @@ def _load_weights(source: str, pipe: UNetPipeline, model: str, image_encoder: st
     if name not in METHODS:
         raise CheckpointError(f"{path.name} was trained with method {name!r}; expected one of {', '.join(METHODS)}")
     if name in PER_SUBJECT_METHODS:
-        method = rebuild_per_subject_method(name, pipe, metadata)
+        method = _rebuild_per_subject_method(name, pipe, metadata, path)
     else:
         method = build_method(name, pipe, _load_image_encoder(model, image_encoder, pipe))
     checkpoints.load_module(method.module, path)
@@ -73,17 +75,25 @@ def load_for_finetuning(source: str) -> tuple[Adapter, AdapterSpec]:
     return adapter, spec
 
 
-def rebuild_per_subject_method(name: str, pipe: UNetPipeline, metadata: Mapping[str, object]) -> Method:
-    """A per-subject method with the settings in a file's metadata, untrained."""
+def _rebuild_per_subject_method(name: str, pipe: UNetPipeline, metadata: Mapping[str, object], path: Path) -> Method:
+    """A per-subject method with the sizes of a file's tensors and the words in its metadata, untrained."""
     method: DreamBooth | TextualInversion
     if name == "inversion":
-        method = TextualInversion(pipe, str(metadata.get("token", PLACEHOLDER_TOKEN)), int(str(metadata.get("vectors", NUM_VECTORS))))
+        method = TextualInversion(pipe, str(metadata.get("token", PLACEHOLDER_TOKEN)), _read_size(path))
     elif name == "dreambooth-lora":
-        method = DreamBooth.create_lora(pipe, int(str(metadata.get("rank", LORA_RANK))))
+        method = DreamBooth.create_lora(pipe, _read_size(path, ".lora_A.weight"))
     else:
         method = DreamBooth.create_full(pipe)
     method.metadata |= {key: str(metadata[key]) for key in ("noun", "token") if key in metadata}
     return method
+
+
+def _read_size(path: Path, suffix: str = "") -> int:
+    """The first dimension of all tensors whose names end so: the rank of LoRA, or the number of placeholder embeddings."""
+    sizes = {tensor.shape[0] if tensor.numel() else 0 for key, tensor in read_tensors(path)[0].items() if key.endswith(suffix)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise CheckpointError(f"{path.name}: expected tensors of one size, received {', '.join(map(str, sorted(sizes))) or 'none'}")
+    return sizes.pop()
 
 
 def _load_image_encoder(model: str, image_encoder: str | None, pipe: UNetPipeline) -> ImageEncoder:

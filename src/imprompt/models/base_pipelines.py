@@ -15,8 +15,8 @@ from PIL import Image
 
 from imprompt.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, make_rectified_flow_schedule, make_vp_schedule
 from imprompt.errors import UserError, summarize_error
-from imprompt.models import checkpoints
 from imprompt.models.hub import MINI_PATH
+from imprompt.models.tensor_files import tensor_names
 from imprompt.unet.mkldnn import prepack_weights, to_channels_last_if_faster
 from imprompt.utils.compat import cpu_supports_bfloat16
 from imprompt.utils.protocols import UNetPipeline
@@ -145,7 +145,7 @@ def _load_single_file(source: str, dtype: torch.dtype, model_config: str | None)
         raise UserError(
             f"{source} is a pickle, which could run code; expected a .safetensors file, a folder in diffusers' form, or a hub id"
         )
-    names = checkpoints.tensor_names(source)
+    names = tensor_names(source)
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(
             f"{source} does not contain a whole model: expected model.diffusion_model.… among its tensors; "

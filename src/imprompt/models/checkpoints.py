@@ -1,23 +1,11 @@
-"""Public adapter files: read, detect their type, write, convert.
+"""Adapter files: read, detect their type, write, convert. In memory, tensors have the public layout, see `adapter_layouts`."""
 
-In memory, an adapter's tensors always have the flat layout of the `.safetensors` releases: `image_proj.…` and
-`ip_adapter.<n>.to_{k,v}_ip.weight`; the weights of a trained aggregator are `aggregator.…`, which other readers ignore. Nested
-pickles, other prefixes and the training states of the original scripts are converted to it on reading.
-"""
-
-import json
 import os
-import pickle
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -32,25 +20,27 @@ from imprompt.core.image_projection import (
     Projector,
     Resampler,
 )
-from imprompt.errors import CheckpointError
-from imprompt.utils.files import atomic_path
+from imprompt.errors import CheckpointError, notify
+from imprompt.models.adapter_layouts import to_public_layout
+from imprompt.models.tensor_files import (
+    Metadata,
+    check_shapes,
+    check_weights,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-ADAPTER_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-_PREFIX_ALIASES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}  # of other scripts → of the releases
-_PROCESSOR_WEIGHT = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
-_BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in the order of the public numbering
-_METADATA_KEY = "imprompt"
 ARCFACE_DIM = 512  # of an identity embedding; no CLIP encoder has patch features of this dimension
-Metadata = dict[str, Any]  # what imprompt writes into a file, as JSON
-_PUBLIC_PREFIXES = ("image_proj.", "ip_adapter.", "aggregator.")
+_INDEX = "(0|[1-9][0-9]{0,3})"  # of an attention layer, in a pattern
+_INSTANTID_WIDTH = 1280  # of InstantID's resampler; FaceID-Portrait's is as wide as the text embeddings
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """What kind of adapter a file contains, detected from the names and shapes of its tensors."""
 
-    adapter_type: str  # base, plus, full-face; faceid, faceid-plus, faceid-resampler
+    adapter_type: str  # base, plus, full-face; faceid, faceid-plus, faceid-resampler, instantid
     num_tokens: int  # image tokens per reference; 0 where every patch becomes one
     image_embed_dim: int  # of the image encoder's features
     cross_attention_dim: int  # of the text embeddings
@@ -67,19 +57,24 @@ class AdapterSpec:
 
     @property
     def is_faceid(self) -> bool:
-        """Whether the adapter takes identity embeddings: the FaceID family."""
-        return self.adapter_type.startswith("faceid")
+        """Whether the adapter takes identity embeddings: the FaceID family, and InstantID."""
+        return self.adapter_type.startswith(("faceid", "instantid"))
 
     @property
     def normalized_id_embeds(self) -> bool:
         """Whether the adapter takes identity embeddings of length 1."""
-        return bool(self.metadata.get("normalized", self.adapter_type != "faceid-resampler"))
+        return bool(self.metadata.get("normalized", self.adapter_type in ("faceid", "faceid-plus")))
+
+    @property
+    def faceid_version(self) -> int | None:
+        """1 or 2 for FaceID-Plus, whose versions have the same tensors: as the metadata or the file's name says, else 1."""
+        return (2 if self.metadata.get("version") == 2 else 1) if self.adapter_type == "faceid-plus" else None
 
     @property
     def base_model(self) -> str:
         """The family of base models that the adapter fits."""
         families = {(768, 16): "SD 1.5", (1024, 16): "SD 2.1", (2048, 70): "SDXL"}
-        return self.metadata.get("base") or families.get((self.cross_attention_dim, len(self.layers)), "unknown")
+        return str(self.metadata.get("base") or families.get((self.cross_attention_dim, len(self.layers)), "unknown"))
 
     @property
     def image_encoder(self) -> str:
@@ -98,148 +93,46 @@ class AdapterSpec:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_adapter_file(path: Path | str) -> tuple[dict[str, Tensor], Metadata]:
-    """The tensors of an adapter file in the public flat layout, and the metadata that imprompt wrote into it.
+def read_adapter(path: Path | str) -> tuple[dict[str, Tensor], AdapterSpec]:
+    """The tensors of an adapter file in the public layout, and what kind of adapter they are. Nothing is converted.
 
-    Raises CheckpointError for anything that is not an intact adapter file. Pickles run no code (`weights_only`).
+    Raises CheckpointError for anything that is not an intact adapter file. Pickles run no code.
     """
+    tensors, metadata = read_adapter_file(path)
+    spec = detect_spec(tensors, metadata)
+    check_shapes(tensors, _build_on_meta(spec, tensors).state_dict(), Path(path).name, "the file is incomplete or altered")
+    return tensors, spec
+
+
+def read_adapter_file(path: Path | str) -> tuple[dict[str, Tensor], Metadata]:
+    """The tensors of an adapter file in the public layout, and the metadata that imprompt wrote into it. Raises CheckpointError."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, it does not raise for a name too long
         raise CheckpointError(f"no adapter file at {path}; give a .safetensors or .bin file")
-    if path.suffix not in ADAPTER_SUFFIXES:
-        raise CheckpointError(f"{path.name}: expected an adapter as {', '.join(ADAPTER_SUFFIXES)}, received {path.suffix or 'no suffix'}")
-    tensors, metadata = _read_pickle(path) if path.suffix in PICKLE_SUFFIXES else read_tensors(path)
+    tensors, metadata = read_tensors(path)
     method = str(metadata.get("method", "ip-adapter"))
     if not method.startswith("ip-adapter"):
         raise CheckpointError(
             f"{path.name} was trained by method {method!r}; expected an IP-Adapter; imprompt evaluate accepts other methods"
         )
-    return _to_public_layout(tensors, path.name), _variant_from_filename(path.name) | metadata
-
-
-def read_metadata(path: Path | str) -> Metadata:
-    """The metadata that imprompt wrote into a `.safetensors` file, without reading its tensors. Raises CheckpointError."""
-    with _open_safetensors(path) as file:
-        return _parse_metadata((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-
-
-def tensor_names(path: Path | str) -> list[str]:
-    """The names of all tensors of a `.safetensors` file, without reading them. Raises CheckpointError."""
-    with _open_safetensors(path) as file:
-        return list(file.keys())
+    public = to_public_layout(tensors, path.name)
+    check_weights(public, path.name)
+    return public, _faceid_variant(path) | metadata
 
 
 def load_module(module: nn.Module, path: Path | str) -> None:
     """Load a file's tensors into a module of the same names and shapes. Raises CheckpointError where they differ."""
-    tensors, _ = read_tensors(Path(path))
-    _check_shapes(tensors, module, Path(path).name, "pass the base model that it was trained with")
+    tensors, _ = read_tensors(path)
+    check_shapes(tensors, module.state_dict(), Path(path).name, "pass the base model that it was trained with")
+    check_weights({key: tensors[key] for key, value in module.state_dict().items() if value.is_floating_point()}, Path(path).name)
     module.load_state_dict(tensors)
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], module: nn.Module, file_name: str, remedy: str) -> None:
-    """Raise CheckpointError unless the tensors have the names and shapes of the module's."""
-    received, expected = ({k: tuple(v.shape) for k, v in state.items()} for state in (tensors, module.state_dict()))
-    for key in dict.fromkeys([*expected, *received]):
-        if expected.get(key) != received.get(key):
-            raise CheckpointError(
-                f"{file_name}: {key} should be {expected.get(key, 'nothing')}, received {received.get(key, 'nothing')}; {remedy}"
-            )
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
-    """All tensors of a `.safetensors` file unchanged, and the metadata that imprompt wrote into it. Raises CheckpointError."""
-    with _open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, _parse_metadata((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-
-
-@contextmanager
-def _open_safetensors(path: Path | str) -> Iterator[safetensors.safe_open]:
-    """An open `.safetensors` file. Raises CheckpointError where it is damaged."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{Path(path).name} is damaged or not a safetensors file; download or copy it again") from error
-
-
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Metadata]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's warnings are meant for the file's author
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = dict(_flatten(content))
-    except Exception as error:  # a damaged pickle can raise nearly any exception
-        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
-            raise CheckpointError(
-                f"{path.name} contains more than tensors and was not opened, because loading it could run code; "
-                "ask its author for a .safetensors file"
-            ) from error
-        raise CheckpointError(f"{path.name} is damaged or not a PyTorch file; download or copy it again") from error
-    return tensors, _parse_metadata(content.get(_METADATA_KEY) if isinstance(content, Mapping) else None)
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether the file starts like torch's zip archive or like a pickle; a renamed text file does neither."""
-    with path.open("rb") as file:
-        return file.read(2).startswith((b"PK", b"\x80"))
-
-
-def _flatten(node: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested mappings, with their keys joined by dots."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(node, Tensor):
-        yield prefix, node
-
-
-def _parse_metadata(header: object) -> Metadata:
-    """The metadata that imprompt wrote into a file; empty where another program wrote the entry."""
-    try:
-        metadata = json.loads(header if isinstance(header, str) else json.dumps(header))
-    except (ValueError, TypeError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _to_public_layout(tensors: dict[str, Tensor], file_name: str) -> dict[str, Tensor]:
-    """The tensors of any known layout in the public one. Raises CheckpointError where they are no IP-Adapter."""
-    tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    public: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        for alias, prefix in _PREFIX_ALIASES.items():
-            key = prefix + key.removeprefix(alias) if key.startswith(alias) else key
-        if key.startswith(_PUBLIC_PREFIXES):
-            public[key] = value
-    if not any(key.startswith("ip_adapter.") for key in public):  # safetensors dropped the copies that share memory
-        public |= _processor_weights(tensors, file_name)
-    if not any(k.startswith("ip_adapter.") for k in public) or not any(k.startswith("image_proj.") for k in public):
-        raise CheckpointError(
-            f"{file_name} is not an IP-Adapter: expected tensors under image_proj. and ip_adapter., "
-            f"received {', '.join(sorted(tensors)[:3]) or 'none'} …; pass a whole model with --model"
-        )
-    return dict(sorted(public.items(), key=lambda item: _natural_sort_key(item[0])))
-
-
-def _processor_weights(tensors: Mapping[str, Tensor], file_name: str) -> dict[str, Tensor]:
-    """The weights that a training state keeps in the UNet's attention processors, with their public names."""
-    weights = {match.groups(): value for key, value in tensors.items() if (match := _PROCESSOR_WEIGHT.fullmatch(key))}
-    if unknown := [layer for layer, _ in weights if layer.split(".")[0] not in _BLOCKS]:
-        raise CheckpointError(
-            f"{file_name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {unknown[0]}"
-        )
-    order = sorted({layer for layer, _ in weights}, key=_layer_sort_key)
-    return {f"ip_adapter.{2 * order.index(layer) + 1}.{name}": value for (layer, name), value in weights.items()}
-
-
-def _layer_sort_key(layer: str) -> tuple[int, list[tuple[int, int, str]]]:
-    """Down blocks, up blocks, mid block; numbers in a name are compared as numbers."""
-    return _BLOCKS.index(layer.split(".")[0]), _natural_sort_key(layer)
-
-
-def _natural_sort_key(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+def _faceid_variant(path: Path) -> Metadata:
+    """What distinguishes the FaceID files but is not in their tensors, from the file's name and what other programs wrote into it."""
+    text = re.sub(r"[^a-z0-9]", "", " ".join([path.name, *map(str, read_header(path).values())]).lower())
+    version = {"version": 2} if "plusv2" in text else {"version": 1} if "faceidplus" in text else {}
+    return version | ({"normalized": False} if "unnorm" in text else {})
 
 
 # ---------------------------------------------------------------------------------------------------- detecting the type
@@ -249,7 +142,7 @@ def detect_spec(tensors: Mapping[str, Tensor], metadata: Metadata | None = None)
     """The adapter that tensors in the public layout belong to. Raises CheckpointError for an unknown type."""
     layers = {}
     for key in tensors:
-        if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_k_ip\.weight", key):
+        if match := re.fullmatch(rf"ip_adapter\.{_INDEX}\.to_k_ip\.weight", key):
             layers[int(match[1])], cross_attention_dim = _checked_shape(tensors, key)
     if not layers:
         raise CheckpointError("the file has no ip_adapter.<n>.to_k_ip.weight: it contains no adapter, or was saved incompletely")
@@ -258,7 +151,7 @@ def detect_spec(tensors: Mapping[str, Tensor], metadata: Metadata | None = None)
         raise CheckpointError(f"the file aggregates references by {aggregator!r}; expected one of {', '.join(AGGREGATORS)}")
     adapter_type, num_tokens, image_embed_dim = _detect_projection(tensors, cross_attention_dim, metadata or {})
     num_parameters = sum(t.numel() for t in tensors.values())
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
     return AdapterSpec(
         adapter_type, num_tokens, image_embed_dim, cross_attention_dim, layers, num_parameters, dtype, metadata or {}, aggregator
     )
@@ -281,17 +174,25 @@ def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, 
         return "full-face", 0, size[1]
     if size := shape("perceiver_resampler.proj_in.weight"):
         return "faceid-plus", _first_dim(shape("proj.2.weight")) // cross_attention_dim, size[1]
-    if shape("norm.weight", 1) and (size := shape("proj.0.weight")):
+    if (norm := shape("norm.weight", 1)) and (size := shape("proj.0.weight")):
+        if norm[0] == size[1] != ARCFACE_DIM:  # the norm of FaceID comes last, and has the width of the text embeddings
+            raise CheckpointError(
+                "a face adapter of ai-toolkit (ip_clip_face: LayerNorm before the projection) is not supported; expected an IP-Adapter"
+            )
         return "faceid", _first_dim(shape("proj.2.weight")) // cross_attention_dim, size[1]
     if (size := shape("proj_in.weight")) and (latents := shape("latents", 3)):
-        is_faceid = size[1] == ARCFACE_DIM or "normalized" in metadata  # FaceID-Portrait, unnormalized
-        return "faceid-resampler" if is_faceid else "plus", latents[1], size[1]
+        if size[1] != ARCFACE_DIM and "normalized" not in metadata:
+            return "plus", latents[1], size[1]
+        is_instantid = latents[2] == _INSTANTID_WIDTH != cross_attention_dim  # otherwise FaceID-Portrait, unnormalized
+        return "instantid" if is_instantid else "faceid-resampler", latents[1], size[1]
     names = sorted(key for key in tensors if key.startswith("image_proj."))
     raise CheckpointError(f"unknown type of adapter: image_proj contains {', '.join(names[:4])} …")
 
 
 def _checked_shape(tensors: Mapping[str, Tensor], key: str, dimensions: int = 2) -> torch.Size:
     """The shape of a tensor that determines others. Raises CheckpointError unless it has so many dimensions, none of them empty."""
+    if key not in tensors:
+        raise CheckpointError(f"{key} is missing; the file is incomplete or altered")
     size = tensors[key].shape
     if len(size) != dimensions or 0 in size:
         raise CheckpointError(f"{key} should have {dimensions} dimensions, received {tuple(size)}; the file is incomplete or altered")
@@ -306,29 +207,40 @@ def _first_dim(size: torch.Size | None) -> int:
 
 
 def load_adapter(path: Path | str) -> tuple[Adapter, AdapterSpec]:
-    """An adapter from a file, frozen and in float32, and its type. Raises CheckpointError."""
-    tensors, metadata = read_adapter_file(path)
-    spec = detect_spec(tensors, metadata)
+    """An adapter from a file, frozen and in float32, and its type. Reports what the file does not determine. Raises CheckpointError."""
+    tensors, spec = read_adapter(path)
+    report_assumptions(spec, Path(path).name)
+    adapter = _build_on_meta(spec, tensors)
+    adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+    return adapter.requires_grad_(False).eval(), spec
+
+
+def report_assumptions(spec: AdapterSpec, file_name: str) -> None:
+    """Report what neither the tensors nor the metadata nor the name of a file determine."""
+    if spec.adapter_type == "faceid-plus" and "version" not in spec.metadata:
+        notify(
+            f"{file_name} is taken for version 1 of FaceID-Plus: its tensors are the same as those of version 2, and neither name nor "
+            "metadata tell; for version 2, write it once with imprompt convert --faceid-version 2"
+        )
+    if spec.adapter_type == "instantid":
+        notify(f"{file_name} is the IP-Adapter of InstantID; without IdentityNet, its ControlNet, results differ from InstantID's")
+
+
+def _build_on_meta(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Adapter:
+    """An adapter of this kind whose tensors have shapes and no values."""
     with torch.device("meta"):
         aggregator = AGGREGATORS[spec.aggregator](spec.image_embed_dim, spec.cross_attention_dim)
         adapter = Adapter(_build_projector(spec, tensors), spec.layers, spec.cross_attention_dim, aggregator)
         for n, shapes in _lora_shapes(tensors).items():
             adapter.add_lora(n, shapes)
-    _check_shapes(tensors, adapter, Path(path).name, "the file is incomplete or altered")
-    adapter.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
-    return adapter.requires_grad_(False).eval(), spec
-
-
-def _variant_from_filename(file_name: str) -> Metadata:
-    """The part of a public FaceID file's variant that only its name has, not its tensors."""
-    return {"version": 2 if "plusv2" in file_name else 1, "normalized": "unnorm" not in file_name} if "faceid" in file_name else {}
+    return adapter
 
 
 def _lora_shapes(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, tuple[int, int, int]]]:
     """The LoRA weights of FaceID files: layer n → part → dimension in, dimension out, rank."""
     shapes: dict[int, dict[str, tuple[int, int, int]]] = {}
     for key in tensors:
-        if match := re.fullmatch(r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.down\.weight", key):
+        if match := re.fullmatch(rf"ip_adapter\.{_INDEX}\.to_(q|k|v|out)_lora\.down\.weight", key):
             rank, in_dim = _checked_shape(tensors, key)
             up = key.replace("down", "up")
             out_dim = _checked_shape(tensors, up)[0] if up in tensors else in_dim
@@ -350,7 +262,7 @@ def _build_projector(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Projec
         if spec.adapter_type == "faceid":
             return FaceIDProjection(id_embed_dim, cross_attention_dim, num_tokens, hidden_dim)
         heads, depth = _resampler_layers(tensors, "image_proj.perceiver_resampler.layers.", cross_attention_dim)
-        shortcut = spec.metadata.get("version") == 2
+        shortcut = spec.faceid_version == 2
         return FaceIDPlusProjection(id_embed_dim, embed_dim, cross_attention_dim, num_tokens, hidden_dim, heads, depth, shortcut=shortcut)
     if spec.adapter_type == "base":
         return ImageProjection(embed_dim, cross_attention_dim, num_tokens)
@@ -366,47 +278,26 @@ def save(adapter: Adapter, path: Path | str, metadata: Mapping[str, object] | No
     write_tensors({key: value.to(dtype or value.dtype) for key, value in adapter.state_dict().items()}, path, metadata)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, object] | None = None) -> None:
-    """Write tensors in the public layout, atomically; the suffix selects the format. Raises CheckpointError for an unknown one."""
-    path = Path(path)
-    if path.suffix not in ADAPTER_SUFFIXES:
-        raise CheckpointError(f"cannot write {path.name}: expected a name ending in {', '.join(ADAPTER_SUFFIXES)}")
-    tensors = _with_own_storage(tensors)
-    with atomic_path(path) as partial:
-        if path.suffix in PICKLE_SUFFIXES:
-            nested: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
-            for key, value in tensors.items():
-                group, name = key.split(".", 1)
-                nested.setdefault(group, {})[name] = value
-            torch.save(nested | ({_METADATA_KEY: dict(metadata)} if metadata else {}), partial)
-        else:
-            header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(dict(metadata))} if metadata else {})
-            safetensors.torch.save_file(tensors, partial, header)
-
-
-def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where needed: a pickle would store the whole of a slice, and safetensors refuses tensors that share memory."""
-    copies: dict[str, Tensor] = {}
-    used_pointers = set()
-    for key, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        if storage.nbytes() != value.nbytes or storage.data_ptr() in used_pointers:
-            value = value.clone()
-        used_pointers.add(value.untyped_storage().data_ptr())
-        copies[key] = value
-    return copies
-
-
-def convert_adapter(source: Path | str, target: Path | str, *, without_aggregator: bool = False) -> AdapterSpec:
+def convert_adapter(
+    source: Path | str, target: Path | str, *, without_aggregator: bool = False, faceid_version: int | None = None
+) -> AdapterSpec:
     """Rewrite any readable adapter file or training state as a public file, with unchanged values and data types.
 
-    `without_aggregator` leaves out a trained aggregator, for readers that refuse unknown tensors (InvokeAI).
+    `without_aggregator` leaves out a trained aggregator, for readers that refuse unknown tensors (InvokeAI). `faceid_version`, 1 or 2,
+    is written into the metadata of a FaceID-Plus adapter.
     """
-    tensors, metadata = read_adapter_file(source)
+    tensors, spec = read_adapter(source)
+    metadata = spec.metadata
     if without_aggregator:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("aggregator.")}
         metadata = {key: value for key, value in metadata.items() if key != "aggregator"}
+    if faceid_version is not None:
+        if spec.adapter_type != "faceid-plus":
+            raise CheckpointError(
+                f"faceid_version: only FaceID-Plus has two versions, and {Path(source).name} is a {spec.adapter_type} adapter"
+            )
+        metadata = metadata | {"version": faceid_version}
     spec = detect_spec(tensors, metadata)
+    report_assumptions(spec, Path(source).name)
     write_tensors(tensors, target, metadata)
     return spec

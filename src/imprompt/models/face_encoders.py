@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.errors import ImageError, UserError, summarize_error
-from imprompt.models import checkpoints
 from imprompt.models.image_encoders import FeatureEncoder
+from imprompt.models.tensor_files import read_tensors
 
 _EMBED_DIM = 512  # of the identity embeddings of both models
 _FACENET_CROP_SIZE = 160  # side in pixels of FaceNet's input
@@ -45,7 +45,7 @@ def _read_id_embeds(path: Path) -> Tensor | np.ndarray:
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        (tensor,) = checkpoints.read_tensors(path)[0].values()
+        (tensor,) = read_tensors(path)[0].values()
         return tensor
     except (OSError, ValueError) as error:
         raise UserError(f"{path.name} contains no identity embedding that can be read ({summarize_error(error)})") from error
