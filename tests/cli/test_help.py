@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import random_adapter, sd15_unet, sdxl_unet
+from conftest import random_adapter, random_face_adapter, sd15_unet, sdxl_unet
 from imprompt.cli import main
 from imprompt.models import checkpoints
 
@@ -124,3 +124,21 @@ def test_metadata_of_a_file_is_neither_markup_nor_obeyed_by_the_terminal(adapter
 def test_a_name_with_a_line_break_stays_in_one_sentence(capsys):
     assert main(["inspect", "no\nsuch\x1b[2Jfile.safetensors"]) == 2
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_inspect_knows_the_bundled_adapters(capsys):
+    for name in ("mini", "mini-plus", "mini-subject"):
+        assert main(["inspect", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["base"] == "mini"
+
+
+def test_inspect_tells_the_version_of_faceid_plus_and_that_it_is_assumed(tmp_path, capsys):
+    checkpoints.save(random_face_adapter(sd15_unet(), plus=True), tmp_path / "my-face.safetensors")
+    assert main(["inspect", str(tmp_path / "my-face.safetensors")]) == 0
+    printed = capsys.readouterr()
+    assert "faceid version" in printed.out and "is taken for version 1" in printed.err
+    converted = str(tmp_path / "converted.safetensors")
+    assert main(["convert", str(tmp_path / "my-face.safetensors"), converted, "--faceid-version", "2"]) == 0
+    assert main(["inspect", converted, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["faceid_version"] == 2 and not printed.err
