@@ -132,7 +132,7 @@ def test_inspect_knows_the_bundled_adapters(capsys):
         assert json.loads(capsys.readouterr().out)["base"] == "mini"
 
 
-def test_inspect_tells_the_version_of_faceid_plus_and_that_it_is_assumed(tmp_path, capsys):
+def test_inspect_shows_the_version_of_faceid_plus_and_that_it_is_assumed(tmp_path, capsys):
     checkpoints.save(random_face_adapter(sd15_unet(), plus=True), tmp_path / "my-face.safetensors")
     assert main(["inspect", str(tmp_path / "my-face.safetensors")]) == 0
     printed = capsys.readouterr()

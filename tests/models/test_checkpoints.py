@@ -724,7 +724,7 @@ def test_hostile_headers_are_refused_in_one_sentence(tensors, tmp_path):
 # ------------------------------------------------------------------------------------- adapters that are not IP-Adapters
 
 
-def test_instantid_is_told_from_faceid_portrait():
+def test_instantid_is_not_taken_for_faceid_portrait():
     layers = key_value_shapes({n: 2 for n in SD15_LAYERS}, 2048)
     for width, adapter_type in ((1280, "instantid"), (2048, "faceid-resampler")):
         shapes = plus_projection(512, width, 1280, 2048) | layers

@@ -127,7 +127,7 @@ def test_what_the_keys_do_not_determine_is_in_the_name_or_the_header(tmp_path):
         assert converted == original and original in ({"version": 2}, {"normalized": False})
 
 
-def test_a_version_that_nothing_tells_is_reported_and_can_be_set(tmp_path):
+def test_a_version_that_is_not_in_the_file_is_reported_and_can_be_set(tmp_path):
     plus = random_face_adapter(sd15_pipeline().unet, plus=True)
     source, target = tmp_path / "my-face.safetensors", tmp_path / "mine.safetensors"
     checkpoints.save(plus, source)

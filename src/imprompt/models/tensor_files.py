@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors and PyTorch pickles, told apart by their content, read without running code, written atomically."""
+"""Files of tensors: safetensors and PyTorch pickles, distinguished by their content, read without running code, written atomically."""
 
 import json
 import os
