@@ -1,5 +1,6 @@
 """The command line, built with cyclopts from the configuration dataclasses. Imports no torch until a command runs."""
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +14,12 @@ from imprompt import __version__, config
 from imprompt.cli.console import print_notices
 from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
 from imprompt.errors import UserError
+from imprompt.utils.signals import report_interrupt
 from imprompt.utils.text import escape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 130 when interrupted."""
+    """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 128 + signal when interrupted."""
     try:
         with print_notices():
             build_app()(
@@ -30,10 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"imprompt: {escape(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("imprompt: interrupted", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if error.errno not in _REPORTED_ERRORS:
+            raise
+        print(f"imprompt: {escape(error.filename or 'cannot write')}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        return report_interrupt(error)
     return 0
+
+
+_REPORTED_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 
 
 def build_app() -> App:

@@ -3,8 +3,10 @@
 from imprompt.cli.console import progress_bar, silence_third_party_logs
 from imprompt.cli.generate import print_json
 from imprompt.config import EvaluateConfig, ReproduceConfig
+from imprompt.utils.signals import explain_interrupt
 from imprompt.utils.text import escape
 
+_INTERRUPTED = "what is finished is kept, and the same command continues"
 MAX_LISTED_PROMPTS = 5  # skipped prompts that are listed for each row
 
 
@@ -12,7 +14,7 @@ def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
     """Generate, compute metrics, and print where the report is."""
     config = config.with_defaults()
     silence_third_party_logs()
-    with progress_bar("evaluating", show=not json) as progress:
+    with explain_interrupt(_INTERRUPTED), progress_bar("evaluating", show=not json) as progress:
         from imprompt.evaluation import report
         from imprompt.evaluation.runner import Evaluation, run_evaluation
         from imprompt.utils.memory import explain_oom
@@ -42,7 +44,7 @@ def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
 def run_reproduce(config: ReproduceConfig, *, json: bool) -> None:
     """Do what is missing, and print the claims with their verdicts."""
     silence_third_party_logs()
-    with progress_bar("reproducing", show=not json) as progress:
+    with explain_interrupt(_INTERRUPTED), progress_bar("reproducing", show=not json) as progress:
         from imprompt.studies.runner import run_study, write_report
 
         done, total = 0, 1

@@ -1,6 +1,7 @@
 """`imprompt train` and `imprompt encode`."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_pa
 from imprompt.cli.generate import print_json
 from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import EncodeConfig, TrainConfig
+from imprompt.errors import UserError
+from imprompt.utils.signals import Interrupted, StopRequest, explain_interrupt
 from imprompt.utils.text import escape
 
 MAX_LISTED_RECORDS = 10  # skipped records that are listed
@@ -22,9 +25,13 @@ def run_train(config: TrainConfig, *, json: bool) -> None:
     watch_launcher()
     is_main = os.environ.get("RANK", "0") == "0"
     silence_third_party_logs()
+    stop = StopRequest()
     with progress_bar("preparing", show=is_main and not json) as progress:
-        last = _train(config, progress, is_main=is_main)
+        last = _train(config, progress, stop, is_main=is_main)
     _shutdown_distributed()
+    if last and last.index < last.max_train_steps:
+        text = f"the state of step {last.index} is saved in {config.output_dir}, and the same command continues from there"
+        raise Interrupted(stop.signum or signal.SIGTERM, text)
     if not is_main:
         return
     adapter, page = (Path(config.output_dir) / name for name in ("adapter.safetensors", "index.html"))
@@ -38,15 +45,15 @@ def run_train(config: TrainConfig, *, json: bool) -> None:
         print(page)
 
 
-def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> Any:
-    """The last step of the run; None where the run was complete before."""
+def _train(config: TrainConfig, progress: ProgressDisplay, stop: StopRequest, *, is_main: bool) -> Any:
+    """The last step; None where the run was complete before. A signal ends the run after a step, and its state is saved."""
     from imprompt.training import EncodingProgress, log_steps, start_training
 
     def on_encoding(at: EncodingProgress) -> None:
         progress.rename("encoding")
         progress.advance(at.chunks, at.total, f"{at.records} records")
 
-    steps, report = start_training(config, on_encoding, progress.log)
+    steps, report = start_training(config, on_encoding, progress.log, lambda: bool(stop))
     if is_main and report:
         for warning in report.warnings:
             progress.log(f"warning: {warning}")
@@ -59,10 +66,11 @@ def _train(config: TrainConfig, progress: ProgressDisplay, *, is_main: bool) -> 
         )
     progress.rename("training")
     last = None
-    for last in log_steps(config, steps) if is_main else steps:
-        progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
-        if last.validation:
-            progress.log(f"step {last.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.validation.metrics.items()))
+    with stop.listen():
+        for last in log_steps(config, steps) if is_main else steps:
+            progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
+            if last.validation:
+                progress.log(f"step {last.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.validation.metrics.items()))
     return last
 
 
@@ -75,12 +83,16 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
             raise SystemExit(code)
     else:
         watch_launcher()
-        _encode(config, rank, num_ranks, show=not json)
+        with explain_interrupt("the chunks that are complete are kept, and the same command continues"):
+            _encode(config, rank, num_ranks, show=not json)
         if num_ranks > 1:
             return
     from imprompt.data.feature_cache import summarize_cache
 
     cache = summarize_cache(Path(config.output_dir))
+    if not cache["records"]:
+        key, reason = next(iter(cache["unreadable"].items()), ("", "it is empty"))
+        raise UserError(f"no record of {config.dataset.data} could be encoded ({': '.join(filter(None, (key, reason)))})")
     if json:
         print_json(**cache)
         return

@@ -1,18 +1,17 @@
 """Worker processes for work that is divided into small tasks, each of which is either stored completely or done again."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process
-from threading import Thread
+from multiprocessing import active_children, get_context
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
 from imprompt.errors import UserError
 from imprompt.models.base_pipelines import hide_loading_progress
+from imprompt.utils.processes import Deferred, check_num_processes, start_worker
 
 Worker = TypeVar("Worker")
 Result = TypeVar("Result")
@@ -39,10 +38,12 @@ def process_pool(
     """A pool of processes, each with a worker from `make_worker(*args, **kwargs)`, which must be picklable.
 
     Where the block is left by an error or an interruption the processes are terminated at once: a task may take an hour. Raises
-    UserError where one of them is killed from outside.
+    UserError where one of them is killed from outside, and for more processes than this machine can use.
     """
+    check_num_processes(num_processes)
+    deferred = Deferred((_make_worker, (make_worker, args, kwargs)))
     others = set(active_children())
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), _start_process, (make_worker, args, kwargs)) as executor:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), start_worker, (deferred,)) as executor:
         try:
             yield WorkerPool(executor)
         except BrokenProcessPool as error:
@@ -59,9 +60,8 @@ def process_pool(
 _worker: Any = None  # of a worker process
 
 
-def _start_process(make_worker: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+def _make_worker(make_worker: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     global _worker
-    Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # so that processes do not wait for each other
     hide_loading_progress()
     _worker = make_worker(*args, **kwargs)
@@ -69,11 +69,3 @@ def _start_process(make_worker: Callable[..., object], args: tuple[object, ...],
 
 def _run_task(task: Callable[..., Any], *args: object, **kwargs: object) -> Any:
     return task(_worker, *args, **kwargs)
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent does: a killed parent cannot terminate it, and it would go on with its task."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

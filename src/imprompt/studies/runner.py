@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from queue import Empty, Queue
 from typing import NamedTuple
 
 from imprompt.config import ReproduceConfig
@@ -48,23 +48,19 @@ def run_study(config: ReproduceConfig) -> Iterator[StudyProgress]:
     stages = study.plan_stages([row_id for row_id in study.row_ids() if not result_path(out, row_id).is_file()])
     done, total = 0, sum(len(jobs) for jobs in stages)
     yield StudyProgress("", "rows", done, total)
-    with get_context("spawn").Manager() as manager:
-        queue = manager.Queue()
-        with process_pool(config.num_processes, create_study, config, queue.put) as processes:
-            for jobs in stages:
-                pending: set[Future[str]] = {processes.submit(job) for job in jobs}
-                while pending:
-                    finished, pending = wait(pending, timeout=0.5)
-                    yield from _drain(queue)
-                    for future in finished:
-                        done += 1
-                        yield StudyProgress("", future.result(), done, total)
+    queue = get_context("spawn").SimpleQueue()  # without a process of its own, which would outlive this one
+    with process_pool(config.num_processes, create_study, config, queue.put) as processes:
+        for jobs in stages:
+            pending: set[Future[str]] = {processes.submit(job) for job in jobs}
+            while pending:
+                finished, pending = wait(pending, timeout=0.5)
+                yield from _drain(queue)
+                for future in finished:
+                    done += 1
+                    yield StudyProgress("", future.result(), done, total)
 
 
-def _drain(queue: "Queue[StudyProgress]") -> Iterator[StudyProgress]:
+def _drain(queue: "SimpleQueue[StudyProgress]") -> Iterator[StudyProgress]:
     """What the processes have reported since the last call."""
-    while True:
-        try:
-            yield queue.get_nowait()
-        except Empty:
-            return
+    while not queue.empty():
+        yield queue.get()
