@@ -421,11 +421,17 @@ def test_messages_about_references_are_printed_verbatim(files, out, capsys):
     assert "wide [bold].png: the center square is used, 56% is cropped" in capsys.readouterr().err
 
 
-def test_a_folder_with_the_name_of_an_image(files, out, capsys):
-    (out / "000000.png").mkdir(parents=True)
-    assert main(command(files, out)) == 2
-    assert capsys.readouterr().err.startswith("imprompt: cannot write")
-    assert [p.name for p in out.iterdir()] == ["000000.png"]
+def test_images_of_an_earlier_call_are_kept(files, out, capsys):
+    """Also a folder and a link that have the name of an image; the printed paths are those of the new images."""
+    first = run_generate(command(files, out, num_images=2), capsys)
+    (out / "000002.png").mkdir()
+    (out / "000003.png").symlink_to(files / "ref.png")
+    content = {path: path.read_bytes() for path in (*out.glob("*.png"), files / "ref.png") if path.is_file()}
+    second = run_generate(command(files, out, num_images=4, prompt="another"), capsys)
+    names = ["000000-2.png", "000001-2.png", "000002-2.png", "000003-2.png", "sheet-2.png"]
+    assert [Path(path).name for path in (*second["images"], second["sheet"])] == names
+    assert all(path.read_bytes() == before for path, before in content.items())
+    assert len(list(out.iterdir())) == len(first["images"]) + 1 + 2 + len(names)
 
 
 def test_the_base_is_left_as_it_was_after_an_error(files, out, capsys):

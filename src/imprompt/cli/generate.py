@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from imprompt import __version__
 from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
 from imprompt.config import GenerateConfig, ImagePromptConfig, Options
-from imprompt.utils.files import atomic_path, ensure_writable_folder
+from imprompt.utils.files import ensure_writable_folder, write_new_file
 from imprompt.utils.images import cropped_fraction, is_animated, make_contact_sheet, open_image
 
 if TYPE_CHECKING:
@@ -59,21 +59,16 @@ def open_references(config: ImagePromptConfig, progress: ProgressDisplay) -> lis
 
 
 def save_with_metadata(path: Path, generated: "GeneratedImage", config: Options, **options: str) -> Path:
-    """Write an image with the options that repeat it in its metadata."""
+    """Write an image with the options that repeat it in its metadata; no file is replaced, and the path says where it is."""
     settings = PngInfo()
     metadata = config.to_options() | options | {"seed": generated.seed, "num_images": 1, "version": __version__}
     settings.add_text("imprompt", json.dumps(metadata))
-    with atomic_path(path) as partial:
-        generated.image.save(partial, pnginfo=settings)
-    return path
+    return write_new_file(path, lambda partial: generated.image.save(partial, pnginfo=settings))
 
 
 def save_contact_sheet(folder: Path, references: list[Image.Image], images: list[Image.Image], columns: int = 4) -> Path:
-    """Write references and results on one sheet."""
-    path = folder / "sheet.png"
-    with atomic_path(path) as partial:
-        make_contact_sheet(references, images, columns=columns).save(partial)
-    return path
+    """Write references and results on one sheet; sheets of earlier calls are kept."""
+    return write_new_file(folder / "sheet.png", make_contact_sheet(references, images, columns=columns).save)
 
 
 def print_json(**result: object) -> None:
