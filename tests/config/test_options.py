@@ -174,3 +174,10 @@ def test_the_command_line_has_every_option():
 
 
 assert UNSET is None
+
+
+def test_every_count_has_an_upper_bound():
+    """A typo of many digits is refused instead of filling the memory or the process table."""
+    for kind, one in (param.values for param in NUMERIC):
+        limits = one.field.metadata["limits"]
+        assert one.type is float or (kind, one.name) == (kind, "seed") or {"le", "lt"} & set(limits), f"{kind.__name__}.{one.name}"

@@ -176,8 +176,12 @@ _PHRASES = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt":
 def describe_limits(limits: Mapping[str, float]) -> str:
     """A range in words: 0 … 1, at least 1, more than 0 and less than 1."""
     if set(limits) == {"ge", "le"}:
-        return f"{limits['ge']:g} … {limits['le']:g}"
-    return " and ".join(_PHRASES[name].format(f"{bound:g}" if abs(bound) < 1e6 else str(bound)) for name, bound in limits.items())
+        return f"{_format_bound(limits['ge'])} … {_format_bound(limits['le'])}"
+    return " and ".join(_PHRASES[name].format(_format_bound(bound)) for name, bound in limits.items())
+
+
+def _format_bound(bound: float) -> str:
+    return f"{bound:g}" if abs(bound) < 1e6 else str(bound)
 
 
 def parse_weighted(text: str) -> tuple[str, float]:

@@ -15,12 +15,15 @@ class EvaluationDataConfig(Options):
 
     data: str = option("mini", "images with captions: mini's test set, COCO, or any training data")
     default_caption: str = option("", "prompt of images without a caption (default: a photo of a CLASS_NOUN)")
-    num_prompts: int | None = option(UNSET, "number of prompts (default: 1000 of mini, 5000 of other data)", ge=1)
+    num_prompts: int | None = option(UNSET, "number of prompts (default: 1000 of mini, 5000 of other data)", ge=1, le=10**7)
     min_images_per_subject: int | None = option(
-        UNSET, "generate by subject, of the subjects with at least so many images (default: each image is its own reference)", ge=2
+        UNSET,
+        "generate by subject, of the subjects with at least so many images (default: each image is its own reference)",
+        ge=2,
+        le=10**6,
     )
-    num_references: int = option(1, "reference images of each subject", ge=1)
-    targets_per_subject: int = option(1, "other images of each subject that are generated", ge=1)
+    num_references: int = option(1, "reference images of each subject", ge=1, le=1000)
+    targets_per_subject: int = option(1, "other images of each subject that are generated", ge=1, le=10_000)
     subject_split: str | None = option(UNSET, "subjects.json of a training run: only its test subjects", metavar="FILE")
     class_noun: str = option("", "what the subjects are in prompts: person (default: mini's own classes)")
 
@@ -37,23 +40,25 @@ class EvaluationDataConfig(Options):
 class EvaluationFinetuningConfig(Options):
     """Per-subject methods."""
 
-    finetune_steps: int | None = option(UNSET, "optimizer steps of methods that fine-tune on each subject (default: their own)", ge=1)
-    num_class_images: int | None = option(UNSET, "class images for their prior preservation (default: their own number)", ge=0)
+    finetune_steps: int | None = option(
+        UNSET, "optimizer steps of methods that fine-tune on each subject (default: their own)", ge=1, le=10**9
+    )
+    num_class_images: int | None = option(UNSET, "class images for their prior preservation (default: their own number)", ge=0, le=100_000)
 
 
 @dataclass(frozen=True)
 class EvaluationSamplingConfig(Options):
     """Sampling."""
 
-    num_images_per_prompt: int = option(4, "images for each prompt", ge=1)
+    num_images_per_prompt: int = option(4, "images for each prompt", ge=1, le=10_000)
     prompt_mode: Literal["none", "caption"] = option("none", "text prompt that goes with the image prompt")
     scale: float = option(1.0, "λ, the scale of the image prompt")
-    scale_sweep: int = option(0, "prompts for a sweep over λ, with the caption of another image as text; 0 for none", ge=0)
-    num_inference_steps: int = option(50, "denoising steps", ge=1, alias=("--steps",))
-    guidance_scale: float = option(UNSET, "classifier-free guidance scale (default: 3 on mini, 7.5 elsewhere)", ge=0)
+    scale_sweep: int = option(0, "prompts for a sweep over λ, with the caption of another image as text; 0 for none", ge=0, le=10**6)
+    num_inference_steps: int = option(50, "denoising steps", ge=1, le=10_000, alias=("--steps",))
+    guidance_scale: float = option(UNSET, "classifier-free guidance scale (default: 3 on mini, 7.5 elsewhere)", ge=0, le=10_000)
     scheduler: Scheduler = option("ddim", "noise scheduler")
-    resolution: int | None = option(UNSET, "side in pixels (default: the model's native resolution)", ge=1)
-    batch_size: int = option(UNSET, "images sampled at a time (default: 64 on mini, 8 elsewhere)", ge=1)
+    resolution: int | None = option(UNSET, "side in pixels (default: the model's native resolution)", ge=1, le=65_536)
+    batch_size: int = option(UNSET, "images sampled at a time (default: 64 on mini, 8 elsewhere)", ge=1, le=65_536)
     dtype: DType = option("auto", "data type of the pipeline")
     seed: int = option(0, "seed of the first image; the next ones count up", ge=0, le=2**62)
 
@@ -75,7 +80,7 @@ class MetricsConfig(Options):
         UNSET, "encoder of subject identity: mini, insightface, facenet or none (default: mini's for subjects of mini)"
     )
     lpips: bool = option(False, "also LPIPS to the reference (extra: pip install 'imprompt[inception]')")
-    bootstrap_samples: int = option(200, "bootstrap samples for the confidence intervals", ge=2)
+    bootstrap_samples: int = option(200, "bootstrap samples for the confidence intervals", ge=2, le=10**6)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class EvaluateConfig(Options):
     metrics: MetricsConfig = part(MetricsConfig)
     finetuning: EvaluationFinetuningConfig = part(EvaluationFinetuningConfig)
     pipeline: PipelineConfig = part(PipelineConfig)
-    num_processes: int = option(1, "processes on this machine", ge=1)
+    num_processes: int = option(1, "processes on this machine", ge=1, le=1024)
     output_dir: str = option("evaluation", "folder of the evaluation; one begun there is continued", alias=("-o",))
 
     def with_defaults(self) -> "EvaluateConfig":
@@ -116,7 +121,7 @@ class ReproduceConfig(Options):
     paper: Literal["ip-adapter", "personalization"] = option("ip-adapter", "which paper", positional=True)
     budget: Literal["full", "smoke"] = option("full", "full: hours on two cores; smoke: a minute or two, shows only that it runs")
     method: tuple[str, ...] = option((), "only this row; repeat it for several (the report shows what there is)", metavar="METHOD")
-    num_processes: int = option(2, "processes on this machine; each trains and measures a row of its own", ge=1)
+    num_processes: int = option(2, "processes on this machine; each trains and measures a row of its own", ge=1, le=1024)
     device: str = option("auto", "auto, cpu, cuda, mps …")
     output_dir: str = option("runs/reproduce", "folder; one begun there is continued", alias=("-o",))
 

@@ -58,7 +58,7 @@ class MiniPreviewConfig(Options):
     """Make a contact sheet of the synthetic world and of what mini generates."""
 
     output_dir: str = option("imprompt-out", "folder of the contact sheet", alias=("-o",))
-    seed: int = option(0, "seed, and the first test sample", ge=0)
+    seed: int = option(0, "seed, and the first test sample", ge=0, le=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class MiniEvaluateConfig(Options):
 
     task: tuple[str, ...] = option((), "just this task; repeat it for several", metavar="TASK")
     scale: tuple[float, ...] = option((), "λ of the task image-text; repeat it for several", metavar="λ")
-    num_prompts: int = option(1000, "number of test samples", ge=1)
-    num_inference_steps: int = option(50, "denoising steps", ge=1, alias=("--steps",))
-    guidance_scale: float | None = option(UNSET, "classifier-free guidance scale (default: 3)", ge=0)
+    num_prompts: int = option(1000, "number of test samples", ge=1, le=10**7)
+    num_inference_steps: int = option(50, "denoising steps", ge=1, le=10_000, alias=("--steps",))
+    guidance_scale: float | None = option(UNSET, "classifier-free guidance scale (default: 3)", ge=0, le=10_000)
     scheduler: Scheduler = option("ddim", "noise scheduler")
     output_dir: str | None = option(UNSET, "folder for contact sheets and curves (default: none are written)", alias=("-o",))
