@@ -63,7 +63,7 @@ def test_training_saves_its_state_and_the_same_command_continues(tmp_path, capsy
 
 def test_the_second_signal_ends_at_once():
     stop = StopRequest()
-    with stop.listen():
+    with stop.requests():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop and stop.signum == signal.SIGTERM
         with pytest.raises(Interrupted):

@@ -233,7 +233,7 @@ def test_other_data_with_the_same_names_are_rejected(tmp_path):
 
 
 def test_a_process_that_dies_is_reported_in_one_sentence(tmp_path, monkeypatch, forked_workers):
-    monkeypatch.setattr(workers, "_start_process", os._exit)  # gets arguments that it cannot use, which ends the process too
+    monkeypatch.setattr(workers, "start_worker", os._exit)  # gets arguments that it cannot use, which ends the process too
     with pytest.raises(UserError, match="a process was killed from outside"):
         list(run_evaluation(configure(tmp_path, num_processes=2)))
 
@@ -256,7 +256,7 @@ def test_other_settings_in_the_same_folder_are_rejected(evaluation):
 
 def test_a_folder_of_another_format_is_rejected(tmp_path):
     (tmp_path / "protocol.json").write_text(json.dumps({"base": "mini"}))
-    with pytest.raises(UserError, match=r"holds an evaluation in format 1, and this version .* format 2; choose another --output-dir"):
+    with pytest.raises(UserError, match=r"holds an evaluation in format 1, and this version .* format 3; choose another --output-dir"):
         next(run_evaluation(configure(tmp_path)))
 
 

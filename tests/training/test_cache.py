@@ -332,3 +332,59 @@ def test_a_cache_of_an_older_format_version_is_refused(tmp_path):
 def test_features_beyond_half_precision_are_named():
     with pytest.raises(UserError, match="latent_mean are not finite in half precision"):
         pack_samples([make_sample(1e6)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cache.json", b'{"version": 2, "chunks": 1000000000000}'),
+        ("cache.json", b'{"version": 2, "chunks": true}'),
+        ("cache.json", b'{"version": 2}'),
+        ("cache.json", b"[" * 100_000),
+        ("cache.json", b"\xff\xfe"),
+        ("00000.json", b"{}"),
+        ("00000.json", b'{"files": {"../a.safetensors": 1}, "unreadable": {}}'),
+        ("00000.json", b'{"files": {"00000-0.safetensors": "x"}, "unreadable": {}}'),
+        ("00000.json", b'{"files": {"00000-0.safetensors": 3}, "unreadable": {}, "subjects": {"00000-0.safetensors": [1, 2, 3]}}'),
+        ("00000.json", b'{"files": {"00000-7.safetensors": 3}, "unreadable": {}}'),
+        ("00000.json", b'{"files": {}, "unreadable": [1]}'),
+    ],
+)
+def test_files_of_a_cache_that_are_not_ours_are_one_sentence(small_cache, tmp_path, name, content):
+    folder = shutil.copytree(small_cache, tmp_path / "cache")
+    (folder / name).write_bytes(content)
+    for read in (FeatureCache, summarize_cache):
+        with pytest.raises(UserError, match=rf"{name} is damaged|has format version"):
+            read(folder)
+
+
+@pytest.mark.parametrize("name", ["latent_std", "image_features", "prompt_embeds", "prompt_index", "time_ids", "string_offsets", "strings"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "values"])
+def test_rows_of_a_cache_that_are_damaged_are_one_sentence(small_cache, tmp_path, name, damage):
+    folder = shutil.copytree(small_cache, tmp_path / "cache")
+    path = folder / "00000-0.safetensors"
+    tensors = load_file(path)
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "shape":
+        tensors[name] = tensors[name].flatten()[:1].clone()
+    else:
+        tensors[name] = torch.full_like(tensors[name], float("nan") if tensors[name].is_floating_point() else 255)
+    save_file(tensors, path)
+    if (name, damage) == ("time_ids", "values"):
+        return  # any numbers may be sizes
+    with pytest.raises(UserError, match=r"00000-0.safetensors of the cache cannot be read"):
+        FeatureCache(folder).load_sample(2)
+
+
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory):
+    """A cache with three samples."""
+    folder = tmp_path_factory.mktemp("small")
+    writer = feature_cache.ChunkWriter(folder, 0, 10)
+    for i in range(3):
+        writer.add(make_sample(i, f"caption {i}", f"key {i}"))
+    writer.close()
+    feature_cache.init_cache(folder, {"chunks": 1}, {"VAE": torch.ones(1)})
+    assert [FeatureCache(folder).load_sample(i).caption for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
+    return folder

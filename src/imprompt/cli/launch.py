@@ -16,7 +16,7 @@ from imprompt.utils.processes import check_num_processes
 from imprompt.utils.signals import handle_signals
 
 _PARENT = "IMPROMPT_LAUNCHER"  # the process that launched this one
-SECONDS_TO_END = 10  # of a process that is told to end because another one has failed
+SECONDS_TO_END = 10  # of a process that is ended because another one has failed
 
 
 def launch(processes: int) -> int:
@@ -80,7 +80,7 @@ class _Group:
             time.sleep(0.1)
 
     def end(self) -> None:
-        """End all that still run; one that waits for another process does not hear, and is killed."""
+        """End all that still run; one that waits for another process gets no signal, and is killed."""
         for process in self.processes:
             process.terminate()
         deadline = time.monotonic() + SECONDS_TO_END
@@ -104,7 +104,7 @@ def _running() -> Iterator[_Group]:
 
 
 def _report(codes: list[int | None], logs: list[Path]) -> int:
-    """The exit code of the command; what the process that failed has said is shown."""
+    """The exit code of the command; what the process that failed has printed is shown."""
     failed = _culprit(codes)
     if failed is None:
         return 0

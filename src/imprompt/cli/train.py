@@ -66,7 +66,7 @@ def _train(config: TrainConfig, progress: ProgressDisplay, stop: StopRequest, *,
         )
     progress.rename("training")
     last = None
-    with stop.listen():
+    with stop.requests():
         for last in log_steps(config, steps) if is_main else steps:
             progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
             if last.validation:

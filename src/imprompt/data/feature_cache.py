@@ -13,6 +13,7 @@ continued. Records are read one by one and never memory-mapped, so that memory s
 
 import json
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
@@ -29,12 +30,14 @@ from imprompt.data.records import MapRecords
 from imprompt.data.subjects import SubjectDataset
 from imprompt.data.transforms import sample_reference_order
 from imprompt.errors import UserError, summarize_error
-from imprompt.utils.files import atomic_path, check_or_write_manifest, write_file
+from imprompt.utils.files import atomic_path, check_or_write_manifest, read_json_object, write_file
 
 VERSION = 2
 MANIFEST, FINGERPRINT = "cache.json", "encoder_fingerprint.safetensors"
 _ENCODING = ("utf-8", "surrogatepass")  # file names need not be valid UTF-8
-_READ_ERRORS = (OSError, SafetensorError, KeyError, ValueError)
+_MAX_CHUNKS = 1_000_000
+# What a file that is cut, or not ours, raises while a row of it is read.
+_READ_ERRORS = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError)
 
 
 class CachedSample(NamedTuple):
@@ -101,12 +104,14 @@ class FeatureCache:
                     return file.get_slice(name)[at] if name in names else None
 
                 prompt, (start, middle, end) = int(read("prompt_index")), read("string_offsets").tolist()
+                if not 0 <= start <= middle <= end <= file.get_slice("strings").get_shape()[0]:
+                    raise ValueError("its strings are cut")
                 strings = bytes(file.get_slice("strings")[start:end].tolist())
                 key, caption = (part.decode(*_ENCODING) for part in (strings[: middle - start], strings[middle - start :]))
-                return CachedSample(
+                return _check_sample(CachedSample(
                     read("latent_mean"), read("latent_std"), read("prompt_embeds", prompt), read("pooled_prompt_embeds", prompt),
                     read("image_features"), read("time_ids"), read("mask"), caption, key, seed,
-                )  # fmt: skip
+                ))  # fmt: skip
         except _READ_ERRORS as error:
             raise UserError(f"{path.name} of the cache cannot be read ({summarize_error(error)})") from error
 
@@ -115,7 +120,10 @@ class FeatureCache:
         path, row = self._locate(i)
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_slice("image_features")[row]
+                features: Tensor = file.get_slice("image_features")[row]
+                if features.ndim != 3 or not features.isfinite().all():
+                    raise ValueError("its features are damaged")
+                return features
         except _READ_ERRORS as error:
             raise UserError(f"{path.name} of the cache cannot be read ({summarize_error(error)})") from error
 
@@ -137,7 +145,7 @@ class FeatureCache:
         for chunk in range(self.manifest["chunks"]):
             index = _read_chunk_index(self.folder, chunk)
             for name, count in index["files"].items():
-                subjects += index.get("subjects", {}).get(name) or [None] * count
+                subjects += index["subjects"].get(name) or [None] * count
         return subjects
 
     def _locate(self, i: int) -> tuple[Path, int]:
@@ -149,7 +157,7 @@ class FeatureCache:
         """Outputs of the cache's encoders for the fixed input."""
         try:
             return load_file(self.folder / FINGERPRINT)
-        except (OSError, SafetensorError) as error:
+        except _READ_ERRORS as error:
             raise UserError(
                 f"{self.folder / FINGERPRINT} cannot be read ({summarize_error(error)}); encode anew into another folder"
             ) from error
@@ -166,17 +174,32 @@ class CachedSubjects(SubjectDataset):
         return SampleRef(f"{self.get_subject(i)}:{index}", index, tuple(references))
 
 
+def _check_sample(sample: CachedSample) -> CachedSample:
+    """The sample. Raises ValueError where its tensors do not belong together, or are not finite."""
+    floats = (sample.latent_mean, sample.latent_std, sample.prompt_embeds, sample.image_features)
+    optional = tuple(tensor for tensor in (sample.pooled_prompt_embeds, sample.mask) if tensor is not None)
+    dims = (3, 3, 2, 3, *([1] if sample.pooled_prompt_embeds is not None else []), *([3] if sample.mask is not None else []))
+    if [tensor.ndim for tensor in (*floats, *optional)] != list(dims) or sample.latent_mean.shape != sample.latent_std.shape:
+        raise ValueError("its tensors have other shapes")
+    if sample.time_ids.shape != (6,) or (sample.mask is not None and sample.mask.shape[1:] != sample.latent_mean.shape[1:]):
+        raise ValueError("its tensors have other shapes")
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (*floats, *optional)):
+        raise ValueError("its features are not finite")
+    return sample
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises UserError where there is none, or one of another version."""
     try:
-        manifest = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
-        version = manifest["version"]
+        manifest = read_json_object(folder / MANIFEST, "encode it anew into another folder")
     except FileNotFoundError as error:
         raise UserError(f"no feature cache in {folder}; make one with: imprompt encode DATA {folder}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({summarize_error(error)}); encode it anew into another folder") from error
+    version, chunks = manifest.get("version", "unknown"), manifest.get("chunks")
     if version != VERSION:
         raise UserError(f"the cache in {folder} has format version {version}; expected {VERSION}: encode it anew into another folder")
+    texts = (manifest.get(name, "") for name in ("data", "features", "model", "image_encoder"))
+    if type(chunks) is not int or not 0 <= chunks <= _MAX_CHUNKS or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{folder / MANIFEST} is damaged (chunks: received {chunks!r}); encode it anew into another folder")
     return manifest
 
 
@@ -190,7 +213,7 @@ def summarize_cache(folder: Path) -> dict[str, Any]:
     chunks: int = read_manifest(folder)["chunks"]
     records, size = 0, 0
     unreadable: dict[str, str] = {}
-    for chunk in set(range(chunks)) - set(list_missing_chunks(folder, chunks)):
+    for chunk in sorted(set(range(chunks)) - set(list_missing_chunks(folder, chunks))):
         index = _read_chunk_index(folder, chunk)
         records += sum(index["files"].values())
         size += sum((folder / name).stat().st_size for name in index["files"])
@@ -200,24 +223,44 @@ def summarize_cache(folder: Path) -> dict[str, Any]:
 
 def list_missing_chunks(folder: Path, chunks: int) -> list[int]:
     """The chunks that are not encoded yet."""
-    return [i for i in range(chunks) if not (folder / f"{i:05}.json").is_file()]
+    existing = {path.name for path in folder.glob("*.json")}
+    return [i for i in range(chunks) if f"{i:05}.json" not in existing]
 
 
 def list_chunks_to_encode(folder: Path, chunks: int) -> list[int]:
     """The missing chunks, and those whose shard could not be read to its end."""
     missing = set(list_missing_chunks(folder, chunks))
-    return [i for i in range(chunks) if i in missing or _read_chunk_index(folder, i).get("truncated")]
+    return [i for i in range(chunks) if i in missing or _read_chunk_index(folder, i)["truncated"]]
 
 
 def _read_chunk_index(folder: Path, chunk: int) -> dict[str, Any]:
-    path = folder / f"{chunk:05}.json"
+    path, remedy = folder / f"{chunk:05}.json", "delete it and continue with imprompt encode"
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        index = read_json_object(path, remedy)
     except FileNotFoundError as error:
         left = len(list_missing_chunks(folder, read_manifest(folder)["chunks"]))
         raise UserError(f"the cache in {folder} is not finished, {left} chunks are missing; continue with imprompt encode") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({summarize_error(error)}); delete it and continue with imprompt encode") from error
+    try:
+        _check_chunk_index(index, folder, chunk)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({summarize_error(error)}); {remedy}") from error
+    return index
+
+
+def _check_chunk_index(index: dict[str, Any], folder: Path, chunk: int) -> None:
+    """Raise ValueError, TypeError or AttributeError where an index is not one that `ChunkWriter` wrote, or names missing files."""
+    index.setdefault("subjects", {})
+    index.setdefault("truncated", "")
+    for name, count in index.get("files", 0).items():
+        if not re.fullmatch(rf"{chunk:05}-\d+\.safetensors", name) or type(count) is not int or not 0 < count <= _MAX_CHUNKS:
+            raise ValueError(f"an entry {name!r}: {count!r}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        subjects = index["subjects"].get(name) or [None] * count
+        if len(subjects) != count or not all(subject is None or isinstance(subject, str) for subject in subjects):
+            raise ValueError("its subjects are damaged")
+    if not all(isinstance(reason, str) for reason in (*index.get("unreadable", 0).values(), index["truncated"])):
+        raise ValueError("its reasons are damaged")
 
 
 def init_cache(folder: Path, manifest: Mapping[str, object], fingerprint: Mapping[str, Tensor]) -> None:

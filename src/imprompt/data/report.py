@@ -19,6 +19,7 @@ from imprompt.data.readers import WebDatasetShards, open_data
 from imprompt.data.records import MapRecords
 from imprompt.data.sampler import RecordReader, iterate_once
 from imprompt.errors import summarize_error
+from imprompt.utils.files import atomic_path, write_file
 from imprompt.utils.html import render_html, write_page
 from imprompt.utils.images import make_contact_sheet, open_image
 
@@ -150,10 +151,12 @@ class DatasetReport:
     def write(self, folder: Path, title: str) -> Path:
         """Write `report.json`, `samples.png` and `index.html`; return the path of the page."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_file(folder / "report.json", text.encode("utf-8", "backslashreplace"))
         page = make_contact_sheet([], [thumbnail for thumbnail, _ in self.samples], columns=8, cell_size=128) if self.samples else None
         if page:
-            page.save(folder / "samples.png")
+            with atomic_path(folder / "samples.png") as partial:
+                page.save(partial)
         histograms = {name: self.to_dict()[name] for name in ("shorter side", "aspect ratio")}
         lists = {
             "Unreadable": self.unreadable,

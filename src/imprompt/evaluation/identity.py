@@ -3,7 +3,7 @@
 An encoder must not evaluate a method that it conditions. The metrics are in metrics.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,6 +19,7 @@ from transformers import ResNetForImageClassification
 from imprompt.errors import ImageError, UserError, summarize_error
 from imprompt.evaluation.metrics import identity_centroid
 from imprompt.evaluation.samples import SubjectEvalSet
+from imprompt.evaluation.store import compute_checksum
 from imprompt.mini.attribute_classifier import images_to_tensor
 from imprompt.models.face_encoders import FaceNet, InsightFace
 from imprompt.models.hub import MINI_PATH
@@ -95,14 +96,23 @@ def build_gallery(encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> Identit
 
 
 def load_or_build_gallery(path: Path, encoder: IdentityEncoder, eval_set: SubjectEvalSet) -> IdentityGallery:
-    """The gallery from its file; rebuilt if the images or the encoder changed."""
+    """The gallery from its file; rebuilt if the images or the encoder changed, or the file cannot be read."""
     metadata = {"built from": f"{encoder.name} {eval_set.fingerprint} {len(eval_set.subjects)}"}
-    if not path.is_file() or _read_metadata(path) != metadata:
+    gallery = _read_gallery(path, metadata)
+    if gallery is None:
+        gallery = build_gallery(encoder, eval_set)
         with atomic_path(path) as partial:
-            safetensors.torch.save_file(build_gallery(encoder, eval_set)._asdict(), partial, metadata)
-    return IdentityGallery(**safetensors.torch.load_file(path))
+            tensors = gallery._asdict()
+            safetensors.torch.save_file(tensors, partial, metadata | {"checksum": compute_checksum(tensors, "")})
+    return gallery
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    with safetensors.safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+def _read_gallery(path: Path, expected: Mapping[str, str]) -> IdentityGallery | None:
+    """A stored gallery; None where there is none, or it is damaged or of something else."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = compute_checksum(tensors, "")
+            return IdentityGallery(**tensors) if file.metadata() == {**expected, "checksum": checksum} else None
+    except Exception:  # a damaged header can raise nearly any exception
+        return None

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from imprompt.errors import UserError, summarize_error
 from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.evaluation.scoring import METRICS, NEGATIVE_MARK, NEGATIVE_NOTE, RowScore, compute_metrics, metric_of
 from imprompt.evaluation.store import RowStore
@@ -52,6 +54,23 @@ def score_row(evaluation: Evaluation, row: EvalRow) -> RowScore:
             return RowScore(**stored | {"metrics": {name: Interval(*bounds) for name, bounds in stored["metrics"].items()}})
     score = _compute_score(evaluation, row)
     write_file(path, json.dumps(asdict(score) | {"bootstrap_samples": num_bootstrap_samples}))
+    return score
+
+
+def parse_score(fields: Mapping[str, Any], path: Path) -> RowScore:
+    """The metrics of a row as they were stored. Raises UserError where the file holds something else."""
+    try:
+        score = RowScore(**{**fields, "metrics": {str(name): Interval(*ends) for name, ends in fields["metrics"].items()}})
+        numbers = [*(value for interval in score.metrics.values() for value in interval), score.num_images, score.num_prompts]
+        numbers += [score.num_skipped, score.trainable_params or 0, score.seconds_per_image, score.scale]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise TypeError("expected numbers")
+        if not all(isinstance(text, str) for text in (score.name, score.sweep_of)) or any(
+            metric_of(m) not in METRICS for m in score.metrics
+        ):
+            raise TypeError("expected the names of metrics")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({summarize_error(error)}); delete it and run the same command again") from error
     return score
 
 
@@ -163,8 +182,13 @@ def scores_to_csv(scores: Sequence[RowScore]) -> str:
     for s in scores:
         values = [value for label in labels for value in s.metrics.get(label, (None, None, None))]
         counts = (s.trainable_params, s.num_images, s.num_prompts, s.num_skipped, s.scale, f"{s.seconds_per_image:.4f}")
-        writer.writerow([s.name, *counts, *("" if value is None else f"{value:.6f}" for value in values)])
+        writer.writerow([_quote_formula(s.name), *counts, *("" if value is None else f"{value:.6f}" for value in values)])
     return buffer.getvalue()
+
+
+def _quote_formula(text: str) -> str:
+    """A text that spreadsheets do not take for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def metric_legend(scores: Sequence[RowScore], *, by_subject: bool) -> str:

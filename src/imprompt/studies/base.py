@@ -21,16 +21,15 @@ from PIL import Image
 
 from imprompt.config import METHODS, PER_SUBJECT_METHODS, EncodeConfig, EvaluateConfig, ReproduceConfig, TrainConfig
 from imprompt.data.feature_cache import is_complete
-from imprompt.errors import UserError
+from imprompt.errors import UserError, summarize_error
 from imprompt.evaluation.metrics import pairwise_diversity
-from imprompt.evaluation.report import image_strip, score_row
+from imprompt.evaluation.report import image_strip, parse_score, score_row
 from imprompt.evaluation.runner import EvalRow, Evaluation, built_in_row
 from imprompt.evaluation.scoring import RowFeatures, RowScore
 from imprompt.evaluation.systems import BUILT_IN_ROWS, NOT_GENERATED
 from imprompt.models.base_pipelines import resolve_dtype, set_device
 from imprompt.training import encode_dataset, log_steps, train_adapter
-from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
-from imprompt.utils.statistics import Interval
+from imprompt.utils.files import atomic_path, ensure_writable_folder, read_json_object, write_file
 
 SCHEDULER = "dpm++"  # on mini five to eight of its steps are as good as 25 of DDIM (docs/log.md)
 GUIDANCE_SCALE = 3.0
@@ -295,10 +294,11 @@ class Study(ABC):
         folder = Path(config.output_dir)
         done_path, options = folder / "trained.json", json.loads(json.dumps(config.to_options()))
         if done_path.is_file():
-            done = json.loads(done_path.read_text("utf-8"))
-            if done["options"] != options:
+            remedy = "delete it and run the same command again"
+            done = read_json_object(done_path, remedy)
+            if done.get("options") != options:
                 raise UserError(f"{folder} was trained with other options; delete it, or choose another --output-dir")
-            return float(done["minutes"])
+            return float(read_numbers(done, done_path, remedy, ["minutes"])["minutes"])
         step = None
         for step in log_steps(config, train_adapter(config)):
             self.on_progress(StudyProgress(folder.name, "training", step.index, step.max_train_steps))
@@ -324,9 +324,25 @@ def load_result(out: Path, row_id: RowId) -> RowResult | None:
     path = result_path(out, row_id)
     if not path.is_file():
         return None
-    fields = json.loads(path.read_text("utf-8"))
-    intervals = {name: Interval(*ends) for name, ends in fields["score"].pop("metrics").items()}
-    return RowResult(**fields | {"score": RowScore(**fields["score"] | {"name": str(row_id)}, metrics=intervals)})
+    remedy = "delete it and run the same command again; its images are kept"
+    fields = read_json_object(path, remedy)
+    try:
+        result = RowResult(**fields)
+        score = parse_score({**result.score, "name": str(row_id)}, path)  # type: ignore[dict-item]
+        numbers = [*result.minutes.values(), *(value for values in result.per_prompt.values() for value in values)]
+        if not all(type(number) in (int, float) for number in numbers) or not isinstance(result.protocol, dict):
+            raise TypeError("expected numbers")
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({summarize_error(error)}); {remedy}") from error
+    return result._replace(score=score)
+
+
+def read_numbers(content: Mapping[str, Any], path: Path, remedy: str, names: Iterable[str]) -> Mapping[str, float]:
+    """The numbers of these names from a JSON object. Raises UserError where the file at `path` has something else."""
+    for name in names:
+        if type(content.get(name)) not in (int, float):
+            raise UserError(f"{path} is damaged (no number {name!r}); {remedy}")
+    return content
 
 
 def load_results(out: Path, row_ids: Iterable[RowId]) -> dict[RowId, RowResult]:

@@ -26,8 +26,8 @@ from imprompt.evaluation.report import image_strip
 from imprompt.evaluation.runner import EvalRow, Evaluation
 from imprompt.evaluation.scoring import RowFeatures
 from imprompt.evaluation.systems import BUILT_IN_ROWS, MethodSystem, System
-from imprompt.studies.base import ID_SIMILARITY, RANK1_ACCURACY, Budget, Job, RowId, Study, StudyProgress, to_rounded_list
-from imprompt.utils.files import write_file
+from imprompt.studies.base import ID_SIMILARITY, RANK1_ACCURACY, Budget, Job, RowId, Study, StudyProgress, read_numbers, to_rounded_list
+from imprompt.utils.files import read_json_object, write_file
 
 BASE_ADAPTER, PLUS_ADAPTER = "mini", "mini-plus"  # the embedded adapters: of the pooled embedding, of patch features
 NUM_REFERENCES = 9
@@ -206,7 +206,9 @@ def time_until_attached(system: System, references: Sequence[Image.Image]) -> fl
 
 def load_timings(out: Path) -> dict[str, float]:
     """Method → seconds for a new subject, of the methods that were timed."""
-    return dict(json.loads((out / TIMINGS_FILE).read_text("utf-8"))) if (out / TIMINGS_FILE).is_file() else {}
+    path, remedy = out / TIMINGS_FILE, "delete it and run the same command again"
+    timings = read_json_object(path, remedy) if path.is_file() else {}
+    return dict(read_numbers(timings, path, remedy, timings))
 
 
 def main_row(method: str) -> RowId:

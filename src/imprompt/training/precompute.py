@@ -222,11 +222,13 @@ def check_cache_encoders(cache: FeatureCache, encoders: FrozenEncoders, method: 
     expected = METHODS[method].features
     if expected in ("pooled", "patches"):  # an adapter that is fine-tuned decides
         expected = "patches" if encoders.patches else "pooled"
-    if manifest["features"] != expected:
-        raise UserError(f"{method} reads {expected} features, and the cache in {folder} has {manifest['features']} features; encode anew")
-    if by_subject and manifest["num_references"] != 1:
+    if manifest.get("features") != expected:
         raise UserError(
-            f"the cache in {folder} has {manifest['num_references']} references per image; training by subject needs 1; encode anew"
+            f"{method} reads {expected} features, and the cache in {folder} has {manifest.get('features')} features; encode anew"
+        )
+    if by_subject and manifest.get("num_references") != 1:
+        raise UserError(
+            f"the cache in {folder} has {manifest.get('num_references')} references per image; training by subject needs 1; encode anew"
         )
     cached = cache.load_fingerprint()
     for name, output in encoders.fingerprint().items():

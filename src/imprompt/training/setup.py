@@ -219,7 +219,7 @@ def open_training_data(data: str, feature_cache: str | None, subjects: SubjectCo
     By subject, raises UserError for a stream, in which the images of a subject are far apart.
     """
     cache = FeatureCache(feature_cache) if feature_cache else None
-    name, min_images = cache.manifest["data"] if cache else data, subjects.min_images_per_subject
+    name, min_images = str(cache.manifest.get("data", "")) if cache else data, subjects.min_images_per_subject
     images = open_data(name) if cache is None or is_mini_data(name) else None
     if min_images and is_mini_data(name) and subjects.test_fraction:
         raise UserError("test_fraction: mini has a fixed test split; remove --test-fraction")

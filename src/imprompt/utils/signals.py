@@ -53,7 +53,7 @@ def handle_signals(handler: Handler) -> Iterator[None]:
 
 
 class StopRequest:
-    """Within `listen()`, the first signal only asks to stop, and the second one raises Interrupted."""
+    """Within `requests()`, the first signal only asks to stop, and the second one raises Interrupted."""
 
     def __init__(self) -> None:
         self.signum = 0  # of the signal that was received
@@ -62,7 +62,7 @@ class StopRequest:
         return self.signum != 0
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
+    def requests(self) -> Iterator[None]:
         """The context in which signals are requests."""
         with handle_signals(self._receive):
             yield
