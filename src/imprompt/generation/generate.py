@@ -14,7 +14,8 @@ from imprompt.config import PER_SUBJECT_METHODS, GenerateConfig, ImagePromptConf
 from imprompt.core.conditioning import BLOCK_PRESETS
 from imprompt.errors import UserError
 from imprompt.generation.controls import apply_t2i_adapters
-from imprompt.generation.tasks import GenerationTask, prepare_task, use_lora
+from imprompt.generation.lora import use_lora
+from imprompt.generation.tasks import GenerationTask, prepare_task
 from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.inversion import TextualInversion
 from imprompt.methods.loading import load_method, read_method_name

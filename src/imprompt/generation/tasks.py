@@ -1,16 +1,14 @@
-"""Image-to-image, inpainting, structure control and LoRA: the pipeline for a task, and what it is given at each call."""
+"""Image-to-image, inpainting and structure control: the pipeline for a task, and what it is given at each call."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from imprompt.config import TaskConfig, parse_weighted
-from imprompt.errors import UserError, summarize_error
+from imprompt.config import TaskConfig
+from imprompt.errors import UserError
 from imprompt.generation.controls import Control, load_control, resize_control_image
 from imprompt.models.base_pipelines import check_size, native_resolution, size_constraints, to_task_pipeline
 from imprompt.utils.images import open_image
@@ -96,33 +94,3 @@ def match_aspect_ratio(image: Image.Image, base: Any) -> tuple[int, int]:
     shrink = native_resolution(base) / math.sqrt(image.width * image.height)
     width, height = (max(smallest, round(side * shrink / step) * step) for side in image.size)
     return width, height
-
-
-@contextmanager
-def use_lora(pipe: Any, lora: Sequence[str]) -> Iterator[None]:
-    """Within the context the base has these LoRA, each SOURCE or SOURCE:SCALE. Raises UserError where one cannot be loaded."""
-    if not lora:
-        yield
-        return
-    names, scales = [], []
-    try:
-        for number, (source, scale) in enumerate(map(parse_weighted, lora)):
-            _load_lora(pipe, source, f"lora{number}")
-            names.append(f"lora{number}")
-            scales.append(scale)
-        pipe.set_adapters(names, scales)
-        yield
-    finally:
-        if names:
-            pipe.unload_lora_weights()
-
-
-def _load_lora(pipe: Any, source: str, name: str) -> None:
-    file = Path(source)
-    weight_name = {"weight_name": file.name} if file.is_file() else {}
-    try:
-        pipe.load_lora_weights(file.parent if weight_name else source, adapter_name=name, **weight_name)
-    except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
-        peft_missing = "peft" in str(error).lower()
-        remedy = "install peft with: pip install 'imprompt[lora]'" if peft_missing else "expected a LoRA of this base model"
-        raise UserError(f"lora: {source} cannot be loaded ({summarize_error(error)}); {remedy}") from error
