@@ -4,12 +4,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import image_processor, sd15_pipeline, sdxl_pipeline
+from conftest import VISION, image_processor, sd15_pipeline, sdxl_pipeline, vision_encoder
 from imprompt.config import METHODS, MULTI_REFERENCE_METHODS, PER_SUBJECT_METHODS, REFERENCE_METHODS, UNET_METHODS, TrainConfig
+from imprompt.core.adapter import Adapter
+from imprompt.core.image_projection import Resampler
 from imprompt.errors import UserError
 from imprompt.methods import build_method
 from imprompt.methods.base import is_null
+from imprompt.methods.ip_adapter import build_projector
 from imprompt.methods.shuffle import content_shuffle
+from imprompt.models import checkpoints
 from imprompt.models.image_encoders import ImageEncoder
 
 EMBED_DIM = 32  # the width of prompt and pooled embeddings, for methods that replace one by the other
@@ -409,3 +413,18 @@ def test_the_registry_agrees_with_the_method(registered_name, pipe_and_method):
     assert method.uses_patch_features == (info.features == "patches")
     if registered_name not in PER_SUBJECT_METHODS:
         assert (hasattr(method.module, "unet") or hasattr(method.module, "controlnet")) == info.trains_unet
+
+
+@pytest.mark.parametrize(("cross_attention_dim", "width", "heads"), [(768, 768, 12), (1024, 1024, 12), (2048, 1280, 20), (128, 128, 2)])
+def test_a_resampler_has_the_heads_that_comfyui_and_the_webui_expect(cross_attention_dim, width, heads):
+    """They read 12 for SD 1.5 and 2.1, 20 for SDXL."""
+    projector = build_projector(ImageEncoder(vision_encoder()), cross_attention_dim, "plus")
+    assert projector.layers[0][0].to_q.weight.shape == (64 * heads, width)
+
+
+def test_plus_adapters_for_sd21_are_read_with_12_and_with_16_heads(tmp_path):
+    for heads in (12, 16):
+        resampler = Resampler(VISION, 1024, 16, 1024, num_heads=heads)
+        checkpoints.save(Adapter(resampler, {n: 4 for n in range(1, 32, 2)}, 1024), tmp_path / "adapter.safetensors")
+        adapter, spec = checkpoints.load_adapter(tmp_path / "adapter.safetensors")
+        assert adapter.image_proj.layers[0][0].num_heads == heads and spec.base_model == "SD 2.1"

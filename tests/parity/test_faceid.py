@@ -127,6 +127,33 @@ def test_what_the_keys_do_not_determine_is_in_the_name_or_the_header(tmp_path):
         assert converted == original and original in ({"version": 2}, {"normalized": False})
 
 
+def test_identity_embeddings_stacked_with_their_unconditional_half_are_recognized(tmp_path):
+    path = tmp_path / "ip-adapter-faceid.bin"
+    checkpoints.save(random_face_adapter(sd15_pipeline().unet), path)
+    ip, id_embeds = load_prompt_encoder(path), random_id_embeds(2)
+    stacked = torch.cat([torch.zeros_like(id_embeds), id_embeds])[:, None, None]  # as in diffusers' guide
+    np.save(tmp_path / "who.npy", stacked.numpy())
+    torch.save(stacked, tmp_path / "who.ipadpt")
+    torch.save([stacked], tmp_path / "who.bin")
+    for source in (stacked, stacked.numpy(), *(tmp_path / f"who{suffix}" for suffix in (".npy", ".ipadpt", ".bin"))):
+        with pytest.warns(Notice, match="2 of 4 are zeros"):
+            assert torch.equal(ip(face_embeds=source).image_features, ip(face_embeds=id_embeds).image_features)
+    with pytest.raises(UserError, match="nothing but zeros"):
+        ip(face_embeds=torch.zeros(2, FACE))
+
+
+def test_instantid_takes_no_images():
+    encoder = FaceEncoder(512, normalized=False, detects=False)
+    assert encoder.combine_features(torch.ones(1, 512), ()).shape == (1, 1, 512)
+    with pytest.raises(UserError, match="antelopev2"):
+        encoder.preprocess([random_image(0)])
+
+
+def test_an_image_encoder_that_is_too_narrow_for_faceid_plus_is_refused():
+    with pytest.raises(UserError, match="expected at least 512, received 40"):
+        FaceEncoder(512, ImageEncoder(vision_encoder(), image_processor()))
+
+
 def test_a_version_that_is_not_in_the_file_is_reported_and_can_be_set(tmp_path):
     plus = random_face_adapter(sd15_pipeline().unet, plus=True)
     source, target = tmp_path / "my-face.safetensors", tmp_path / "mine.safetensors"

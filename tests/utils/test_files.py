@@ -7,8 +7,10 @@ import sys
 from threading import Thread
 
 import pytest
+import torch
 
 from imprompt.errors import UserError
+from imprompt.models.tensor_files import write_tensors
 from imprompt.utils import files
 from imprompt.utils.files import FolderLock, atomic_path, check_or_write_manifest, write_file, write_new_file
 
@@ -110,3 +112,19 @@ def test_a_folder_is_locked_until_it_is_released_or_its_process_ends(tmp_path):
     code = "import os, pathlib, sys; from imprompt.utils.files import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]), 'x'); "
     subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)", tmp_path], check=False)
     FolderLock(tmp_path, "training").release()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_files_have_the_permissions_of_new_files(umask, tmp_path):
+    """safetensors writes for the owner alone; a group that shares a folder could not read its adapters."""
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "a.txt", "a")
+        write_new_file(tmp_path / "b.txt", lambda path: path.write_text("b"))
+        for suffix in (".safetensors", ".bin"):
+            write_tensors({"image_proj.x": torch.ones(2)}, tmp_path / f"c{suffix}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+    assert len(list(tmp_path.iterdir())) == 4

@@ -22,7 +22,7 @@ from imprompt.errors import UserError, summarize_error
 from imprompt.evaluation.samples import EvalSample, SamplingParams
 from imprompt.methods.shuffle import FIELD_SIZE, warp_by_field
 from imprompt.models import hub
-from imprompt.models.base_pipelines import SINGLE_FILE_SUFFIXES
+from imprompt.models.base_pipelines import SINGLE_FILE_SUFFIXES, check_model_index
 from imprompt.utils.images import to_rgb
 
 Args = tuple[object, ...]
@@ -291,8 +291,12 @@ def _load_pretrained(class_name: str, location: str, dtype: torch.dtype, **modul
     if "requires_safety_checker" in inspect.signature(cls.__init__).parameters:
         modules |= {"safety_checker": None, "requires_safety_checker": False}
     try:
+        if issubclass(cls, DiffusionPipeline):
+            check_model_index(location)
         with _silence_third_party_warnings(), _deprecated_modules():
             return cls.from_pretrained(location, torch_dtype=dtype, **modules)
+    except UserError:
+        raise
     except Exception as error:  # for missing and damaged files the libraries raise nearly anything
         raise UserError(f"the {class_name} at {location} cannot be loaded; download it again ({summarize_error(error)})") from error
 

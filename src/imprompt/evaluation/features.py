@@ -118,7 +118,8 @@ def _load_image_model(source: str, device: str) -> FeatureFn:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor, model = AutoImageProcessor.from_pretrained(source), AutoModel.from_pretrained(source).to(device).eval()
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        model = AutoModel.from_pretrained(source, trust_remote_code=False).to(device).eval()
     except Exception as error:  # for missing, damaged and other models the library raises nearly anything
         raise UserError(
             f"feature_extractor: no image model at {source} ({summarize_error(error)}); expected mini, clip, inception, a folder or hub id"

@@ -70,14 +70,17 @@ class IPAdapter:
 
 
 def build_projector(encoder: FeatureEncoder, cross_attention_dim: int, adapter_type: AdapterType) -> Projector:
-    """The image projection of the public releases, untrained. A resampler is narrower for narrow text embeddings, such as mini's."""
+    """The image projection of the public releases, untrained. A resampler is narrower for narrow text embeddings, such as mini's.
+
+    ComfyUI and the WebUI read resamplers with 12 heads, whatever their width, or with 20 for SDXL.
+    """
     match adapter_type:
         case "base":
             return ImageProjection(encoder.embed_dim(patches=False), cross_attention_dim)
         case "full-face":
             return FullImageProjection(encoder.embed_dim(patches=True), cross_attention_dim)
-    hidden_dim = {2048: 1280}.get(cross_attention_dim, cross_attention_dim)
-    num_heads = max(2, hidden_dim // 64)
+    is_sdxl = cross_attention_dim == 2048
+    hidden_dim, num_heads = (1280, 20) if is_sdxl else (cross_attention_dim, min(12, max(2, cross_attention_dim // 64)))
     return Resampler(encoder.embed_dim(patches=True), cross_attention_dim, 16, hidden_dim, num_heads=num_heads, depth=4)
 
 

@@ -1,6 +1,7 @@
 """Base models: pipelines loaded from the package, a folder, a single file or the hub; devices, data types and schedulers by name."""
 
 import importlib
+import importlib.util
 import math
 import os
 import warnings
@@ -12,11 +13,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from torch import nn
 
 from imprompt.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, make_rectified_flow_schedule, make_vp_schedule
 from imprompt.errors import UserError, summarize_error
 from imprompt.models.hub import MINI_PATH
-from imprompt.models.tensor_files import tensor_names
+from imprompt.models.tensor_files import check_finite, tensor_names
 from imprompt.unet.mkldnn import prepack_weights, to_channels_last_if_faster
 from imprompt.utils.compat import cpu_supports_bfloat16
 from imprompt.utils.protocols import UNetPipeline
@@ -107,6 +109,9 @@ def load_pipeline(source: str, device: str = "cpu", dtype: torch.dtype = torch.f
         raise UserError(
             f"{source} is a {type(pipe).__name__}, which image prompts do not support; expected a Stable Diffusion 1.5, 2.1 or XL model"
         )
+    for name, component in getattr(pipe, "components", {}).items():
+        if isinstance(component, nn.Module):
+            check_finite(component, f"{source}: {name}")
     if is_mini and device == "cpu":
         _optimize_for_cpu(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -119,8 +124,33 @@ def _load_pretrained(source: str, dtype: torch.dtype) -> UNetPipeline:
     if source == "mini":
         pipe = StableDiffusionPipeline.from_pretrained(MINI_PATH, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
     else:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        check_model_index(source)
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, trust_remote_code=False)
     return cast(UNetPipeline, pipe)
+
+
+def check_model_index(source: str) -> None:
+    """Raise UserError where the model_index.json of a folder or hub id names classes outside diffusers and transformers.
+
+    Older versions of diffusers run the code of such classes, without a question if they are in a folder.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{source} brings its own pipeline, {index.get('_class_name')}, and is not loaded, because that would run its code")
+    for name, component in index.items():
+        library = component[0] if isinstance(component, (list, tuple)) and component else None
+        if isinstance(library, str) and not _is_trusted(library):
+            raise UserError(f"{source} takes its {name} from {library}, and is not loaded, because that would run its code")
+
+
+def _is_trusted(library: str) -> bool:
+    """Whether a component comes from diffusers or transformers; the folders of diffusers' pipelines have names of their own."""
+    if library in ("diffusers", "transformers"):
+        return True
+    folders = ("diffusers.pipelines", "diffusers.pipelines.deprecated")
+    return library.isidentifier() and any(importlib.util.find_spec(f"{folder}.{library}") for folder in folders)
 
 
 def _optimize_for_cpu(pipe: UNetPipeline, dtype: torch.dtype) -> None:
@@ -157,8 +187,12 @@ def _load_single_file(source: str, dtype: torch.dtype, model_config: str | None)
         {"image_encoder": None} | ({"config": model_config} if model_config else {}) | ({} if is_sdxl else {"safety_checker": None})
     )
     try:
+        if model_config:
+            check_model_index(model_config)
         pipe = pipeline_class.from_single_file(source, torch_dtype=dtype, local_files_only=bool(model_config), **components)
         return cast(UNetPipeline, pipe)
+    except UserError:
+        raise
     except Exception as error:
         remedy = "is the folder of the same family?" if model_config else "offline, pass a folder of the same family with --model-config"
         raise UserError(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.errors import ImageError, UserError, summarize_error
+from imprompt.errors import ImageError, UserError, notify, summarize_error
 from imprompt.models.image_encoders import FeatureEncoder
 from imprompt.models.tensor_files import read_tensors
 
@@ -23,8 +23,9 @@ _ALIGNED_SIZE = 224  # side in pixels of the face image that FaceID-Plus takes
 
 
 def load_id_embeds(source: Tensor | np.ndarray | str | Path, dim: int) -> Tensor:
-    """Identity embeddings, (faces, dim), from a tensor, an array or a file: `.npy`, or `.safetensors` with one tensor.
+    """Identity embeddings, (faces, dim), from a tensor, an array or a file: `.npy`, or one tensor as `.safetensors` or of PyTorch.
 
+    Rows of zeros stand for no face: diffusers' `ip_adapter_image_embeds` begin with them. They are left out, and that is reported.
     Raises UserError for anything else.
     """
     if isinstance(source, (str, Path)):
@@ -36,14 +37,17 @@ def load_id_embeds(source: Tensor | np.ndarray | str | Path, dim: int) -> Tensor
     embeds = embeds[None] if embeds.ndim == 1 else embeds.flatten(0, -2)
     if embeds.shape[1] != dim or not len(embeds) or not embeds.isfinite().all():
         raise UserError(f"expected identity embeddings of {dim} finite numbers, received shape {tuple(embeds.shape)}")
-    return embeds
+    is_face = embeds.any(1)
+    if not is_face.any():
+        raise UserError("expected identity embeddings of faces, received nothing but zeros, which stand for no face")
+    if not is_face.all():
+        notify(f"identity embeddings: {int((~is_face).sum())} of {len(embeds)} are zeros, which stand for no face, and are left out")
+    return embeds[is_face]
 
 
 def _read_id_embeds(path: Path) -> Tensor | np.ndarray:
-    if path.suffix not in (".npy", ".safetensors"):
-        raise UserError(f"{path.name}: expected an identity embedding as .npy or .safetensors, received {path.suffix or 'no suffix'}")
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False)
         (tensor,) = read_tensors(path)[0].values()
         return tensor
@@ -121,12 +125,18 @@ def shared_insightface(device: str = "cpu") -> InsightFace:
 class FaceEncoder:
     """The feature encoder of the FaceID family: identity embeddings by InsightFace, and for Plus the patch features of the aligned face.
 
-    `image_encoder` computes the patch features; None for adapters that take the identity embedding alone. Features are
+    `image_encoder` computes the patch features; None for adapters that take the identity embedding alone. Without `detects`, only given
+    identity embeddings are taken: the adapter was trained with those of another model (InstantID: antelopev2). Features are
     (images, 1, id_embed_dim), or (images, 1 + patches, embed_dim) with the identity embedding in the first row, padded with zeros.
     """
 
-    def __init__(self, id_embed_dim: int, image_encoder: FeatureEncoder | None = None, *, normalized: bool = True):
-        self.id_embed_dim, self.image_encoder, self.normalized = id_embed_dim, image_encoder, normalized
+    def __init__(self, id_embed_dim: int, image_encoder: FeatureEncoder | None = None, *, normalized: bool = True, detects: bool = True):
+        if image_encoder and image_encoder.embed_dim(patches=True) < id_embed_dim:
+            raise UserError(
+                f"FaceID-Plus needs an image encoder with features as wide as the identity embedding: expected at least {id_embed_dim}, "
+                f"received {image_encoder.embed_dim(patches=True)}; choose another with --image-encoder"
+            )
+        self.id_embed_dim, self.image_encoder, self.normalized, self.detects = id_embed_dim, image_encoder, normalized, detects
         self.image_size = image_encoder.image_size if image_encoder else 1
         self.model: nn.Module = nn.ModuleDict({"image_encoder": image_encoder.model} if image_encoder else {})
         self.model.register_buffer("device_marker", torch.zeros(0), persistent=False)  # follows `model` to its device
@@ -140,6 +150,10 @@ class FaceEncoder:
         return [face is not None for face in self._detect_faces(images, align=False)]
 
     def _detect_faces(self, images: Sequence[Image.Image], *, align: bool) -> list[Face | None]:
+        if not self.detects:
+            raise UserError(
+                "InstantID takes identity embeddings of InsightFace's antelopev2, which are not computed here; give them as --face-embeds"
+            )
         return shared_insightface(str(self.model.get_buffer("device_marker").device)).detect_faces(images, align=align)
 
     def combine_features(self, id_embeds: Tensor, face_images: Sequence[Image.Image]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from imprompt.errors import UserError, summarize_error
+from imprompt.models.tensor_files import check_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -67,6 +68,7 @@ class ImageEncoder:
                 f"no CLIP image encoder at {f'{source}/{subfolder}' if subfolder else source} ({summarize_error(error)}); "
                 "give a folder or hub id with --image-encoder (offline, only folders and the local cache work)"
             ) from error
+        check_finite(model, f"{source}/{subfolder}" if subfolder else str(source))
         try:
             processor = CLIPImageProcessor.from_pretrained(source, **location)
         except (OSError, ValueError):  # adapter repositories contain the encoder without its processor

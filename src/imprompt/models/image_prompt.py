@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from imprompt.models import checkpoints, hub
 from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.face_encoders import FaceEncoder, load_id_embeds
 from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder
+from imprompt.models.tensor_files import read_tensors, write_tensors
 from imprompt.utils.images import ImageInput, open_image, resize_to_square, tile_to_squares
 
 FaceEmbeds = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
@@ -100,7 +101,7 @@ class ImagePrompt:
             "scale": dict(self.scale) if isinstance(self.scale, Mapping) else self.scale, "start_at": self.start_at, "end_at": self.end_at,
             "aggregation": self.aggregator.name if self.aggregator else "", "adapter": _adapter_fingerprint(self.adapter),
         }  # fmt: skip
-        checkpoints.write_tensors(tensors, path, {"prompt": settings})
+        write_tensors(tensors, path, {"prompt": settings})
 
     def with_scale(self, scale: Scale) -> "ImagePrompt":
         """The same prompt with another λ."""
@@ -205,19 +206,42 @@ class ImagePromptEncoder:
     def load_prompt(self, path: str | Path) -> ImagePrompt:
         """An image prompt that `ImagePrompt.save` wrote. Raises UserError for another file, or where another adapter encoded it."""
         path = Path(path)
-        tensors, metadata = checkpoints.read_tensors(path)
+        tensors, metadata = read_tensors(path)
         settings = metadata.get("prompt")
         if not isinstance(settings, dict) or not {"image_features", "uncond_features"} <= set(tensors):
             raise UserError(f"{path.name} contains no image prompt; expected a file that ImagePrompt.save or --save-embeds wrote")
         expected, received = _adapter_fingerprint(self.adapter), settings.get("adapter")
         if not isinstance(received, list) or len(received) != len(expected) or not all(map(_is_close, expected, received)):
             raise UserError(f"{path.name} was made with another adapter; expected the same one, or encode the images again")
+        try:
+            return self._restore_prompt(tensors, settings)
+        except UserError as error:
+            raise UserError(f"{path.name} is no image prompt as ImagePrompt.save writes it: {error}; encode the images again") from error
+
+    def _restore_prompt(self, tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> ImagePrompt:
+        """An image prompt from the contents of its file. Raises UserError for tensors or settings that do not fit the adapter."""
+        features, uncond, weights = tensors["image_features"], tensors["uncond_features"], tensors.get("reference_weights")
+        if features.ndim != 4 or not features.numel() or not self._takes_features(*features.shape[2:]):
+            raise UserError(f"image_features of this adapter have {self.spec.image_embed_dim} channels, received {tuple(features.shape)}")
+        if uncond.shape != (1, 1, *features.shape[2:]):
+            raise UserError(f"uncond_features should be {(1, 1, *features.shape[2:])}, received {tuple(uncond.shape)}")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise UserError(f"{name} should contain finite floating-point numbers, received {tensor.dtype}")
         device = next(self.adapter.parameters()).device
-        features, uncond = tensors["image_features"].to(device), tensors["uncond_features"].to(device)
-        aggregator = build_aggregator(settings.get("aggregation") or None, self.adapter)
-        scale, start_at, end_at = settings.get("scale", 1.0), float(settings.get("start_at", 0)), float(settings.get("end_at", 1))
-        weights = tensors.get("reference_weights")
-        return ImagePrompt(self.adapter, features, uncond, scale, tensors.get("mask"), start_at, end_at, weights, aggregator)
+        return ImagePrompt(
+            self.adapter, features.to(device), uncond.to(device), _parse_scale(settings.get("scale", 1.0)),
+            _check_mask(tensors.get("mask")), _parse_number(settings.get("start_at", 0.0), "start_at"),
+            _parse_number(settings.get("end_at", 1.0), "end_at"),
+            None if weights is None else _check_weights(weights.flatten().tolist(), features.shape[1]),
+            build_aggregator(cast(str | None, settings.get("aggregation") or None), self.adapter),
+        )  # fmt: skip
+
+    def _takes_features(self, patches: int, dim: int) -> bool:
+        """Whether the adapter takes image features of so many patches and channels. The first row of FaceID-Plus is the identity."""
+        if self.spec.uses_patch_features:
+            return dim == self.spec.image_embed_dim and patches > self.spec.is_faceid
+        return dim == self.spec.image_embed_dim and patches == 1
 
     def to(self, device: torch.device | str) -> "ImagePromptEncoder":
         """Move image encoder and adapter to a device."""
@@ -247,7 +271,25 @@ def _adapter_fingerprint(adapter: Adapter) -> list[float]:
 
 
 def _is_close(expected: float, received: object) -> bool:
-    return isinstance(received, (int, float)) and math.isclose(expected, received, rel_tol=0.01)
+    return isinstance(received, (int, float)) and abs(received) < 1e300 and math.isclose(expected, received, rel_tol=0.01)
+
+
+def _parse_number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise UserError(f"{name} should be a finite number, received {value!r:.40}")
+    return float(value)
+
+
+def _parse_scale(value: object) -> Scale:
+    if isinstance(value, dict):
+        return {str(block): _parse_number(number, f"scale of {block}") for block, number in value.items()}
+    return _parse_number(value, "scale")
+
+
+def _check_mask(mask: Tensor | None) -> Tensor | None:
+    if mask is not None and (mask.ndim != 2 or not mask.numel() or not 0 <= float(mask.min()) <= float(mask.max()) <= 1):
+        raise UserError(f"mask should be (height, width) in 0 … 1, received {tuple(mask.shape)}")
+    return mask
 
 
 def build_aggregator(aggregation: str | None, adapter: Adapter) -> Aggregator | None:
@@ -302,7 +344,8 @@ def load(source: str | Path, weight_name: str | None = None, image_encoder: str 
     path, location = hub.resolve_adapter(str(source), weight_name)
     adapter, spec = checkpoints.load_adapter(path)
     if spec.is_faceid and not spec.uses_patch_features:
-        return ImagePromptEncoder(adapter, spec, FaceEncoder(spec.image_embed_dim, normalized=spec.normalized_id_embeds))
+        detects = spec.adapter_type != "instantid"  # its embeddings are those of another face recognition model
+        return ImagePromptEncoder(adapter, spec, FaceEncoder(spec.image_embed_dim, normalized=spec.normalized_id_embeds, detects=detects))
     location = (str(image_encoder), None) if image_encoder else location
     encoder = ImageEncoder.load(*(location or hub.default_image_encoder(spec)))
     if isinstance(adapter.image_proj, FaceIDPlusProjection):

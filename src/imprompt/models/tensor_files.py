@@ -13,13 +13,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.errors import CheckpointError, notify
 from imprompt.utils.files import atomic_path
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+NOT_FINITE = "contains NaN or infinity: the training that wrote it diverged, or the file is damaged; use an earlier checkpoint"
 Metadata = dict[str, Any]  # what imprompt writes into a file, as JSON
 _METADATA_KEY = "imprompt"
 _SAFETENSORS_ERRORS = (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError)
@@ -169,6 +170,21 @@ def check_weights(tensors: Mapping[str, Tensor], file_name: str) -> None:
             raise CheckpointError(f"{file_name}: {key} {problem}")
 
 
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise CheckpointError where a floating-point tensor of a model contains NaN or infinity."""
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not _largest_magnitude(tensor) < float("inf"):
+            raise CheckpointError(f"{name}: {key} {NOT_FINITE}")
+
+
+def _largest_magnitude(tensor: Tensor) -> float:
+    """max |x|, which is NaN or infinity where an element is; 0 for an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (tensor if tensor.element_size() > 1 else tensor.float()).aminmax()
+    return max(-float(low), float(high))
+
+
 def _weight_problem(tensor: Tensor) -> str | None:
     """Why a tensor cannot be used as weights, as the rest of a sentence that begins with its name; None where it can."""
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -176,12 +192,10 @@ def _weight_problem(tensor: Tensor) -> str | None:
         return "is no ordinary dense tensor; save the weights again as .safetensors"
     if not tensor.is_floating_point() or tensor.element_size() == 0:
         return f"is {dtype}: quantized, and its scales are unknown here; expected float32, float16 or bfloat16 weights"
-    if not tensor.numel():
-        return None
-    low, high = (float(x) for x in (tensor if tensor.element_size() > 1 else tensor.float()).aminmax())
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        return "contains NaN or infinity: the training that wrote it diverged, or the file is damaged; use an earlier checkpoint"
-    if tensor.element_size() == 1 and max(-low, high) == torch.finfo(tensor.dtype).max:
+    largest = _largest_magnitude(tensor)
+    if not largest < float("inf"):
+        return NOT_FINITE
+    if tensor.element_size() == 1 and largest == torch.finfo(tensor.dtype).max:
         return f"is {dtype} over its whole range: quantized, and its scale is unknown here; expected float32, float16 or bfloat16 weights"
     return None
 

@@ -34,9 +34,18 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     with disk_errors_explained(path), _temporary_folder(path.parent) as folder:
         partial = folder / path.name
         yield partial
+        _apply_umask(partial)
         sync_file(partial)
         partial.replace(path)
         sync_folder(path.parent)
+
+
+def _apply_umask(path: Path) -> None:
+    """Give a file in a temporary folder the permissions of any new file; safetensors writes its files for the owner alone."""
+    example = path.parent / ".permissions"
+    example.touch()
+    path.chmod(example.stat().st_mode & 0o777)
+    example.unlink()
 
 
 def write_file(path: Path | str, content: str | bytes) -> None:
@@ -54,6 +63,7 @@ def write_new_file(path: Path | str, write: Callable[[Path], object]) -> Path:
     with disk_errors_explained(path), _temporary_folder(path.parent) as folder:
         partial = folder / path.name
         write(partial)
+        _apply_umask(partial)
         sync_file(partial)
         candidates = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
         final = next(candidate for candidate in candidates if not os.path.lexists(candidate) and _move_to_free_name(partial, candidate))
