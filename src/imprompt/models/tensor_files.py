@@ -133,9 +133,9 @@ def _is_foreign_archive(path: Path) -> bool:
 
 
 def _flatten(node: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested mappings, with their keys joined by dots."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
+    """The tensors of nested mappings and lists, with their keys and positions joined by dots."""
+    if isinstance(node, (Mapping, list, tuple)):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(node, Tensor):
         yield prefix, node
