@@ -47,6 +47,7 @@ THIRD_PARTY = {
     "markupsafe": ("utils.html", "data.report", "evaluation.report", "studies", "training.run_log"),
     "matplotlib": ("utils.plots",),
     "numpy": ("utils", "models", "mini", "data", "training", "generation", "evaluation", "recipes", "studies"),
+    "pillow_heif": ("utils.images",),
     "pyarrow": ("data",),
     "rich": ("cli",),
     "safetensors": ("models", "data", "training", "evaluation"),

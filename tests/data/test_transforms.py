@@ -101,12 +101,34 @@ def test_buckets_keep_the_area_and_approximate_the_aspect_ratio(size):
     assert load(Record("a", make_gradient(*size)), resolution=64, aspect_ratio_bucketing=True).pixel_values.shape == (3, height, width)
 
 
+@pytest.mark.filterwarnings("ignore::imprompt.errors.Notice")
+def test_a_mask_that_is_black_everywhere_makes_a_record_unusable():
+    with pytest.raises(ImageError, match="the mask of a is black everywhere"):
+        load(Record("a", make_gradient(40, 40), mask=Image.new("L", (40, 40), 0)))
+
+
+@pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (3, 20_000)])
+def test_a_narrow_strip_is_cropped_without_being_enlarged_as_a_whole(size):
+    example = load(Record("a", Image.new("RGB", size, (255, 0, 0))), resolution=512)
+    assert example.pixel_values.shape == (3, 512, 512) and (example.pixel_values[0] == 255).all()
+    assert math.prod(CropParams.sample(size, TransformConfig(512), random.Random(0)).resized) > 2**25
+
+
+def test_cropping_before_and_after_resizing_give_the_same_pixels(monkeypatch):
+    image = make_gradient(200, 90)
+    after = load(Record("a", image), random_flip=True).pixel_values
+    monkeypatch.setattr("imprompt.data.transforms._MAX_RESIZED_PIXELS", 0)
+    before = load(Record("a", image), random_flip=True).pixel_values
+    assert (after.int() - before.int()).abs().max() <= 6
+
+
 def test_collating_fills_missing_masks():
-    with_mask = load(Record("a", make_gradient(40, 40), "one", mask=Image.new("L", (40, 40), 0)))
+    half = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 40, 0)).resize((40, 40), Image.Resampling.NEAREST)
+    with_mask = load(Record("a", make_gradient(40, 40), "one", mask=half))
     without = load(Record("b", make_gradient(40, 40), "two"))
     batch = collate([with_mask, without])
     assert batch.pixel_values.shape == (2, 3, 32, 32) and batch.captions == ["one", "two"] and batch.time_ids.shape == (2, 6)
-    assert batch.mask[0].max() == 0 and batch.mask[1].min() == 255
+    assert batch.mask[0].float().mean() == pytest.approx(127.5, abs=8) and batch.mask[1].min() == 255
     assert collate([without]).mask is None
 
 

@@ -35,7 +35,7 @@ def test_a_batch_needs_as_many_references_for_every_prompt(ip):
 
 def test_a_saved_prompt_is_loaded_without_its_images(ip, tmp_path):
     prompt = ip(
-        [CAT, FISH], scale={"up_blocks": 0.5}, mask=Image.new("L", (8, 4), 255), start_at=0.25, end_at=0.75, reference_weights=[2, 1],
+        [CAT, FISH], scale={"up_blocks": 0.5}, mask=torch.eye(4, 8), start_at=0.25, end_at=0.75, reference_weights=[2, 1],
         aggregation="average", negative_image=FISH,
     )  # fmt: skip
     prompt.save(tmp_path / "prompt.safetensors")
@@ -126,4 +126,6 @@ def test_arguments_that_do_not_fit_are_refused(ip):
     with pytest.raises(UserError, match="expected an adapter of the FaceID family"):
         ip(CAT, face_embeds=torch.zeros(512))
     with pytest.raises(UserError, match=r"expected a mask of shape \(height, width\)"):
-        ip(CAT, mask=torch.ones(1, 4, 4))
+        ip(CAT, mask=torch.ones(2, 4, 4))
+    with pytest.raises(UserError, match="expected a mask of numbers in 0 … 1"):
+        ip(CAT, mask=torch.full((4, 4), 255.0))

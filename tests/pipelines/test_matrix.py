@@ -151,6 +151,6 @@ def test_t2i_adapters_give_the_latents_of_diffusers(base):
         return pipe("a red fish", num_inference_steps=2, generator=generator, output_type="latent", **size, **arguments).images
 
     expected = sample_latents(task_pipe, image=random_image(1), adapter_conditioning_scale=0.7)
-    with apply_t2i_adapters(pipe.unet, [Control(task_pipe.adapter, random_image(1), 0.7)], (SIDE, SIDE)):
+    with apply_t2i_adapters(pipe.unet, [Control(task_pipe.adapter, random_image(1).resize((SIDE, SIDE)), 0.7)]):
         torch.testing.assert_close(sample_latents(pipe), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(sample_latents(pipe), expected, atol=1e-2)

@@ -14,8 +14,17 @@ import pytest
 from PIL import Image
 
 from imprompt.config.common import RESIZE_MODES
-from imprompt.errors import ImageError
-from imprompt.utils.images import cropped_fraction, is_animated, make_contact_sheet, open_image, resize_to_square, tile_to_squares, to_rgb
+from imprompt.errors import ImageError, Notice
+from imprompt.utils.images import (
+    IMAGE_SUFFIXES,
+    cropped_fraction,
+    is_animated,
+    make_contact_sheet,
+    open_image,
+    resize_to_square,
+    tile_to_squares,
+)
+from imprompt.utils.pixels import to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -60,7 +69,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         open_image("x" * 5000 + ".png")
 
 
-@pytest.mark.parametrize("source", [3, None, np.zeros((4, 4, 3), np.uint8)], ids=["int", "None", "array"])
+@pytest.mark.parametrize("source", [3, None, [0, 1]], ids=["int", "None", "list"])
 def test_other_types_are_refused(source):
     assert type(source).__name__ in open_error(source)
 
@@ -97,6 +106,7 @@ def test_a_png_with_corrupted_pixels_is_reported_as_damaged(tmp_path):
     assert "damaged" in open_error(path)
 
 
+@pytest.mark.filterwarnings("ignore::imprompt.errors.Notice")
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM"])
 def test_corrupted_files_raise_nothing_but_image_errors(file_format, tmp_path):
     """Bytes overwritten at random: the file opens or is refused, without a warning and without another exception."""
@@ -140,6 +150,69 @@ def test_decompression_bombs_are_refused(tmp_path):
 def test_an_empty_image_is_refused():
     with pytest.raises(ImageError, match="0 × 5 pixels is empty"):
         open_image(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("size", [(100_000_000, 1), (1, 65_536)])
+def test_sides_longer_than_those_of_jpeg_are_refused(size, tmp_path):
+    assert "sides of at most 65535" in open_error(write_png(tmp_path / "strip.png", *size))
+
+
+@pytest.mark.parametrize("head", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1" + bytes(60), b"#define a_width 9\n"])
+def test_formats_that_are_not_promised_are_not_even_tried(head, tmp_path, monkeypatch):
+    """Ghostscript would be started for the first, whatever the suffix."""
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **b: pytest.fail("a program was started"))
+    (tmp_path / "a.png").write_bytes(head)
+    assert "a.png is not an image that can be read; expected PNG" in open_error(tmp_path / "a.png")
+
+
+def test_files_that_may_not_be_read_or_are_enormous_are_called_that(tmp_path, monkeypatch):
+    path = tmp_path / "a.webp"
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)
+    assert "a file of 1024 MB" in open_error(path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    noise_image().save(tmp_path / "b.png")
+    assert open_error(tmp_path / "b.png") == "b.png may not be read; change its permissions"
+
+
+def test_an_image_that_is_opened_lazily_and_cut_is_reported_as_damaged(tmp_path):
+    noise_image(200, 150).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    with Image.open(tmp_path / "a.png") as lazy:
+        assert "a.png is damaged or truncated" in open_error(lazy)
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    assert "damaged" in open_error(closed)
+
+
+def test_an_animation_whose_second_frame_is_damaged_opens(tmp_path):
+    path = tmp_path / "a.gif"
+    noise_image().save(path, save_all=True, append_images=[noise_image()])
+    single = io.BytesIO()
+    noise_image().save(single, "GIF")
+    path.write_bytes(path.read_bytes()[: len(single.getvalue()) + 60])
+    assert open_image(path).size == (40, 30) and is_animated(open_image(path))
+
+
+def test_heic_is_read_with_its_package_and_named_without(tmp_path, monkeypatch):
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "a.HEIC"
+    heif.from_pillow(Image.new("RGB", (64, 48), RED)).save(path, quality=90)
+    image = open_image(path)
+    assert image.size == (64, 48) and np.abs(np.subtract(image.getpixel((30, 20)), RED)).max() < 12
+    monkeypatch.setattr("imprompt.utils.images._available_formats", lambda: ("PNG", "JPEG"))
+    assert "pip install 'imprompt[heic]'" in open_error(path) and "imprompt[heic]" in open_error(path.read_bytes())
+
+
+@pytest.mark.parametrize("suffix", [s for s in IMAGE_SUFFIXES if s not in (".heic", ".heif", ".hif", ".avifs", ".pfm", ".jpc", ".j2c")])
+def test_every_suffix_is_one_of_a_format_that_opens(suffix, tmp_path):
+    path = tmp_path / f"a{suffix.upper()}"
+    Image.new("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB", (16, 12), "white").save(path)
+    assert open_image(path).getpixel((3, 3)) == WHITE
 
 
 # ------------------------------------------------------------------------------------------------------------ accepted
@@ -197,7 +270,8 @@ def test_16_bit_images_keep_white_and_mid_gray(tmp_path):
 
 def test_floating_point_images_are_scaled_to_their_brightest_pixel(tmp_path):
     Image.fromarray(np.array([[-1.0, 0.0, 2.0, 4.0, np.nan, np.inf]], np.float32)).save(tmp_path / "a.tiff")
-    image = open_image(tmp_path / "a.tiff")
+    with pytest.warns(Notice, match="below 0|brightest|highest"):
+        image = open_image(tmp_path / "a.tiff")
     assert [image.getpixel((x, 0))[0] for x in range(5)] == [0, 0, 128, 255, 0]
 
 

@@ -22,11 +22,11 @@ class ImagePromptConfig(Options):
     face_embeds: str | None = option(
         UNSET, "identity embeddings for a FaceID adapter, .npy or .safetensors (default: from the references, extra: faces)", metavar="FILE"
     )
-    image_mask: str | None = option(UNSET, "image that is white where the image prompt applies", metavar="PATH")
+    image_mask: Any = option(UNSET, "image that is white where the image prompt applies", metavar="PATH")
     scale_per_block: str = option("", "style, layout, or BLOCK=λ separated by commas, such as up_blocks=1,mid_block=0.5")
     start_at: float = option(0.0, "start of conditioning as a fraction of denoising", ge=0, le=1)
     end_at: float = option(1.0, "end of conditioning as a fraction of denoising", ge=0, le=1)
-    negative_image: str | None = option(UNSET, "negative reference image: replaces the unconditional embedding", metavar="PATH")
+    negative_image: Any = option(UNSET, "negative reference image: replaces the unconditional embedding", metavar="PATH")
     adapter: str | None = option(UNSET, "adapter: a file, a hub file, mini, mini-plus … (default: mini with --model mini)")
     image_encoder: str | None = option(UNSET, "image encoder: a folder or hub id (default: the one the adapter was trained with)")
     resize_mode: ResizeMode = option("crop", "how references that are not square are resized")
@@ -97,46 +97,51 @@ class SamplingConfig(Options):
 class TaskConfig(Options):
     """Image-to-image, inpainting and structure control."""
 
-    init_image: str | None = option(UNSET, "image-to-image: the image to start from", metavar="PATH")
+    init_image: Any = option(UNSET, "image-to-image: the image to start from", metavar="PATH")
     strength: float | None = option(UNSET, "how much of the image is replaced by noise (default: 0.6; 1 for inpainting)", ge=0, le=1)
-    inpaint_image: str | None = option(UNSET, "inpainting: the image to repaint", metavar="PATH")
-    mask_image: str | None = option(UNSET, "inpainting: white where it is repainted", metavar="PATH")
-    control: tuple[str, ...] = option(
+    inpaint_image: Any = option(UNSET, "inpainting: the image to repaint", metavar="PATH")
+    mask_image: Any = option(UNSET, "inpainting: white where it is repainted", metavar="PATH")
+    control: tuple[Any, ...] = option(
         (), "structure control: KIND=IMAGE or KIND=IMAGE:SCALE; edges or silhouette on mini, canny, depth, pose …, a folder or hub id",
         metavar="CONTROL",
     )  # fmt: skip
     lora: tuple[str, ...] = option((), "LoRA of the base model: a file, folder or hub id, with :SCALE after it", metavar="LORA")
 
     def check(self) -> None:
-        if self.init_image and self.inpaint_image:
+        if self.init_image is not UNSET and self.inpaint_image is not UNSET:
             raise UserError("init_image and inpaint_image: expected one of them; both name the image to start from")
-        if bool(self.inpaint_image) != bool(self.mask_image):
-            missing, present = ("mask_image", "inpaint_image") if self.inpaint_image else ("inpaint_image", "mask_image")
+        if (self.inpaint_image is UNSET) != (self.mask_image is UNSET):
+            names = ("inpaint_image", "mask_image")
+            missing, present = names if self.inpaint_image is UNSET else names[::-1]
             raise UserError(f"{missing}: {present} needs it; give both --inpaint-image IMAGE and --mask-image IMAGE")
-        if self.strength is not None and not self.source_image:
+        if self.strength is not None and self.source_image is UNSET:
             raise UserError("strength: has an effect with an image to start from only; give --init-image or --inpaint-image")
         self.parse_controls()
 
     @property
-    def source_image(self) -> str | None:
+    def source_image(self) -> Any:
         """The image that sampling starts from."""
-        return self.init_image or self.inpaint_image
+        return self.inpaint_image if self.init_image is UNSET else self.init_image
 
     def effective_strength(self) -> float:
         """The share of the denoising steps that are taken: 1 without an image to start from."""
         if self.strength is not None:
             return self.strength
-        return 0.6 if self.init_image else 1.0
+        return 1.0 if self.init_image is UNSET else 0.6
 
-    def parse_controls(self) -> list[tuple[str, str, float]]:
+    def parse_controls(self) -> list[tuple[str, Any, float]]:
         """Kind, image and conditioning scale of each structure control. Raises UserError."""
-        controls = []
-        for word in self.control:
-            kind, _, rest = word.partition("=")
-            if not (kind and rest):
-                raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:SCALE, such as canny=edges.png:0.8; received {word!r}")
-            controls.append((kind, *parse_weighted(rest)))
-        return controls
+        return [_parse_control(one) for one in self.control]
+
+
+def _parse_control(control: Any) -> tuple[str, Any, float]:
+    """KIND=IMAGE or KIND=IMAGE:SCALE; from Python also a kind, an image of any type and possibly its scale."""
+    if isinstance(control, tuple) and 2 <= len(control) <= 3 and isinstance(control[0], str):
+        return control[0], control[1], float(control[2]) if len(control) == 3 else 1.0
+    kind, _, rest = control.partition("=") if isinstance(control, str) else ("", "", "")
+    if not (kind and rest):
+        raise UserError(f"control: expected KIND=IMAGE or KIND=IMAGE:SCALE, such as canny=edges.png:0.8; received {control!r}")
+    return (kind, *parse_weighted(rest))
 
 
 @dataclass(frozen=True)

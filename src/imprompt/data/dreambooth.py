@@ -4,11 +4,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from imprompt.data.records import Record
 from imprompt.errors import UserError
-from imprompt.utils.images import ImageInput
+from imprompt.utils.images import ImageInput, open_image
 
 
 class DreamBoothDataset:
@@ -51,6 +49,6 @@ class DreamBoothDataset:
 
 
 def _read_bytes(image: ImageInput) -> bytes:
-    if isinstance(image, Image.Image):
-        return image.tobytes()
-    return image if isinstance(image, bytes) else Path(image).read_bytes() if Path(image).is_file() else b""
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes() if Path(image).is_file() else b""
+    return image if isinstance(image, bytes) else open_image(image).tobytes()

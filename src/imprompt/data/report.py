@@ -21,7 +21,7 @@ from imprompt.data.sampler import RecordReader, iterate_once
 from imprompt.errors import summarize_error
 from imprompt.utils.files import atomic_path, write_file
 from imprompt.utils.html import render_html, write_page
-from imprompt.utils.images import make_contact_sheet, open_image
+from imprompt.utils.images import make_contact_sheet, open_image, open_mask
 
 Entry = TypeVar("Entry")
 MAX_LISTED_RECORDS = 1000  # records with the same problem that the report lists
@@ -192,8 +192,10 @@ def inspect_record(read: RecordReader) -> RecordStats:
     """Open the images of a record. Raises UserError for an unreadable one."""
     record = read()
     image = open_image(record.target)
-    for other in (*record.references, *([record.mask] if record.mask is not None else [])):
-        open_image(other)
+    for reference in record.references:
+        open_image(reference)
+    if record.mask is not None:
+        open_mask(record.mask, "a mask")
     content_hash = hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=12).digest()
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     mean_color = np.asarray(image.resize((1, 1), Image.Resampling.BOX)) // 16

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from imprompt.data.records import Record
 from imprompt.errors import ImageError
-from imprompt.utils.images import ImageInput, open_image, resize_to_square
+from imprompt.utils.images import ImageInput, open_image, open_mask, resize_to_square
+
+_MAX_RESIZED_PIXELS = 2**25  # of a whole image before it is cropped
 
 Preprocess = Callable[[Sequence[Image.Image]], Tensor]  # images → pixel values of an image encoder
 
@@ -71,14 +73,22 @@ def load_example(record: Record, seed: int, config: TransformConfig, preprocess:
     squares = [resize_to_square(augment_image(image, strength, rng) if strength else image) for image in references]
     mask = None
     if record.mask is not None:
-        full_mask = open_image(record.mask).convert("L").resize(original.size, Image.Resampling.NEAREST)
-        mask = torch.from_numpy(np.array(crop.apply(full_mask)))
+        mask = torch.from_numpy(np.array(crop.apply(_open_loss_mask(record, original.size))))
     pixel_values = torch.from_numpy(np.array(target)).permute(2, 0, 1).contiguous()
     time_ids = (original.height, original.width, crop.top, crop.left, crop.height, crop.width)
     caption = record.caption or config.default_caption
     return Example(
         pixel_values, preprocess(squares), caption, mask, time_ids, seed, record.key, record.subject, record.loss_weight
     )  # fmt: skip
+
+
+def _open_loss_mask(record: Record, size: tuple[int, int]) -> Image.Image:
+    """The mask of a record, L, stretched to its image. Raises ImageError where it is black everywhere: the loss would count nowhere."""
+    assert record.mask is not None
+    mask = open_mask(record.mask, "a mask")
+    if not mask.getbbox():
+        raise ImageError(f"the mask of {record.key} is black everywhere; expected white where the loss counts")
+    return mask.resize(size, Image.Resampling.NEAREST)
 
 
 def _open_references(references: Sequence[ImageInput], config: TransformConfig, rng: random.Random) -> list[Image.Image]:
@@ -131,9 +141,16 @@ class CropParams(NamedTuple):
         method = Image.Resampling.LANCZOS if self.resized[0] < image.width else Image.Resampling.BICUBIC
         if image.mode == "L":  # masks: no ringing
             method = Image.Resampling.BOX
-        resized = image if image.size == self.resized else image.resize(self.resized, method)
-        crop = resized.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        crop = self._resize(image, method)
         return ImageOps.mirror(crop) if self.flip else crop
+
+    def _resize(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
+        """The resized and cropped image. Of one that would become too large, such as a narrow strip, the crop alone is resized."""
+        box = (self.left, self.top, self.left + self.width, self.top + self.height)
+        if math.prod(self.resized) > _MAX_RESIZED_PIXELS:
+            x, y = image.width / self.resized[0], image.height / self.resized[1]
+            return image.resize((self.width, self.height), method, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+        return (image if image.size == self.resized else image.resize(self.resized, method)).crop(box)
 
 
 def select_bucket(size: tuple[int, int], side: int, multiple: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from imprompt.evaluation.samples import EvalSample, SamplingParams
 from imprompt.methods.shuffle import FIELD_SIZE, warp_by_field
 from imprompt.models import hub
 from imprompt.models.base_pipelines import SINGLE_FILE_SUFFIXES, check_model_index
-from imprompt.utils.images import to_rgb
+from imprompt.utils.images import open_image
 
 Args = tuple[object, ...]
 SIZE_MULTIPLE = 8  # pixels; all of these pipelines need multiples of it
@@ -219,7 +219,7 @@ class ExternalPipeline:
         parameters that the pipeline rejects.
         """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        request = GenerationRequest([to_rgb(sample.references[0]) for sample in samples], list(prompts), generators, params)
+        request = GenerationRequest([open_image(sample.references[0]) for sample in samples], list(prompts), generators, params)
         kwargs = self.spec.build_kwargs(*self.pipes, request)
         try:
             with _silence_third_party_warnings():

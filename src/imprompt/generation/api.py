@@ -8,7 +8,7 @@ from PIL import Image
 
 from imprompt.config import GenerateConfig
 from imprompt.config.common import keyword_signature
-from imprompt.utils.images import ImageInput
+from imprompt.utils.images import ImageInput, list_images
 
 _models: Any = None
 _lock = Lock()  # pipelines are changed and restored while they sample: one call at a time
@@ -17,15 +17,15 @@ _lock = Lock()  # pipelines are changed and restored while they sample: one call
 def generate(image: ImageInput | Sequence[ImageInput] = (), **options: Any) -> list[Image.Image]:
     """Generate images from a reference image, or from several of one subject.
 
-    `image` is a path, bytes or a PIL image, or a list of them. The keywords are the options of `imprompt generate`; an
+    `image` is a path, bytes, a PIL image, an array or a tensor, or a list of them, and so are masks and images to start from; a
+    control is a string or a tuple of kind, image and scale. The keywords are the options of `imprompt generate`; an
     option left at None takes a value that suits the model. Nothing is written. The base model stays in memory for the next
     call. Raises `imprompt.UserError` for anything that cannot be used.
     """
     from imprompt.generation.generate import LoadedModels, generate_images
 
     global _models
-    images = tuple(image) if isinstance(image, (list, tuple)) else (image,)
-    config = GenerateConfig.from_options(**options, image=images)
+    config = GenerateConfig.from_options(**options, image=tuple(list_images(image)))
     with _lock:
         _models = _models or LoadedModels.empty()
         return [generated.image for generated in generate_images(config, _models)]

@@ -35,7 +35,7 @@ BUNDLED_CONTROLS = {"edges": "controlnet_edges", "silhouette": "t2i_silhouette"}
 
 @dataclass(frozen=True)
 class Control:
-    """A control image, the model that reads it, and its conditioning scale."""
+    """A control image at the size of the output, the model that reads it, and its conditioning scale."""
 
     model: Any  # ControlNetModel or T2IAdapter
     image: Image.Image
@@ -69,12 +69,12 @@ def load_control(kind: str, model: str, device: str, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def apply_t2i_adapters(unet: nn.Module, controls: Sequence[Control], size: tuple[int, int]) -> Iterator[None]:
-    """Within the context the UNet is conditioned on these T2I-Adapters. size: width and height of the output in pixels."""
+def apply_t2i_adapters(unet: nn.Module, controls: Sequence[Control]) -> Iterator[None]:
+    """Within the context the UNet is conditioned on these T2I-Adapters, whose images have the size of the output."""
     if not controls:
         yield
         return
-    features = [_compute_features(control, size) for control in controls]
+    features = [_compute_features(control) for control in controls]
     depths = {len(levels) for levels in features}
     if len(depths) > 1:
         raise UserError("control: these T2I-Adapters were made for different models")
@@ -93,16 +93,11 @@ def apply_t2i_adapters(unet: nn.Module, controls: Sequence[Control], size: tuple
 
 
 @torch.no_grad()
-def _compute_features(control: Control, size: tuple[int, int]) -> list[Tensor]:
+def _compute_features(control: Control) -> list[Tensor]:
     """Features of a control image for each level of the UNet: (1, channels, height, width)."""
     model = control.model
     weight = next(model.parameters())
     channels = model.adapter.conv_in.in_channels // model.adapter.unshuffle.downscale_factor**2
-    image = control.image.convert("L" if channels == 1 else "RGB").resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).float().div(255).reshape(size[1], size[0], channels).permute(2, 0, 1)[None]
+    image = control.image.convert("L" if channels == 1 else "RGB")
+    pixels = torch.from_numpy(np.array(image)).float().div(255).reshape(image.height, image.width, channels).permute(2, 0, 1)[None]
     return [control.scale * level for level in model(pixels.to(weight))]
-
-
-def resize_control_image(control: Control, size: tuple[int, int]) -> Image.Image:
-    """A ControlNet's image at the size of the output."""
-    return control.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imprompt.config import PER_SUBJECT_METHODS, GenerateConfig, ImagePromptConfig, PipelineConfig, SamplingConfig
 from imprompt.core.conditioning import BLOCK_PRESETS
-from imprompt.errors import UserError
+from imprompt.errors import UserError, notify
 from imprompt.generation.controls import apply_t2i_adapters
 from imprompt.generation.lora import use_lora
 from imprompt.generation.tasks import GenerationTask, prepare_task
@@ -23,6 +23,7 @@ from imprompt.models import hub
 from imprompt.models.base_pipelines import default_guidance_scale, load_pipeline, resolve_device, resolve_dtype, use_scheduler
 from imprompt.models.image_prompt import ImagePrompt, ImagePromptEncoder, load, load_mask
 from imprompt.unet.injection import attach
+from imprompt.utils.images import differs_in_shape
 from imprompt.utils.memory import explain_oom
 
 _MAX_BATCH_PIXELS = 4 * 512 * 512
@@ -92,6 +93,7 @@ def generate_images(
         base = models.pipeline(config.pipeline, config.sampling.dtype)
         task = prepare_task(config.task, base, config.sampling.parse_resolution(), model=config.pipeline.model)
         prompts = [encode_image_prompt(spec, models, base) for spec in specs]
+        _report_stretched_masks(prompts, task.size)
         if config.save_embeds and config.reference.has_reference:
             prompts[0].save(config.save_embeds)
         sampler = Sampler(base, task, config.sampling, config.pipeline.model, config.task.lora)
@@ -121,7 +123,7 @@ class Sampler:
         with ExitStack() as stack:
             stack.enter_context(use_lora(self.base, self.lora))
             stack.enter_context(use_scheduler(self.task.pipe, self.config.scheduler, self.config.num_inference_steps))
-            stack.enter_context(apply_t2i_adapters(self.base.unet, self.task.t2i_adapters, self.task.size))
+            stack.enter_context(apply_t2i_adapters(self.base.unet, self.task.t2i_adapters))
             if image_prompts:
                 stack.enter_context(attach(self.task.pipe, *image_prompts))
             if subject:
@@ -205,7 +207,7 @@ def encode_image_prompt(config: ImagePromptConfig, models: LoadedModels, base: A
     scale = {name: config.scale * value for name, value in blocks.items()} if blocks else config.scale
     if saved := saved_embeds_file(config):
         prompt = encoder.load_prompt(saved)
-        mask = load_mask(config.image_mask) if config.image_mask else prompt.mask
+        mask = prompt.mask if config.image_mask is None else load_mask(config.image_mask)
         return replace(prompt, scale=scale, start_at=config.start_at, end_at=config.end_at, mask=mask)
     return encoder(
         list(config.image), scale=scale, mask=config.image_mask, start_at=config.start_at, end_at=config.end_at,
@@ -213,6 +215,13 @@ def encode_image_prompt(config: ImagePromptConfig, models: LoadedModels, base: A
         aggregation=None if config.aggregation == "auto" else config.aggregation,
         negative_image=config.negative_image, face_embeds=config.face_embeds,
     )  # fmt: skip
+
+
+def _report_stretched_masks(prompts: Sequence[ImagePrompt], size: tuple[int, int]) -> None:
+    for mask in (prompt.mask for prompt in prompts if prompt.mask is not None):
+        height, width = mask.shape
+        if differs_in_shape((width, height), size):
+            notify(f"image_mask is {width} × {height}, the output {size[0]} × {size[1]}: it is stretched to the output")
 
 
 def saved_embeds_file(config: ImagePromptConfig) -> str | None:

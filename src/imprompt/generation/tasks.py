@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from imprompt.config import TaskConfig
-from imprompt.errors import UserError
-from imprompt.generation.controls import Control, load_control, resize_control_image
+from imprompt.errors import UserError, notify
+from imprompt.generation.controls import Control, load_control
 from imprompt.models.base_pipelines import check_size, native_resolution, size_constraints, to_task_pipeline
-from imprompt.utils.images import open_image
+from imprompt.utils.images import ImageInput, differs_in_shape, name_of, open_control_image, open_image, open_mask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GenerationTask:
         if self.mask:
             kwargs["mask_image"] = [self.mask] * num_images
         if self.controlnets:
-            images = [resize_control_image(control, self.size) for control in self.controlnets]
+            images = [control.image for control in self.controlnets]
             scales = [control.scale for control in self.controlnets]
             kwargs["control_image" if self.image else "image"] = images if len(images) > 1 else images[0]
             kwargs["controlnet_conditioning_scale"] = scales if len(scales) > 1 else scales[0]
@@ -50,27 +50,41 @@ class GenerationTask:
 def prepare_task(config: TaskConfig, base: Any, size: tuple[int, int] | None, *, model: str) -> GenerationTask:
     """Open and check everything that the configuration names, and find the pipeline for it.
 
-    `size` is (width, height) in pixels; without it, the aspect ratio of the image to start from at the model's own area, or
-    the model's native resolution. Raises UserError.
+    `size` is (width, height) in pixels; without it, the aspect ratio of the image to start from, or else of the first control
+    image, at the model's own area; without either, the model's native resolution. Raises UserError.
     """
-    image = open_image(config.source_image) if config.source_image else None
-    size = size or (match_aspect_ratio(image, base) if image else (native_resolution(base),) * 2)
-    check_size(base, *size)
+    image = None if config.source_image is None else open_image(config.source_image)
+    mask = None if image is None or config.mask_image is None else fit_mask(config.mask_image, image)
     _check_in_channels(base, model, inpainting=config.inpaint_image is not None)
-    controls = _load_controls(config, base, model)
+    control_images = [(kind, open_control_image(source), scale) for kind, source, scale in config.parse_controls()]
+    shape = image or next((image for _, image, _ in control_images), None)
+    size = size or (match_aspect_ratio(shape, base) if shape else (native_resolution(base),) * 2)
+    check_size(base, *size)
+    controls = _load_controls(control_images, base, model, size)
     controlnets = [control for control in controls if control.is_controlnet]
     pipe = to_task_pipeline(
-        base, image_to_image=bool(config.init_image), inpainting=bool(config.inpaint_image), controlnets=[c.model for c in controlnets]
+        base, image_to_image=config.init_image is not None, inpainting=mask is not None, controlnets=[c.model for c in controlnets]
     )
     return GenerationTask(
         pipe,
         size,
         config.effective_strength(),
         ImageOps.fit(image, size, Image.Resampling.LANCZOS) if image else None,
-        ImageOps.fit(open_image(config.mask_image).convert("L"), size, Image.Resampling.BILINEAR) if config.mask_image else None,
+        ImageOps.fit(mask, size, Image.Resampling.BILINEAR) if mask else None,
         controlnets,
         [control for control in controls if not control.is_controlnet],
     )
+
+
+def fit_mask(source: ImageInput, image: Image.Image) -> Image.Image:
+    """The mask of an image. One of another aspect ratio, as tools that work at a square size make it, is stretched to the image."""
+    name = name_of(source, "mask_image")
+    mask = open_mask(source, name)
+    if differs_in_shape(mask.size, image.size):
+        sizes = f"{mask.width} × {mask.height}, the image {image.width} × {image.height}"
+        notify(f"the mask {name} is {sizes}: it is stretched to the image")
+        return mask.resize(image.size, Image.Resampling.BILINEAR)
+    return mask
 
 
 def _check_in_channels(base: Any, model: str, *, inpainting: bool) -> None:
@@ -81,11 +95,17 @@ def _check_in_channels(base: Any, model: str, *, inpainting: bool) -> None:
         raise UserError(f"{model} has {channels} input channels; expected a text-to-image model (4) or one for inpainting (9)")
 
 
-def _load_controls(config: TaskConfig, base: Any, model: str) -> list[Control]:
-    """Each model once, however many images it is given."""
-    controls = config.parse_controls()
-    models = {kind: load_control(kind, model, base.unet.device, base.unet.dtype) for kind in dict.fromkeys(kind for kind, _, _ in controls)}
-    return [Control(models[kind], open_image(path), scale) for kind, path, scale in controls]
+def _load_controls(images: Sequence[tuple[str, Image.Image, float]], base: Any, model: str, size: tuple[int, int]) -> list[Control]:
+    """Each model once, however many images it is given; their images at the size of the output."""
+    models = {kind: load_control(kind, model, base.unet.device, base.unet.dtype) for kind in dict.fromkeys(kind for kind, _, _ in images)}
+    return [Control(models[kind], _fit_control_image(kind, image, size), scale) for kind, image, scale in images]
+
+
+def _fit_control_image(kind: str, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A control image at the size of the output, cropped around its center as the image to start from is."""
+    if differs_in_shape(image.size, size):
+        notify(f"control {kind}: the image is {image.width} × {image.height}, the output {size[0]} × {size[1]}: its center is used")
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def match_aspect_ratio(image: Image.Image, base: Any) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.face_encoders import FaceEncoder, load_id_embeds
 from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder
 from imprompt.models.tensor_files import read_tensors, write_tensors
-from imprompt.utils.images import ImageInput, open_image, resize_to_square, tile_to_squares
+from imprompt.utils.images import ImageInput, list_images, name_of, open_image, open_mask, resize_to_square, tile_to_squares
 
 FaceEmbeds = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
 
@@ -129,7 +129,7 @@ class ImagePromptEncoder:
         images: ImageInput | Sequence[ImageInput] = (),
         *,
         scale: Scale = 1.0,
-        mask: ImageInput | Tensor | None = None,
+        mask: ImageInput | None = None,
         start_at: float = 0.0,
         end_at: float = 1.0,
         resize_mode: str = "crop",
@@ -141,7 +141,7 @@ class ImagePromptEncoder:
         """An image prompt from one reference image, or from several of one subject.
 
         scale: λ, a number, or a mapping from UNet blocks to numbers.
-        mask: white where the image prompt applies; an image, or a tensor (height, width) in 0 … 1.
+        mask: white where the image prompt applies; an image, or a tensor (height, width) in 0 … 1. It is stretched to the output.
         start_at, end_at: when it applies, as fractions of denoising, 0 … 1.
         resize_mode: crop, pad, squash or tile, for images that are not square.
         reference_weights: a number for each image; 2 is the same as giving it twice, 0 as leaving it out.
@@ -168,7 +168,7 @@ class ImagePromptEncoder:
         face_embeds: FaceEmbeds | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Features of the references, (references, patches, embed_dim), and their weights, (references,) or None. A tile is a reference."""
-        opened = [open_image(image) for image in ([images] if isinstance(images, ImageInput) else images)]
+        opened = [open_image(image) for image in list_images(images)]
         if isinstance(self.encoder, FaceEncoder):
             features = _encode_faces(self.encoder, opened, face_embeds, resize_mode)
             return features, _check_weights(reference_weights, len(features))
@@ -314,14 +314,19 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> Tensor | None
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def load_mask(mask: ImageInput | Tensor) -> Tensor:
-    """An image, white where the image prompt applies, as (height, width) in 0 … 1; a tensor of that shape is returned in float32."""
-    if isinstance(mask, Tensor):
+def load_mask(mask: ImageInput) -> Tensor:
+    """A mask, white where the image prompt applies, as (height, width) in 0 … 1. A tensor of numbers in 0 … 1 is kept as it is.
+
+    Raises UserError for a tensor of another shape or range, ImageError for an image that is no mask.
+    """
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.squeeze(0) if mask.ndim == 3 else mask
         if mask.ndim != 2:
             raise UserError(f"expected a mask of shape (height, width), received {tuple(mask.shape)}")
+        if not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise UserError("expected a mask of numbers in 0 … 1, received others")
         return mask.float()
-    gray = open_image(mask).convert("L")
-    return torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(gray.height, gray.width) / 255
+    return torch.from_numpy(np.array(open_mask(mask, name_of(mask, "image_mask")))) / 255
 
 
 def resolve_image_encoder(model: str, image_encoder: str | None, spec: AdapterSpec | None = None) -> ImageEncoder:
