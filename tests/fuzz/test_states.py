@@ -14,7 +14,7 @@ import kill
 def test_mutated_files_are_read_or_refused_in_one_sentence(target):
     outcomes, findings = fuzz_states.fuzz(minutes=1 / 60, seed=1, targets=(target,))
     assert not findings, "\n".join(findings.values())
-    assert outcomes[f"{target}: refused"] > 5
+    assert outcomes[f"{target}: refused"]
 
 
 @pytest.mark.slow

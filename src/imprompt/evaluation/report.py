@@ -63,15 +63,22 @@ def parse_score(fields: Mapping[str, Any], path: Path) -> RowScore:
         score = RowScore(**{**fields, "metrics": {str(name): Interval(*ends) for name, ends in fields["metrics"].items()}})
         numbers = [*(value for interval in score.metrics.values() for value in interval), score.num_images, score.num_prompts]
         numbers += [score.num_skipped, score.trainable_params or 0, score.seconds_per_image, score.scale]
-        if not all(type(number) in (int, float) for number in numbers):
-            raise TypeError("expected numbers")
+        check_numbers(numbers)
         if not all(isinstance(text, str) for text in (score.name, score.sweep_of)) or any(
             metric_of(m) not in METRICS for m in score.metrics
         ):
             raise TypeError("expected the names of metrics")
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({summarize_error(error)}); delete it and run the same command again") from error
     return score
+
+
+def check_numbers(values: Iterable[object]) -> None:
+    """Raise TypeError or OverflowError where a value that was read is no number, or too large a one."""
+    for value in values:
+        if type(value) not in (int, float):
+            raise TypeError(f"expected a number, received {type(value).__name__}")
+        float(value)  # type: ignore[arg-type]
 
 
 def _compute_score(evaluation: Evaluation, row: EvalRow) -> RowScore:

@@ -23,7 +23,7 @@ from imprompt.config import METHODS, PER_SUBJECT_METHODS, EncodeConfig, Evaluate
 from imprompt.data.feature_cache import is_complete
 from imprompt.errors import UserError, summarize_error
 from imprompt.evaluation.metrics import pairwise_diversity
-from imprompt.evaluation.report import image_strip, parse_score, score_row
+from imprompt.evaluation.report import check_numbers, image_strip, parse_score, score_row
 from imprompt.evaluation.runner import EvalRow, Evaluation, built_in_row
 from imprompt.evaluation.scoring import RowFeatures, RowScore
 from imprompt.evaluation.systems import BUILT_IN_ROWS, NOT_GENERATED
@@ -329,19 +329,20 @@ def load_result(out: Path, row_id: RowId) -> RowResult | None:
     try:
         result = RowResult(**fields)
         score = parse_score({**result.score, "name": str(row_id)}, path)  # type: ignore[dict-item]
-        numbers = [*result.minutes.values(), *(value for values in result.per_prompt.values() for value in values)]
-        if not all(type(number) in (int, float) for number in numbers) or not isinstance(result.protocol, dict):
-            raise TypeError("expected numbers")
-    except (TypeError, AttributeError) as error:
+        check_numbers([*result.minutes.values(), *(value for values in result.per_prompt.values() for value in values)])
+        if not isinstance(result.protocol, dict):
+            raise TypeError("expected a protocol")
+    except (TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({summarize_error(error)}); {remedy}") from error
     return result._replace(score=score)
 
 
 def read_numbers(content: Mapping[str, Any], path: Path, remedy: str, names: Iterable[str]) -> Mapping[str, float]:
     """The numbers of these names from a JSON object. Raises UserError where the file at `path` has something else."""
-    for name in names:
-        if type(content.get(name)) not in (int, float):
-            raise UserError(f"{path} is damaged (no number {name!r}); {remedy}")
+    try:
+        check_numbers(content.get(name) for name in names)
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({summarize_error(error)}); {remedy}") from error
     return content
 
 

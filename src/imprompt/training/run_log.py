@@ -79,7 +79,7 @@ class RunLog:
         write_file(self.folder / "curves.png", curves)
         paths = (self.folder / "samples").glob("step-*.png")
         grids = sorted(path for path in paths if re.fullmatch(r"step-\d{7,18}", path.stem))[-MAX_SAMPLE_GRIDS:]
-        last = next((line for line in reversed(lines) if "val/loss" in line), lines[-1])
+        last = next((line for line in reversed(lines) if "val/loss" in line), lines[-1] if lines else {})
         images = {int(path.stem.removeprefix("step-")): path.read_bytes() for path in reversed(grids)}
         body = render_html(_BODY, curves=curves, last=last, images=images, options=self.options)
         write_page(self.folder / "index.html", self.folder.name, body, heading=self.title)
