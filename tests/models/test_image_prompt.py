@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from imprompt.errors import ImageError, UserError
@@ -87,7 +86,7 @@ ALTERED_SETTINGS = {
 def saved_prompt(ip, tmp_path_factory):
     """The tensors and the settings of a saved prompt with everything in it."""
     path = tmp_path_factory.mktemp("saved") / "prompt.safetensors"
-    ip([CAT, FISH], mask=Image.new("L", (8, 4), 255), reference_weights=[2, 1]).save(path)
+    ip([CAT, FISH], mask=torch.eye(4, 8), reference_weights=[2, 1]).save(path)
     return read_tensors(path)
 
 
