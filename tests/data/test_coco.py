@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from imprompt.data.coco import CocoCaptions, is_coco
+from imprompt.data.coco import CocoCaptions, is_coco, is_coco_content
 from imprompt.data.records import MapRecords
 from imprompt.errors import UserError
 from imprompt.utils.images import open_image
@@ -65,9 +65,10 @@ def test_other_image_folders(tmp_path, folder):
 
 def test_coco_is_detected(tmp_path):
     file = write_coco(tmp_path / "coco", with_images=False)
-    assert is_coco(file) and is_coco(tmp_path / "coco")
+    assert is_coco(tmp_path / "coco") and is_coco_content(json.loads(file.read_text("utf-8")))
     (tmp_path / "list.jsonl").write_text("{}")
-    for other in (tmp_path, tmp_path / "list.jsonl", tmp_path / "missing.json", tmp_path / "coco" / "annotations"):
+    assert not is_coco_content([]) and not is_coco_content({"a.png": "a caption"})
+    for other in (file, tmp_path, tmp_path / "list.jsonl", tmp_path / "missing.json", tmp_path / "coco" / "annotations"):
         assert not is_coco(other)
 
 

@@ -1,33 +1,41 @@
 """COCO captions (Chen et al., 2015, arXiv:1504.00325): images with about five captions each, of which the first is used."""
 
-import json
+import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from imprompt.data.captions import Caption, find_caption, parse_json
 from imprompt.data.records import Record
 from imprompt.errors import UserError, summarize_error
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a path is COCO's: a JSON file, or a folder with annotations/captions_*.json."""
-    if path.suffix.lower() == ".json" and path.is_file():
-        return True
-    return path.is_dir() and bool(_list_caption_files(path))
+    """Whether a path is a folder with COCO's annotations/captions_*.json."""
+    return os.path.isdir(path) and bool(_list_caption_files(path))
+
+
+def is_coco_content(content: object) -> bool:
+    """Whether the content of a JSON file is COCO's."""
+    return isinstance(content, dict) and isinstance(content.get("images"), list) and not isinstance(content.get("target"), str)
 
 
 class CocoCaptions:
-    """The images of one split, sorted by file name, each with its first caption (the lowest id), or "" where it has none.
+    """The images of one split, sorted by file name, each with its first caption (the lowest id with a text), or "" where it has none.
 
     `path` is captions_val2017.json, or the folder with annotations/ and val2017/. The images are expected in a folder with the name
     of the split next to annotations/, in images/ there, or next to the JSON file.
+    `content` is that of the file, where it is read already.
     Raises UserError where captions or images are missing, several splits are possible, or the file holds no COCO captions.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, content: object = None):
         path = Path(path)
         self.path = _resolve_caption_file(path) if path.is_dir() else path
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise UserError(f"no data at {path}; expected COCO's captions, such as annotations/captions_val2017.json")
-        self._captions = _read_first_captions(self.path)
+        content = _read_json(self.path) if content is None else content
+        self._captions, self.skipped = _read_first_captions(content, self.path.name)
         self.names = sorted(self._captions)
         self.folder = _find_image_folder(self.path)
 
@@ -36,7 +44,12 @@ class CocoCaptions:
 
     def __getitem__(self, i: int) -> Record:
         name = self.names[i]
-        return Record(name, self.folder / name, self._captions[name])
+        return Record(name, self.folder / name, self._captions[name], caption_source=self.get_caption(i).source)
+
+    def get_caption(self, i: int) -> Caption:
+        """The caption of an image, which is not opened."""
+        text = self._captions[self.names[i]]
+        return Caption(text, self.path.name) if text else Caption()
 
 
 def _list_caption_files(root: Path) -> list[Path]:
@@ -74,21 +87,26 @@ def _find_image_folder(captions: Path) -> Path:
     return folders[0]
 
 
-def _read_first_captions(path: Path) -> dict[str, str]:
-    """File names and their first captions."""
+def _read_json(path: Path) -> object:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes(), path.name)
+    except (OSError, UserError) as error:
         raise UserError(f"{path.name} cannot be read as JSON ({summarize_error(error)}); download it again") from error
+
+
+def _read_first_captions(content: Any, name: str) -> tuple[dict[str, str], Counter[str]]:
+    """File names and their first captions; and how many images have a name that occurs before."""
     try:
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        captions = sorted(((a["id"], a["image_id"], str(a["caption"]).strip()) for a in content["annotations"]), reverse=True)
-    except (KeyError, TypeError) as error:
+        captions = sorted(((a["id"], a["image_id"], find_caption(a["caption"])) for a in content["annotations"]), reverse=True)
+        count = len(content["images"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path.name} holds no COCO captions; expected images (id, file_name) and annotations (id, image_id, caption): "
+            f"{name} holds no COCO captions; expected images (id, file_name) and annotations (id, image_id, caption): "
             "give captions_….json, not instances_….json"
         ) from error
     if not names:
-        raise UserError(f"{path.name} holds no images; expected COCO's captions, such as annotations/captions_val2017.json")
-    first = {image: caption for _, image, caption in captions}  # sorted by descending id: the lowest one is assigned last
-    return {name: first.get(image, "") for image, name in names.items()}
+        raise UserError(f"{name} holds no images; expected COCO's captions, such as annotations/captions_val2017.json")
+    first = {image: caption for _, image, caption in captions if caption}  # by descending id: the lowest one is assigned last
+    by_name = {file: first.get(image, "") for image, file in names.items()}
+    return by_name, Counter({"images of a name or an id that occurs before": count - len(by_name)})

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import IO, cast
 
 from imprompt.errors import UserError
 from imprompt.models.checkpoints import AdapterSpec
@@ -78,3 +79,14 @@ def _download_adapter(repository: str, weight_name: str) -> Path:
             f"{repository}/{weight_name} is neither in the local cache nor available from the hub ({type(error).__name__}); "
             "check the name and the connection"
         ) from error
+
+
+def open_hub_file(url: str) -> IO[bytes]:
+    """The content of a file of the hub, `hf://datasets/owner/name/path`, as a stream. Raises UserError where there is none."""
+    from huggingface_hub import HfFileSystem
+
+    try:
+        return cast(IO[bytes], HfFileSystem().open(url, "rb", block_size=0))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = type(error).__name__
+        raise UserError(f"{url} cannot be read from the hub ({reason}); check the name, the token and the connection") from error

@@ -1,6 +1,7 @@
 """Private interfaces of other libraries, in one place: an upgrade that removes one breaks here, and `tests/test_compat.py` names it."""
 
 import os
+import tarfile
 from collections.abc import Sequence
 from typing import cast
 
@@ -82,3 +83,17 @@ def reset_accelerate_state() -> None:
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
+
+
+MAX_TAR_HEADER_BYTES = 2**20
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Members of a tar archive whose extended headers, which tarfile holds in memory, have a limited size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if self.type in extended and self.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes; expected at most {MAX_TAR_HEADER_BYTES}")
+        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return member
