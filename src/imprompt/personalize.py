@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from imprompt.config import GenerateConfig, ImagePromptConfig, PersonalizeConfig, TrainConfig
+from imprompt.data.folders import describe_skipped
 from imprompt.data.loader import READ_ERRORS
 from imprompt.data.readers import open_data
 from imprompt.data.records import MapRecords
@@ -58,6 +60,8 @@ def load_images(data: str, output_dir: str, log: Callable[[str], None]) -> list[
             log(f"skipped: {summarize_error(error)}")
     if not images:
         raise UserError(f"none of the {len(records)} images in {data} can be opened")
+    if skipped := describe_skipped(getattr(records, "skipped", None) or Counter()):
+        log(f"not used: {skipped}")
     if len(subjects) > 1:
         names = ", ".join(sorted(subjects)[:3]) + (" …" if len(subjects) > 3 else "")
         log(f"images of {len(subjects)} subjects are taken for one ({names}); name one folder if they are not")

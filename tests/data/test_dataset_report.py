@@ -38,8 +38,10 @@ def analyze(data, min_image_size=512):
 def test_everything_is_counted(image_folder):
     report = analyze(image_folder)
     assert report.summary() == {
-        "records": 14, "unreadable": 1, "too small": 1, "without caption": 4, "caption over 60 words": 1, "exact duplicates": 1,
+        "records": 14, "unreadable": 1, "too small": 1, "with caption": 10, "without caption": 4,
+        "captions from": "10 .txt", "caption over 60 words": 1, "exact duplicates": 1,
         "near duplicates": 1, "with references": 0, "with mask": 0, "subjects": 3, "images per subject": "4 … 6, median 4",
+        "not used": "–",
     }  # fmt: skip
     details = report.to_dict()
     assert details["too small records"] == ["who0/0.png: 700 × 400"] and set(details["unreadable records"]) == {"broken.jpg"}

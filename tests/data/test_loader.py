@@ -100,3 +100,11 @@ def test_too_many_unreadable_records_end_the_run(tmp_path):
 def test_a_dataset_without_readable_records_ends_the_run_too():
     with pytest.raises(UserError, match="could not be read"):
         next(iter(make_loader(NumberedRecords(3, damaged=range(3)))))
+
+
+def test_a_run_ends_where_no_record_can_be_read_however_many_are_allowed():
+    budget = ErrorBudget(max_fraction=1.0, min_records=3)
+    budget.record_failure("a", "x"), budget.record_failure("b", "x")
+    with pytest.raises(UserError, match="3 of 3 records could not be read"):
+        budget.record_failure("c", "x")
+    budget.record_success(), budget.record_failure("d", "x")

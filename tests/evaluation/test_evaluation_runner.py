@@ -19,7 +19,7 @@ from imprompt.evaluation import metrics, report, systems, workers
 from imprompt.evaluation.features import FeatureExtractors
 from imprompt.evaluation.runner import EVALUATION_SCALES, EvalRow, Evaluation, run_evaluation
 from imprompt.evaluation.samples import RecordEvalSet, SamplingParams, load_eval_set
-from imprompt.evaluation.scoring import METRICS, NEGATIVE_NOTE, metric_label, metric_of
+from imprompt.evaluation.scoring import METRICS, NEGATIVE_NOTE, _mean_scores, metric_label, metric_of
 from imprompt.evaluation.store import RowStore
 from imprompt.evaluation.systems import SystemLoader, parse_label
 from imprompt.methods.ip_adapter import IPAdapter
@@ -313,3 +313,18 @@ def test_labels_of_rows():
 def test_mistakes_are_reported(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         list(run_evaluation(configure(tmp_path, num_prompts=2, **options)))
+
+
+def test_there_is_no_clip_t_without_a_caption(tmp_path):
+    for n in range(5):
+        Image.new("RGB", (32, 32), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "0.txt").write_bytes(b"\xe9\xff\x01")
+    data = EvaluationDataConfig(data=str(tmp_path))
+    samples = load_eval_set(data)
+    assert len(samples) == 4 and samples.description.startswith(
+        "data: 0 of 4 records have a caption; CLIP-T is not computed for the others; 1 cannot be read (0.txt is not text in UTF-8"
+    )
+    scores = {"CLIP-T": torch.full((4,), torch.nan), "CLIP-I": torch.ones(4)}
+    assert set(_mean_scores(scores, torch.arange(4), 10)) == {"CLIP-I"}
+    scores["CLIP-T"] = torch.tensor([0.2, torch.nan, 0.4, 0.3])
+    assert _mean_scores(scores, torch.arange(4), 10)["CLIP-T"].value == pytest.approx(0.3)

@@ -13,7 +13,7 @@ from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedC
 from imprompt import __version__, config
 from imprompt.cli.console import print_notices
 from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
-from imprompt.errors import UserError
+from imprompt.errors import UserError, redact_secrets
 from imprompt.utils.signals import report_interrupt
 from imprompt.utils.text import escape
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imprompt: {escape(_describe(error))}", file=sys.stderr)
         return 2
     except UserError as error:
-        print(f"imprompt: {escape(error)}", file=sys.stderr)
+        print(f"imprompt: {escape(redact_secrets(str(error)))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in _REPORTED_ERRORS:

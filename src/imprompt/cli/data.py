@@ -1,6 +1,6 @@
 """`imprompt data validate`."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +9,7 @@ from rich.text import Text
 from imprompt.cli.console import progress_bar
 from imprompt.cli.generate import print_json
 from imprompt.config import ValidateDataConfig
-from imprompt.errors import UserError
+from imprompt.errors import UserError, redact_secrets
 from imprompt.utils.files import ensure_writable_folder
 from imprompt.utils.text import escape
 
@@ -21,7 +21,7 @@ def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
     folder = ensure_writable_folder(config.output_dir)
     with progress_bar("reading", show=not json) as progress:
         report = analyze_dataset(config.data, config.min_image_size, config.dataloader_num_workers, progress.advance)
-    page = report.write(folder, Path(config.data).name)
+    page = report.write(folder, PurePosixPath(redact_secrets(config.data)).name)
     if not report.records:
         key, reason = next(iter(report.unreadable.items()), ("", "it is empty"))
         raise UserError(f"no record of {config.data} can be used ({': '.join(filter(None, (key, reason)))}); see {page}")

@@ -28,6 +28,8 @@ def run_evaluate(config: EvaluateConfig, *, json: bool) -> None:
             scores.append(report.score_row(evaluation, row))
             progress.advance(len(scores), len(evaluation.rows), row.name)
         page = report.write_evaluation_report(evaluation, scores)
+        if evaluation.eval_set.description:
+            progress.log(evaluation.eval_set.description)
     if json:
         print_json(page=str(page), rows=[report.score_to_json(score) for score in scores])
         return

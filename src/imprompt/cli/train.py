@@ -88,6 +88,7 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
         if num_ranks > 1:
             return
     from imprompt.data.feature_cache import summarize_cache
+    from imprompt.data.survey import describe_captions
 
     cache = summarize_cache(Path(config.output_dir))
     if not cache["records"]:
@@ -97,6 +98,8 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
         print_json(**cache)
         return
     print(f"{config.output_dir}: {cache['records']:,} records in {cache['chunks']:,} chunks, {cache['bytes'] / 2**20:,.0f} MiB")
+    if cache["captions"]:
+        print(escape(describe_captions(cache["captions"])))
     for key, reason in list(cache["unreadable"].items())[:MAX_LISTED_RECORDS]:
         print(f"skipped: {escape(key)}: {escape(reason)}")
     if len(cache["unreadable"]) > MAX_LISTED_RECORDS:

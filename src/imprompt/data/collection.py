@@ -160,7 +160,7 @@ class NameIndex:
         if name in self._exact:
             return name
         for group, key in ((self._folded, _fold(name)), (self._stems, _fold(name))):
-            if len(found := group.get(key, ())) == 1:
+            if len(found := group.get(key, [])) == 1:
                 return found[0]
         return None
 
@@ -210,7 +210,7 @@ def _match_caption_folders(images: Sequence[str], files: Sequence[str]) -> list[
     for file in files:
         parts = PurePosixPath(_fold(_stem(file))).parts
         for n in (n for n in range(len(parts) - 1) if parts[n] in CAPTION_FOLDERS):
-            owners = by_path.get((*parts[:n], "*", *parts[n + 1 :])) or by_path.get((*parts[:n], *parts[n + 1 :]), [])
+            owners = by_path.get((*parts[:n], "*", *parts[n + 1 :])) or by_path.get(parts[:n] + parts[n + 1 :], [])
             found += [(file, owners[0])] if len(owners) == 1 else []
     return found
 

@@ -15,6 +15,7 @@ import json
 import random
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -209,16 +210,20 @@ def is_complete(folder: Path) -> bool:
 
 
 def summarize_cache(folder: Path) -> dict[str, Any]:
-    """Records, chunks and bytes of a cache, and its unreadable records with the reasons."""
+    """Records, chunks and bytes of a cache, its unreadable records with the reasons, and how many captions came from each source."""
     chunks: int = read_manifest(folder)["chunks"]
     records, size = 0, 0
     unreadable: dict[str, str] = {}
+    captions: Counter[str] = Counter()
     for chunk in sorted(set(range(chunks)) - set(list_missing_chunks(folder, chunks))):
         index = _read_chunk_index(folder, chunk)
         records += sum(index["files"].values())
         size += sum((folder / name).stat().st_size for name in index["files"])
         unreadable |= index["unreadable"]
-    return {"output_dir": str(folder), "records": records, "chunks": chunks, "bytes": size, "unreadable": unreadable}
+        captions += Counter(index.get("captions", {}))
+    return {
+        "output_dir": str(folder), "records": records, "chunks": chunks, "bytes": size, "unreadable": unreadable, "captions": captions,
+    }  # fmt: skip
 
 
 def list_missing_chunks(folder: Path, chunks: int) -> list[int]:
@@ -283,6 +288,7 @@ class ChunkWriter:
         self._files: dict[str, int] = {}
         self._subjects: dict[str, list[str | None]] = {}
         self.unreadable: dict[str, str] = {}
+        self.captions: Counter[str] = Counter()  # how many samples have a caption from each source, "" for none
         self.truncated = ""  # why the shard could not be read to its end; the next encoding tries again
 
     def add(self, sample: CachedSample) -> None:
@@ -298,7 +304,10 @@ class ChunkWriter:
         for samples in self._pending.values():
             self._write(samples)
         self._pending = {}
-        index = {"files": self._files, "unreadable": self.unreadable, "truncated": self.truncated, "subjects": self._subjects}
+        index = {
+            "files": self._files, "unreadable": self.unreadable, "truncated": self.truncated, "subjects": self._subjects,
+            "captions": self.captions,
+        }  # fmt: skip
         write_file(self.folder / f"{self.chunk:05}.json", json.dumps(index))
 
     def _write(self, samples: Sequence[CachedSample]) -> None:

@@ -33,14 +33,14 @@ class ErrorBudget:
         self.total += 1
 
     def record_failure(self, key: str, reason: str) -> None:
-        """Count and log an unreadable record. Raises UserError where more than `max_fraction` of all records are unreadable."""
+        """Count and log an unreadable record. Raises UserError where more than `max_fraction`, or all, are unreadable."""
         self.total += 1
         self.failed += 1
         if self.log and key not in self._logged:
             self._logged.add(key)
             with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{key}\t{reason}\n")
-        if self.total >= self.min_records and self.failed > self.max_fraction * self.total:
+        if self.total >= self.min_records and (self.failed > self.max_fraction * self.total or self.failed == self.total):
             see_log = f"; see {self.log}" if self.log else ""
             raise UserError(
                 f"{self.failed} of {self.total} records could not be read, more than the {self.max_fraction:.0%} allowed "

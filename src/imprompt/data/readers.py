@@ -73,7 +73,7 @@ def _open_list(path: Path) -> Records:
 
 def _open_folder(folder: Path) -> Records:
     """Images, shards or Parquet files with images. Raises UserError, which asks, where a folder holds more than one of these."""
-    if folder.resolve() == Path(folder.anchor or "/"):
+    if folder.resolve().parent == folder.resolve():
         raise UserError(f"data: expected {_EXPECTED}; received {folder}, which is all files of this computer")
     files = FolderFiles(folder)
     images = [name for name in files.names if get_suffix(name) in IMAGE_SUFFIXES]
@@ -143,7 +143,8 @@ class MiniWorld:
         scene = world.make_scene(i + (world.HELD_OUT_SCENES if self.held_out else 0))
         rng = random.Random(f"mini {i}")
         sample_caption = world.sample_caption if rng.random() >= 0.15 and self.describe_appearance else world.sample_scene_caption
-        return Record(f"mini:{i}", _render_cached(subject, scene), sample_caption(subject, scene, rng), subject=str(subject.seed))
+        caption = sample_caption(subject, scene, rng)
+        return Record(f"mini:{i}", _render_cached(subject, scene), caption, subject=str(subject.seed), caption_source="mini")
 
     def get_subject(self, i: int) -> str:
         """The subject of an image; nothing is rendered."""

@@ -19,7 +19,7 @@ class Record:
     mask: ImageInput | None = None
     subject: str | None = None
     loss_weight: float = 1.0
-    caption_source: str = ""  # where the caption was found: a suffix, a column, a list
+    caption_source: str = ""  # where the caption was found: a suffix, a column, a list; "" without one
 
 
 @runtime_checkable

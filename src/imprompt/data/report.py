@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from imprompt.data.folders import describe_skipped
 from imprompt.data.loader import READ_ERRORS, get_record_key, prefetch
 from imprompt.data.readers import WebDatasetShards, open_data
 from imprompt.data.records import MapRecords
@@ -63,6 +64,7 @@ class RecordStats(NamedTuple):
     content_hash: bytes  # of the pixels: equal for exact duplicates
     dhash: int  # difference hash: usually equal for near duplicates
     thumbnail: Image.Image
+    caption_source: str = ""
 
 
 @dataclass
@@ -81,6 +83,8 @@ class DatasetReport:
     shorter_sides: Counter[str] = field(default_factory=Counter)
     aspect_ratios: Counter[str] = field(default_factory=Counter)
     subjects: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)  # records with a caption, by source
+    skipped: Counter[str] = field(default_factory=Counter)  # what is no record, by kind
     exact_duplicates: list[tuple[str, str]] = field(default_factory=list)  # the first MAX_LISTED_RECORDS
     num_exact_duplicates: int = 0
     num_near_duplicates: int = 0
@@ -97,6 +101,8 @@ class DatasetReport:
             self.num_too_small += 1
             _append_limited(self.too_small, f"{record.key}: {record.size[0]} × {record.size[1]}")
         self.without_caption += not record.caption
+        if record.caption:
+            self.captions[record.caption_source] += 1
         self.long_caption += len(record.caption.split()) > MAX_CAPTION_WORDS
         self.with_references += record.num_references > 0
         self.with_mask += record.has_mask
@@ -134,10 +140,12 @@ class DatasetReport:
         sizes = list(self.subjects.values())
         return {
             "records": self.records, "unreadable": self.num_unreadable, "too small": self.num_too_small,
-            "without caption": self.without_caption, f"caption over {MAX_CAPTION_WORDS} words": self.long_caption,
+            "with caption": self.records - self.without_caption, "without caption": self.without_caption,
+            "captions from": describe_skipped(self.captions) or "–", f"caption over {MAX_CAPTION_WORDS} words": self.long_caption,
             "exact duplicates": self.num_exact_duplicates, "near duplicates": self.num_near_duplicates,
             "with references": self.with_references, "with mask": self.with_mask, "subjects": len(sizes),
             "images per subject": f"{min(sizes)} … {max(sizes)}, median {median(sizes):g}" if sizes else "–",
+            "not used": describe_skipped(self.skipped) or "–",
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, object]:
@@ -145,6 +153,7 @@ class DatasetReport:
         sides = sorted(self.shorter_sides.items(), key=lambda item: _bin_order(item[0]))
         return self.summary() | {
             "shorter side": dict(sides), "aspect ratio": dict(self.aspect_ratios.most_common()), "unreadable records": self.unreadable,
+            "skipped files": dict(self.skipped), "captions by source": dict(self.captions),
             "too small records": self.too_small, "duplicate records": self.exact_duplicates,
         }  # fmt: skip
 
@@ -185,6 +194,7 @@ def analyze_dataset(data: str, min_image_size: int, workers: int, on_progress: C
         except READ_ERRORS as error:
             report.add_unreadable(get_record_key(read, error), summarize_error(error))
         on_progress(report.records + report.num_unreadable, total)
+    report.skipped += getattr(records, "skipped", None) or Counter()
     return report
 
 
@@ -202,7 +212,7 @@ def inspect_record(read: RecordReader) -> RecordStats:
     dhash = int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes() + mean_color.tobytes())
     return RecordStats(
         record.key, image.size, record.caption.strip(), record.subject, len(record.references), record.mask is not None, content_hash,
-        dhash, ImageOps.contain(image, (128, 128)),
+        dhash, ImageOps.contain(image, (128, 128)), record.caption_source,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import csv
 import io
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ from imprompt.utils.images import IMAGE_SUFFIXES
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 LIST_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_LINES = 1_000
 MAX_GROUP_BYTES = 2**30  # of the row groups of a Parquet file that are kept in memory, and of a single one
 _DELIMITERS = (",", ";", "\t", "|")
 _DATA_ROLES = tuple(COLUMNS)
@@ -66,7 +68,7 @@ def check_columns(columns: Sequence[object], name: str) -> None:
 class TextTable:
     """A list in a text file: JSON lines, or CSV with any delimiter. Only the byte offsets of its rows are held in memory.
 
-    UTF-16 is converted in memory. Raises UserError, with the number of the row, where quotes do not match.
+    UTF-16 is converted in memory. A row whose quotes do not match raises UserError when it is read, and ends with its line.
     """
 
     def __init__(self, name: str, source: Path | bytes, *, is_json: bool, delimiter: str = ","):
@@ -94,7 +96,15 @@ class TextTable:
             file.seek(int(self._offsets[i]))
             if self._is_json:
                 return _check_object(parse_json(self._read_line(file), f"{self.name}, record {i + 1}"), f"{self.name}, record {i + 1}")
-            return self._to_row(next(csv.reader(self._decode_lines(file, []), **self._dialect)), i)
+            return self._to_row(self._parse_row(file, i), i)
+
+    def _parse_row(self, file: BinaryIO, i: int) -> list[str]:
+        try:
+            cells = next(csv.reader(self._decode_lines(file, _LineState()), **self._dialect))
+            self._check_swallowed_rows(cells)
+            return cells
+        except csv.Error as error:
+            raise UserError(f"{self.name}, record {i + 1}: {_describe_csv_error(error)}") from error
 
     def _to_row(self, cells: list[str], i: int) -> dict[str, str]:
         if any(cell.strip() for cell in cells[len(self._header) :]):
@@ -123,11 +133,13 @@ class TextTable:
     def _read_line(self, file: BinaryIO) -> bytes:
         return next(line for _, line in self._lines(file))
 
-    def _decode_lines(self, file: BinaryIO, end: list[int]) -> Iterator[str]:
-        """Lines for the CSV reader; `end` is set to the end of the last one."""
+    def _decode_lines(self, file: BinaryIO, state: "_LineState") -> Iterator[str]:
+        """Lines for the CSV reader, up to MAX_ROW_LINES for a row."""
         for offset, line in self._lines(file):
-            end[:] = [offset + len(line)]
-            text = line.decode("utf-8", "surrogateescape")  # read_caption refuses what is not UTF-8
+            state.end, state.lines = offset + len(line), state.lines + 1
+            if state.lines > MAX_ROW_LINES:
+                return
+            text = line.decode("utf-8", "surrogateescape")  # to_text refuses what is not UTF-8
             yield text.removeprefix("\ufeff") if offset == 0 else text
 
     def _json_offsets(self, file: BinaryIO) -> Iterator[int]:
@@ -136,7 +148,7 @@ class TextTable:
     def _detect_delimiter(self, default: str) -> str:
         """The delimiter with which the first line names an image column."""
         with self._open() as file:
-            first = next(self._decode_lines(file, []), "")
+            first = next(self._decode_lines(file, _LineState()), "")
         for delimiter in (default, *_DELIMITERS):
             if has_role(first.replace('"', "").split(delimiter), "target"):
                 return delimiter
@@ -144,32 +156,47 @@ class TextTable:
 
     def _csv_offsets(self, file: BinaryIO) -> Iterator[int]:
         """A quoted cell may span several lines: the lines that the CSV reader consumes tell where a row ends."""
-        end = [0]
-        reader = csv.reader(self._decode_lines(file, end), **self._dialect)
-        number = 0
-        try:
-            self._header = [column.strip() for column in next(reader, [])]
-            start = end[0]
-            for row in reader:
-                if any(row):
-                    number += 1
-                    self._check_swallowed_rows(row, number)
-                    yield start
-                start = end[0]
-        except csv.Error as error:
-            raise UserError(f"{self.name}, record {number + 1} (up to line {reader.line_num}): {_describe_csv_error(error)}") from error
+        state = _LineState()
+        self._header = [column.strip() for column in next(csv.reader(self._decode_lines(file, state), **self._dialect), [])]
+        start: int | None = state.end
+        while start is not None:
+            start = yield from self._scan_rows(file, start)
 
-    def _check_swallowed_rows(self, row: list[str], number: int) -> None:
-        """Raise UserError where a cell holds lines that are rows themselves: a quote was opened by mistake."""
+    def _scan_rows(self, file: BinaryIO, start: int) -> Generator[int, None, int | None]:
+        """The offsets of rows up to one whose quotes do not match, and that of the line after it; None at the end of the file."""
+        file.seek(start)
+        state = _LineState()
+        try:
+            for row in csv.reader(self._decode_lines(file, state), **self._dialect):
+                self._check_swallowed_rows(row)
+                if any(row):
+                    yield start
+                start, state.lines = state.end, 0
+            return None
+        except csv.Error:
+            yield start  # reading it explains what is wrong
+        file.seek(start)
+        return start + len(self._read_line(file))
+
+    def _check_swallowed_rows(self, row: list[str]) -> None:
+        """Raise csv.Error where a cell holds lines that are rows themselves: a quote was opened by mistake."""
         width, delimiter = len(self._header), self._dialect["delimiter"]
         lines = (line.split(delimiter) for cell in row if "\n" in cell or "\r" in cell for line in cell.splitlines()[1:])
         if any(len(cells) >= width > 1 and any(c.strip().lower().endswith(IMAGE_SUFFIXES) for c in cells) for cells in lines):
-            raise UserError(f'{self.name}, record {number}: a double quote is opened and not closed in its line; close it, or write ""')
+            raise csv.Error("unexpected end of data")
+
+
+@dataclass
+class _LineState:
+    """Where the CSV reader is in a file."""
+
+    end: int = 0  # of the last line that it consumed
+    lines: int = 0  # that it consumed for the current row
 
 
 def _describe_csv_error(error: csv.Error) -> str:
     if "unexpected end" in str(error):
-        return 'a double quote is opened and never closed; close it, or write ""'
+        return 'a double quote is opened and not closed; close it, or write ""'
     if "field larger" in str(error):
         return f"a cell has over {MAX_ROW_BYTES // 2**20} MiB; is a double quote opened and never closed?"
     return f'its double quotes do not match ({summarize_error(error)}); inside of a quoted cell, write ""'

@@ -49,6 +49,7 @@ class Example(NamedTuple):
     key: str
     subject: str | None = None
     loss_weight: float = 1.0
+    caption_source: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,7 +79,8 @@ def load_example(record: Record, seed: int, config: TransformConfig, preprocess:
     time_ids = (original.height, original.width, crop.top, crop.left, crop.height, crop.width)
     caption = record.caption or config.default_caption
     return Example(
-        pixel_values, preprocess(squares), caption, mask, time_ids, seed, record.key, record.subject, record.loss_weight
+        pixel_values, preprocess(squares), caption, mask, time_ids, seed, record.key, record.subject, record.loss_weight,
+        record.caption_source,
     )  # fmt: skip
 
 

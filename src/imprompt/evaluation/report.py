@@ -231,5 +231,8 @@ def plot_scale_sweep(points: Sequence[RowScore]) -> bytes:
     """CLIP-I and CLIP-T over λ, one curve for each adapter, as a PNG."""
     names = dict.fromkeys(point.sweep_of for point in points)
     labels = [label for label in metric_columns(points) if metric_of(label) in ("CLIP-I", "CLIP-T")]
-    panels = {label: {name: [(p.scale, p.metrics[label]) for p in points if p.sweep_of == name] for name in names} for label in labels}
+    panels = {
+        label: {name: [(p.scale, p.metrics[label]) for p in points if p.sweep_of == name and label in p.metrics] for name in names}
+        for label in labels
+    }
     return plot_panels(panels, "λ")

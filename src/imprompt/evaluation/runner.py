@@ -270,9 +270,10 @@ class Evaluation:
         targets = {name: value.repeat_interleave(row.num_samples, 0) for name, value in targets.items()}
         compared_prompts = [self._prompt(row, i) if row.prompt_mode == "other" else self.eval_set.prompts[i] for i, _, _ in image_ids]
         text_embeds = self.extractors.encode_text(compared_prompts)
+        has_prompt = torch.tensor([bool(prompt.strip()) for prompt in compared_prompts])
         scores = {
             "CLIP-I": metrics.cosine_similarity(features["clip_embeds"], targets["clip_embeds"]),
-            "CLIP-T": metrics.cosine_similarity(features["clip_embeds"], text_embeds),
+            "CLIP-T": metrics.cosine_similarity(features["clip_embeds"], text_embeds).where(has_prompt, torch.nan),
             "feature cosine": metrics.cosine_similarity(features["features"], targets["features"]),
         }
         if "patches" in features:

@@ -4,8 +4,8 @@ import json
 import os
 import random
 import zlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +16,13 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from imprompt.config.evaluation import EvaluationDataConfig
+from imprompt.data.folders import describe_skipped
 from imprompt.data.loader import READ_ERRORS
-from imprompt.data.readers import MiniWorld, open_data
-from imprompt.data.records import MapRecords, Record
+from imprompt.data.readers import MiniWorld, WebDatasetShards, open_data
+from imprompt.data.records import MapRecords, Record, Records
+from imprompt.data.sampler import iterate_once
 from imprompt.data.subjects import SubjectDataset
+from imprompt.data.survey import describe_captions, describe_data
 from imprompt.errors import ImageError, UserError, summarize_error
 from imprompt.mini import world
 from imprompt.mini.held_out import make_held_out_samples
@@ -75,6 +78,11 @@ class EvalSet(Protocol):
         ...
 
     @property
+    def description(self) -> str:
+        """One line about captions and about what is left out; "" for mini."""
+        ...
+
+    @property
     def subjects(self) -> Sequence[str]:
         """The subjects whose identity is measured; empty where samples are independent."""
         ...
@@ -89,6 +97,7 @@ class MiniEvalSet:
 
     has_other_images = True
     subjects: Sequence[str] = ()
+    description = ""
 
     def __init__(self, num_prompts: int):
         self._samples = make_held_out_samples(num_prompts)
@@ -116,8 +125,8 @@ class RecordEvalSet:
 
     subjects: Sequence[str] = ()
 
-    def __init__(self, records: Sequence[Record]):
-        self.records = records
+    def __init__(self, records: Sequence[Record], description: str = ""):
+        self.records, self.description = records, description
         self.prompts = [record.caption for record in records]
         self.fingerprint = _checksum([*self.prompts, *(f"{r.key} {_num_bytes(r.target)}" for r in records)])
 
@@ -182,10 +191,18 @@ class SubjectEvalSet:
             self._targets += [(subject, index) for index in order[len(order) - num_targets :]]
         self._targets = self._targets[: dataset.num_prompts or MAX_MINI_PROMPTS]
         self.subjects = self.subjects[: self._targets[-1][0] + 1]
-        captions = [self._records[index].caption or dataset.default_caption for _, index in self._targets]
+        self.description = "" if isinstance(self._records, MiniWorld) else f"data: {describe_data(self._records)}"
+        captions = [self._read(index).caption or dataset.default_caption for _, index in self._targets]
         self.prompts = [text or f"a photo of a {self._class_nouns[n]}" for text, (n, _) in zip(captions, self._targets, strict=True)]
         used = [n for gallery in self._galleries[: len(self.subjects)] for n in gallery] + [index for _, index in self._targets]
-        self.fingerprint = _checksum([*self.prompts, *(f"{self._records[n].key} {_num_bytes(self._records[n].target)}" for n in used)])
+        self.fingerprint = _checksum([*self.prompts, *(f"{self._read(n).key} {_num_bytes(self._read(n).target)}" for n in used)])
+
+    def _read(self, i: int) -> Record:
+        """A record, or an empty one where it cannot be read; its sample is skipped later."""
+        try:
+            return self._records[i]
+        except READ_ERRORS:
+            return Record(f"record {i + 1}", b"")
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -253,14 +270,32 @@ def load_eval_set(dataset: EvaluationDataConfig) -> EvalSet:
         return _load_subjects(dataset)
     if dataset.data == "mini":
         return MiniEvalSet(dataset.num_prompts or MAX_MINI_PROMPTS)
-    records, limit = open_data(dataset.data), dataset.num_prompts or MAX_PROMPTS
-    if isinstance(records, MapRecords):
-        selected = [records[i] for i in range(min(limit, len(records)))]
-    else:
-        selected = list(islice((r for shard in records.shards for r in records.read_shard(shard)), limit))
+    records, unreadable = open_data(dataset.data), list[str]()
+    selected = list(islice(_read_records(records, unreadable), dataset.num_prompts or MAX_PROMPTS))
     if not selected:
-        raise UserError(f"no images in {dataset.data} to evaluate on")
-    return RecordEvalSet(selected)
+        raise UserError(f"no images in {dataset.data} to evaluate on" + (f" ({unreadable[0]})" if unreadable else ""))
+    return RecordEvalSet(selected, describe_selection(selected, records, unreadable))
+
+
+def _read_records(records: Records, unreadable: list[str]) -> Iterator[Record]:
+    """The records that can be read; the reasons why others cannot are collected."""
+    if isinstance(records, WebDatasetShards):
+        records.on_unreadable = lambda key, reason: unreadable.append(f"{key}: {reason}")
+    for read in iterate_once(records):
+        try:
+            yield read()
+        except READ_ERRORS as error:
+            unreadable.append(summarize_error(error))
+
+
+def describe_selection(selected: Sequence[Record], records: Records, unreadable: Sequence[str]) -> str:
+    """One line about captions and about what is left out of an evaluation."""
+    line = describe_captions(record.caption_source for record in selected)
+    without = sum(not record.caption for record in selected)
+    parts = [f"data: {line}"] + (["CLIP-T is not computed for the others"] if without else [])
+    parts += [f"{len(unreadable):,} cannot be read ({unreadable[0]})"] if unreadable else []
+    skipped = describe_skipped(getattr(records, "skipped", None) or Counter())
+    return "; ".join(parts + ([f"not used: {skipped}"] if skipped else []))
 
 
 def _load_subjects(dataset: EvaluationDataConfig) -> SubjectEvalSet:

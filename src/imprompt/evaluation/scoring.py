@@ -1,7 +1,7 @@
 """From the features of a row's images to its metrics, with confidence intervals and labels that name the model behind each."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -136,7 +136,7 @@ def compute_metrics(
     if len(groups.unique()) < 2:
         return {}
     scores = {name: values for name in METRICS if (values := row.column(f"score.{name}")) is not None}
-    intervals = {name: mean_interval(values, groups, config.bootstrap_samples) for name, values in scores.items()}
+    intervals = _mean_scores(scores, groups, config.bootstrap_samples)
     if num_samples > 1:
         diversity = metrics.pairwise_diversity(row["clip_embeds"].unflatten(0, (-1, num_samples)))
         intervals["diversity"] = mean_interval(diversity, groups[::num_samples], config.bootstrap_samples)
@@ -145,6 +145,16 @@ def compute_metrics(
     if distribution_metrics and len(groups.unique()) >= MIN_PROMPTS_FOR_SET_METRICS:
         intervals |= set_metrics(row, targets, groups)
     return {metric_label(name, config): interval for name, interval in intervals.items()}
+
+
+def _mean_scores(scores: Mapping[str, Tensor], groups: Tensor, bootstrap_samples: int) -> dict[str, Interval]:
+    """The mean of each score over the images that have it: there is no CLIP-T without a caption."""
+    intervals = {}
+    for name, values in scores.items():
+        present = ~values.isnan()
+        if len(groups[present].unique()) > 1:
+            intervals[name] = mean_interval(values[present], groups[present], bootstrap_samples)
+    return intervals
 
 
 def set_metrics(row: RowFeatures, targets: RowFeatures, groups: Tensor) -> dict[str, Interval]:

@@ -27,8 +27,9 @@ from imprompt.data.loader import READ_ERRORS, ErrorBudget, get_record_key, prefe
 from imprompt.data.readers import WebDatasetShards, open_data
 from imprompt.data.records import Record, Records, ShardRecords
 from imprompt.data.sampler import derive_seed, to_reader
+from imprompt.data.shards import is_remote
 from imprompt.data.transforms import Example, TransformConfig, collate, load_example
-from imprompt.errors import UserError, summarize_error
+from imprompt.errors import UserError, redact_secrets, summarize_error
 from imprompt.methods import feature_encoder
 from imprompt.methods.loading import load_for_finetuning
 from imprompt.models.base_pipelines import check_size, load_pipeline, native_resolution, resolve_mixed_precision, set_device
@@ -87,6 +88,8 @@ def encode_dataset(
     error_budget = ErrorBudget(dataset.max_unreadable_fraction, folder / f"unreadable-{rank}.tsv")
     encoder = _ChunkEncoder(folder, records, encoders, transform, error_budget, config.batch_size, config.seed)
     yield from encoder.encode(chunks, dataset.dataloader_num_workers)
+    if chunks and error_budget.failed == error_budget.total:
+        raise UserError(f"none of {error_budget.total} records can be read; see {error_budget.log}, and imprompt data validate")
 
 
 @dataclass
@@ -148,6 +151,7 @@ class _ChunkEncoder:
     def _write(self, writer: ChunkWriter, items: list[Example]) -> None:
         for sample in to_cached_samples(self.encoders.encode_batch(collate(items)).to("cpu"), items):
             writer.add(sample)
+        writer.captions.update(item.caption_source for item in items)
         self.num_encoded += len(items)
 
     def _close(self, writer: ChunkWriter) -> None:
@@ -157,7 +161,7 @@ class _ChunkEncoder:
         self._pending.clear()
         writer.unreadable = self._unreadable.pop(writer.chunk, {})
         if isinstance(self.records, ShardRecords):
-            writer.truncated = writer.unreadable.get(self.records.shards[writer.chunk], "")
+            writer.truncated = writer.unreadable.get(redact_secrets(self.records.shards[writer.chunk]), "")
         writer.close()
 
     def _record_failure(self, chunk: int, key: str, reason: str) -> None:
@@ -243,7 +247,7 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
 def make_manifest(data: str, records: Records, transform: TransformConfig) -> dict[str, Any]:
     """What a cache was made of, which has to be the same when its encoding is continued."""
     options = {name: value for name, value in asdict(transform).items() if name not in ("size_multiple", "min_distinct_references")}
-    source = data if is_mini_data(data) else str(Path(data).absolute())
+    source = data if is_mini_data(data) else redact_secrets(data) if is_remote(data) else str(Path(data).absolute())
     return {"data": source, "dataset_fingerprint": dataset_fingerprint(records)} | options
 
 

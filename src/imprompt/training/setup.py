@@ -17,13 +17,14 @@ from imprompt.config.training import CheckpointConfig, DataConfig, FinetuningCon
 from imprompt.core.adapter import Adapter
 from imprompt.core.noise_schedule import NoiseSchedule
 from imprompt.data.dreambooth import DreamBoothDataset
-from imprompt.data.feature_cache import CachedSample, CachedSubjects, FeatureCache, SampleRef
+from imprompt.data.feature_cache import CachedSample, CachedSubjects, FeatureCache, SampleRef, summarize_cache
 from imprompt.data.loader import READ_ERRORS, ErrorBudget, Loader
 from imprompt.data.readers import MiniWorld, WebDatasetShards, open_data
 from imprompt.data.records import MapRecords, Record, Records, ShardRecords, Subset
 from imprompt.data.subjects import SubjectDataset, split_subjects
+from imprompt.data.survey import describe_captions, describe_data
 from imprompt.data.transforms import Example, TransformConfig, collate, load_example
-from imprompt.errors import UserError
+from imprompt.errors import UserError, redact_secrets
 from imprompt.methods import Method, build_method
 from imprompt.methods.inversion import TextualInversion
 from imprompt.methods.ip_adapter import IPAdapter
@@ -178,6 +179,8 @@ def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num
     folder = open_run_folder(config.output_dir, config.checkpointing, rank)
     data = open_training_data(config.dataset.data, config.feature_cache, config.subjects)
     folder = check_same_run(folder, config, data, num_processes)
+    if not is_mini_data(data.name) and folder.is_main_process:
+        folder = folder._replace(notices=[*folder.notices, describe_training_data(data)])
     pipe, image_encoder, method = load_models(config, device)
     if config.per_subject:
         images = build_dreambooth_dataset(data.images, method, pipe, config.pipeline.model, config.finetuning, folder)
@@ -189,7 +192,8 @@ def setup_training(config: TrainConfig, device: torch.device, rank: int = 0, num
     if data.cache:
         encoders.offload()
     model = config.pipeline.model
-    metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": Path(data.name).name}
+    data_name = Path(redact_secrets(data.name)).name
+    metadata = {"base": model, "method": config.method, "encoder": config.image_encoder or model, "data": data_name}
     return TrainingContext(
         pipe, model, image_encoder, method, encoders, noise_schedule, loader, source.make_batch, uncond, validation_set,
         metadata | method.metadata, folder,
@@ -230,6 +234,14 @@ def open_training_data(data: str, feature_cache: str | None, subjects: SubjectCo
             )
         images = SubjectDataset(images, min_images)
     return OpenedData(name, cache, images)
+
+
+def describe_training_data(data: OpenedData) -> str:
+    """One line about captions and about what is not used of the data."""
+    if data.cache:
+        return f"feature cache: {describe_captions(summarize_cache(data.cache.folder)['captions'])}"
+    images = data.images.records if isinstance(data.images, SubjectDataset) else cast(Records, data.images)
+    return f"data: {describe_data(images)}"
 
 
 def load_models(config: TrainConfig, device: torch.device) -> tuple[UNetPipeline, ImageEncoder | None, Method]:
