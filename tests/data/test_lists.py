@@ -31,7 +31,7 @@ def read_rows(path):
     "content",
     [
         b"file_name,text\ra.png,one\rb.png,two\r", b"file_name,text\r\na.png,one\r\nb.png,two", b"file_name;Text\na.png;one\nb.png;two",
-        b'file_name, text\na.png, "one"\nb.png, two\n', b"text|FILE NAME\none|a.png\ntwo|b.png\n", b"file_name,text,\na.png,one,\nb.png,two,",
+        b'file_name, text\na.png, "one"\nb.png, two\n', b"text|FILE NAME\none|a.png\ntwo|b.png", b"file_name,text,\na.png,one,\nb.png,two",
         b"\xef\xbb\xbffile_name,text\na.png,one\n\nb.png,two\n", "file_name,text\na.png,one\nb.png,two\n".encode("utf-16"),
         b"file_name,caption,text\na.png,one,\nb.png,,two\n", b"text,file_name,text\none,a.png,\n,b.png,two\n",
     ],

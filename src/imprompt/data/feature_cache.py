@@ -220,7 +220,7 @@ def summarize_cache(folder: Path) -> dict[str, Any]:
         records += sum(index["files"].values())
         size += sum((folder / name).stat().st_size for name in index["files"])
         unreadable |= index["unreadable"]
-        captions += Counter(index.get("captions", {}))
+        captions += Counter(index["captions"])
     return {
         "output_dir": str(folder), "records": records, "chunks": chunks, "bytes": size, "unreadable": unreadable, "captions": captions,
     }  # fmt: skip
@@ -266,6 +266,8 @@ def _check_chunk_index(index: dict[str, Any], folder: Path, chunk: int) -> None:
             raise ValueError("its subjects are damaged")
     if not all(isinstance(reason, str) for reason in (*index.get("unreadable", 0).values(), index["truncated"])):
         raise ValueError("its reasons are damaged")
+    if not all(type(count) is int for count in index.setdefault("captions", {}).values()):
+        raise ValueError("its captions are damaged")
 
 
 def init_cache(folder: Path, manifest: Mapping[str, object], fingerprint: Mapping[str, Tensor]) -> None:
