@@ -4,36 +4,7 @@ import pytest
 import torch
 
 from imprompt.core.conditioning import LAYOUT, STYLE, denoising_progress, downsample_mask, layer_scale, unknown_blocks, window_gate
-from imprompt.core.guidance import expand_to_cfg_batch, read_cfg_layout
-
-
-class Pipe:
-    def __init__(self, guided=True, perturbed=False):
-        self.do_classifier_free_guidance = guided
-        self.do_perturbed_attention_guidance = perturbed
-
-
-class StableDiffusionInstructPix2PixPipeline(Pipe):
-    pass
-
-
-@pytest.mark.parametrize(
-    "pipe, layout",
-    [
-        (Pipe(), ("uncond", "cond")),
-        (Pipe(guided=False), ("cond",)),
-        (Pipe(perturbed=True), ("uncond", "cond", "cond")),
-        (Pipe(guided=False, perturbed=True), ("cond", "cond")),
-        (StableDiffusionInstructPix2PixPipeline(), ("cond", "uncond", "uncond")),
-    ],
-)
-def test_the_layout_is_read_from_the_pipeline(pipe, layout):
-    assert read_cfg_layout(pipe) == layout
-
-
-def test_a_pipeline_without_the_attribute_is_not_guessed():
-    with pytest.raises(ValueError, match="no attribute do_classifier_free_guidance"):
-        read_cfg_layout(object())
+from imprompt.core.guidance import expand_to_cfg_batch
 
 
 def test_prompts_are_repeated_as_in_diffusers():
@@ -87,5 +58,5 @@ def test_progress_runs_from_noise_to_image():
 
 @pytest.mark.parametrize("t, gate", [(999, 0), (700, 0), (599, 1), (300, 1), (199, 0), (0, 0)])
 def test_window_is_open_from_start_until_before_end(t, gate):
-    assert window_gate(t, 1000, 0.4, 0.8).item() == gate
-    assert window_gate(torch.tensor(t), 1000, 0.0, 1.0).item() == 1
+    assert window_gate(denoising_progress(t, 1000), 0.4, 0.8).item() == gate
+    assert window_gate(denoising_progress(torch.tensor(t), 1000), 0.0, 1.0).item() == 1

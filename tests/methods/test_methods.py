@@ -78,6 +78,16 @@ def unet_inputs(pipe, rows=2):
     return torch.randn(rows, 4, side, side, generator=g), torch.full((rows,), 500), torch.randn(rows, 24, dim, generator=g)
 
 
+class Sampler:
+    """Stands for a pipeline in the middle of a call: the UNet's batch is guided or not."""
+
+    def __init__(self, pipe):
+        self.unet = pipe.unet
+
+    def call_unet(self, x, time, text, *, do_classifier_free_guidance):
+        return self.unet(x, time, encoder_hidden_states=text, return_dict=False)[0]
+
+
 def sample_latents(pipe, **options):
     generator = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
     return pipe(["a cat", "a dog"], num_inference_steps=2, generator=generator, output_type="latent", **options).images
@@ -90,9 +100,8 @@ def test_training_and_generation_are_the_same_function(pipe_and_method):
     image = encode_random_images(method, 0, 1)
     prediction = method.predict(x, time, text, image)
     method.remove_from_unet()
-    pipe._guidance_scale = 1.0  # no guidance: every row is conditional
     with method.apply_to(pipe, image, method.uncond_features()[None]):
-        in_use = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
+        in_use = Sampler(pipe).call_unet(x, time[0], text, do_classifier_free_guidance=False)
     torch.testing.assert_close(in_use, prediction, rtol=1e-4, atol=1e-5)
 
 
@@ -109,9 +118,8 @@ def test_with_guidance_the_first_half_is_unconditional_and_the_second_conditiona
     rows = torch.cat([uncond.expand(2 * images_per_prompt, -1, -1, -1), image.repeat_interleave(images_per_prompt, 0)])
     expected = method.predict(x, time, text, rows)
     method.remove_from_unet()
-    pipe._guidance_scale, pipe._interrupt = 3.0, False
     with method.apply_to(pipe, image, uncond):
-        in_use = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
+        in_use = Sampler(pipe).call_unet(x, time[0], text, do_classifier_free_guidance=True)
     torch.testing.assert_close(in_use, expected, rtol=1e-4, atol=1e-5)
     assert (expected[-1] - method.predict(x, time, text, uncond.expand(4 * images_per_prompt, -1, -1, -1))[-1]).abs().max() > 1e-5
     method.remove_from_unet()
@@ -123,10 +131,9 @@ def test_reference_only_mixes_in_the_unconditional_rows_alone():
     method = build_method("reference-only", pipe, encoder)
     x, time, text = unet_inputs(pipe, 2)
     x, text = x[:1].expand(2, -1, -1, -1), text[:1].expand(2, -1, -1)
-    pipe._guidance_scale = 3.0
     base = pipe.unet(x, time, text).sample
     with method.apply_to(pipe, encode_random_images(method, 0), method.uncond_features()[None]):
-        uncond, cond = pipe.unet(x, time[0], encoder_hidden_states=text, return_dict=False)[0]
+        uncond, cond = Sampler(pipe).call_unet(x, time[0], text, do_classifier_free_guidance=True)
     assert 0 < (uncond - base[0]).abs().mean() < (cond - base[1]).abs().mean()
 
 

@@ -69,7 +69,7 @@ ALTERED_TENSORS = {
     "NaN as weight": {"reference_weights": torch.tensor([1.0, float("nan")])},
     "bytes as weights": {"reference_weights": torch.ones(2, dtype=torch.uint8)},
     "no mask": {"mask": torch.zeros(0)},
-    "a mask of three dimensions": {"mask": torch.ones(1, 4, 4)},
+    "a mask of four dimensions": {"mask": torch.ones(1, 1, 4, 4)},
     "a mask beyond 1": {"mask": torch.full((4, 4), 255.0)},
     "NaN in the mask": {"mask": nan((4, 4))},
 }
@@ -125,6 +125,6 @@ def test_arguments_that_do_not_fit_are_refused(ip):
     with pytest.raises(UserError, match="expected an adapter of the FaceID family"):
         ip(CAT, face_embeds=torch.zeros(512))
     with pytest.raises(UserError, match=r"expected a mask of shape \(height, width\)"):
-        ip(CAT, mask=torch.ones(2, 4, 4))
+        ip(CAT, mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(UserError, match="expected a mask of numbers in 0 … 1"):
         ip(CAT, mask=torch.full((4, 4), 255.0))

@@ -114,7 +114,7 @@ def test_windows_cover_the_schedule_without_overlap(sd15):
     gates = []
     with attach(sd15, random_prompt(sd15.unet, end_at=0.5), random_prompt(sd15.unet, start_at=0.5)) as attached:
         original = attached._window_gates
-        attached._window_gates = lambda t: gates.append([float(g) for g in original(t)]) or original(t)
+        attached._window_gates = lambda *call: gates.append([float(g) for g in original(*call)]) or original(*call)
         halves = sample_latents(sd15)
     assert gates == [[1, 0], [1, 0], [0, 1], [0, 1]]
     with attach(sd15, random_prompt(sd15.unet)):
@@ -187,12 +187,22 @@ def test_a_bare_unet_needs_an_explicit_layout():
     assert not torch.allclose(guided[1], base[1], atol=1e-3)
 
 
-def test_replaced_processors_are_noticed(sd15):
-    with attach(sd15, random_prompt(sd15.unet)):
+def test_processors_that_are_set_later_are_noticed(sd15):
+    """The default ones receive the image prompt as well; to others it cannot be added."""
+    prompt = random_prompt(sd15.unet)
+    sd15.unet.set_attn_processor(AttnProcessor())
+    with attach(sd15, prompt):
+        expected = sample_latents(sd15)
+    sd15.unet.set_default_attn_processor()
+    with attach(sd15, prompt):
         sd15.unet.set_attn_processor(AttnProcessor())
+        assert torch.equal(sample_latents(sd15), expected)
+    assert all(type(p) is AttnProcessor for p in sd15.unet.attn_processors.values())
+    sd15.unet.set_default_attn_processor()
+    with attach(sd15, prompt):
+        sd15.enable_attention_slicing()
         with pytest.raises(RuntimeError, match="attach last"):
             sample_latents(sd15)
-    assert all(type(p) is AttnProcessor for p in sd15.unet.attn_processors.values())
 
 
 def test_attaching_twice_is_refused(sd15):

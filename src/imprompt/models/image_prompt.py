@@ -15,7 +15,7 @@ from imprompt.config import TRAINING_FREE_AGGREGATIONS
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregation import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
-from imprompt.core.conditioning import Scale
+from imprompt.core.conditioning import Scale, check_scale, check_window
 from imprompt.core.image_projection import FaceIDPlusProjection, Resampler
 from imprompt.errors import ImageError, UserError
 from imprompt.models import checkpoints, hub
@@ -36,27 +36,32 @@ class ImagePrompt:
     image_features: Tensor = field(repr=False)  # (1 or prompts, references, patches, embed_dim)
     uncond_features: Tensor = field(repr=False)  # (1, 1, patches, embed_dim)
     scale: Scale = 1.0
-    mask: Tensor | None = field(default=None, repr=False)  # (height, width) in 0 … 1
+    mask: Tensor | None = field(default=None, repr=False)  # (height, width), or one for each frame of a video, in 0 … 1
     start_at: float = 0.0  # of denoising, 0 … 1
     end_at: float = 1.0
     reference_weights: Tensor | None = field(default=None, repr=False)  # (references,): 2 is the same as the reference given twice
     aggregator: Aggregator | None = field(default=None, repr=False)  # instead of the adapter's own
+    frame_weights: Tensor | None = field(default=None, repr=False)  # (frames,): a factor of the scale for each frame of a video
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start_at <= self.end_at <= 1:
-            raise UserError(f"expected 0 ≤ start_at ≤ end_at ≤ 1, received start_at={self.start_at}, end_at={self.end_at}")
+        check_scale(self.scale)
+        check_window(self.start_at, self.end_at)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients are wanted of the adapter or of the features."""
+        return self.image_features.requires_grad or any(parameter.requires_grad for parameter in self.adapter.parameters())
 
     def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of no image and of the references: (1, tokens, hidden_dim) and (1 or prompts, tokens, hidden_dim).
 
         Each prompt has a pass of its own, so that it does not depend on the others of its batch: matrix products of another
-        size differ in the last digits, which a UNet in bfloat16 amplifies.
+        size differ in the last digits, which a UNet in bfloat16 amplifies. With gradients, where autograd is on.
         """
         per_prompt = [self._key_values(features) for features in self.image_features.split(1)]
         uncond = per_prompt[0][0]
         return uncond, {n: KeyValues(*map(torch.cat, zip(*(image[n] for _, image in per_prompt), strict=True))) for n in uncond}
 
-    @torch.no_grad()
     def _key_values(self, image_features: Tensor) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Those of no image and of one prompt, from one batched pass. image_features: (1, references, patches, embed_dim)."""
         selected, aggregator, like = self._selected_references(), self.active_aggregator, next(self.adapter.parameters())
@@ -95,7 +100,7 @@ class ImagePrompt:
         """Save it to a `.safetensors` file, from which `ImagePromptEncoder.load_prompt` restores it without the images."""
         if Path(path).suffix != ".safetensors":
             raise UserError(f"an image prompt is saved to a .safetensors file, received {Path(path).name}")
-        names = ("image_features", "uncond_features", "reference_weights", "mask")
+        names = ("image_features", "uncond_features", "reference_weights", "mask", "frame_weights")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         settings = {
             "scale": dict(self.scale) if isinstance(self.scale, Mapping) else self.scale, "start_at": self.start_at, "end_at": self.end_at,
@@ -129,7 +134,7 @@ class ImagePromptEncoder:
         images: ImageInput | Sequence[ImageInput] = (),
         *,
         scale: Scale = 1.0,
-        mask: ImageInput | None = None,
+        mask: ImageInput | Sequence[ImageInput] | None = None,
         start_at: float = 0.0,
         end_at: float = 1.0,
         resize_mode: str = "crop",
@@ -137,11 +142,13 @@ class ImagePromptEncoder:
         aggregation: str | None = None,
         negative_image: ImageInput | None = None,
         face_embeds: FaceEmbeds | None = None,
+        frame_weights: Sequence[float] | None = None,
     ) -> ImagePrompt:
         """An image prompt from one reference image, or from several of one subject.
 
         scale: λ, a number, or a mapping from UNet blocks to numbers.
-        mask: white where the image prompt applies; an image, or a tensor (height, width) in 0 … 1. It is stretched to the output.
+        mask: white where the image prompt applies; an image, or a tensor (height, width) in 0 … 1, stretched to the output; for a video
+            also one for each frame.
         start_at, end_at: when it applies, as fractions of denoising, 0 … 1.
         resize_mode: crop, pad, squash or tile, for images that are not square.
         reference_weights: a number for each image; 2 is the same as giving it twice, 0 as leaving it out.
@@ -151,14 +158,16 @@ class ImagePromptEncoder:
         face_embeds: identity embeddings, (faces, 512), or a `.npy` or `.safetensors` file of them, for adapters of the FaceID family;
             without them they are computed from the images by InsightFace (pip install 'imprompt[faces]'). FaceID-Plus also takes the
             image of each face: it is cropped from the images, or, with face_embeds, given as the images, one for each embedding.
+        frame_weights: a factor of the scale for each frame of a video.
 
         Raises UserError for arguments that the adapter does not support, ImageError for images that cannot be used.
         """
         aggregator = build_aggregator(aggregation, self.adapter)
         features, weights = self.encode_references(images, resize_mode, reference_weights, face_embeds)
         uncond = self.encode_negative(negative_image, resize_mode)
-        mask = None if mask is None else load_mask(mask)
-        return ImagePrompt(self.adapter, features[None], uncond[None], scale, mask, start_at, end_at, weights, aggregator)
+        mask = None if mask is None else load_masks(mask)
+        frames = None if frame_weights is None else _check_frame_weights(frame_weights)
+        return ImagePrompt(self.adapter, features[None], uncond[None], scale, mask, start_at, end_at, weights, aggregator, frames)
 
     def encode_references(
         self,
@@ -195,7 +204,8 @@ class ImagePromptEncoder:
     def encode_batch(self, images: Sequence[ImageInput | Sequence[ImageInput]], **options: Any) -> ImagePrompt:
         """One image prompt for a batch of prompts, each with its own references; every prompt has the same number of them.
 
-        `options` are those of a single call, the same for every prompt. The pipeline is called with as many prompts.
+        `options` are those of a single call, the same for every prompt. The pipeline is called with as many prompts, or generates videos of
+        as many frames, each with its own references.
         """
         prompts = [self(references, **options) for references in images]
         counts = {prompt.image_features.shape[1] for prompt in prompts}
@@ -228,13 +238,14 @@ class ImagePromptEncoder:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise UserError(f"{name} should contain finite floating-point numbers, received {tensor.dtype}")
-        device = next(self.adapter.parameters()).device
+        device, frames = next(self.adapter.parameters()).device, tensors.get("frame_weights")
         return ImagePrompt(
             self.adapter, features.to(device), uncond.to(device), _parse_scale(settings.get("scale", 1.0)),
             _check_mask(tensors.get("mask")), _parse_number(settings.get("start_at", 0.0), "start_at"),
             _parse_number(settings.get("end_at", 1.0), "end_at"),
             None if weights is None else _check_weights(weights.flatten().tolist(), features.shape[1]),
             build_aggregator(cast(str | None, settings.get("aggregation") or None), self.adapter),
+            None if frames is None else _check_frame_weights(frames.flatten().tolist()),
         )  # fmt: skip
 
     def _takes_features(self, patches: int, dim: int) -> bool:
@@ -287,8 +298,8 @@ def _parse_scale(value: object) -> Scale:
 
 
 def _check_mask(mask: Tensor | None) -> Tensor | None:
-    if mask is not None and (mask.ndim != 2 or not mask.numel() or not 0 <= float(mask.min()) <= float(mask.max()) <= 1):
-        raise UserError(f"mask should be (height, width) in 0 … 1, received {tuple(mask.shape)}")
+    if mask is not None and (mask.ndim not in (2, 3) or not mask.numel() or not 0 <= float(mask.min()) <= float(mask.max()) <= 1):
+        raise UserError(f"mask should be (height, width) or (frames, height, width) in 0 … 1, received {tuple(mask.shape)}")
     return mask
 
 
@@ -312,6 +323,24 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> Tensor | None
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
         raise UserError(f"reference weights: expected numbers of at least 0, and one above it; received {', '.join(map(str, weights))}")
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def _check_frame_weights(weights: Sequence[float]) -> Tensor:
+    if not len(weights) or not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"frame weights: expected a finite number for each frame; received {', '.join(map(str, weights)) or 'none'}")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def load_masks(masks: ImageInput | Sequence[ImageInput]) -> Tensor:
+    """One mask, (height, width), or one for each frame of a video, (frames, height, width), in 0 … 1."""
+    if isinstance(masks, Tensor) and masks.ndim == 3 and len(masks) > 1:
+        masks = list(masks)
+    if not isinstance(masks, (list, tuple)):
+        return load_mask(cast(ImageInput, masks))
+    loaded = [load_mask(mask) for mask in masks]
+    if len({mask.shape for mask in loaded}) != 1:
+        raise UserError(f"masks of frames: expected masks of one size, received {len(loaded)} of {len({m.shape for m in loaded})} sizes")
+    return torch.stack(loaded)
 
 
 def load_mask(mask: ImageInput) -> Tensor:

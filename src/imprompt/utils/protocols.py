@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNetMotionModel
     from diffusers.image_processor import VaeImageProcessor
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class UNetPipeline(Protocol):
     """A Stable Diffusion 1.5, 2.1 or XL pipeline of diffusers, for any task."""
 
-    unet: "UNet2DConditionModel"
+    unet: "UNet2DConditionModel | UNetMotionModel"
     vae: "AutoencoderKL"
     text_encoder: "CLIPTextModel"
     tokenizer: "CLIPTokenizer"
