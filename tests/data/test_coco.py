@@ -104,6 +104,7 @@ def test_missing_images_are_explained(tmp_path, by_file):
         ),
         ('{"images": [{"id": [], "file_name": "a.jpg"}], "annotations": []}', "holds no COCO captions"),
         ('{"images": [], "annotations": []}', "holds no images"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": {}, "caption": "x"}]}', "no COCO captions"),
     ],
 )
 def test_a_file_without_captions_is_explained_in_one_sentence(tmp_path, content, message):

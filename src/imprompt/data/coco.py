@@ -99,6 +99,7 @@ def _read_first_captions(content: Any, name: str) -> tuple[dict[str, str], Count
     try:
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
         captions = sorted(((a["id"], a["image_id"], find_caption(a["caption"])) for a in content["annotations"]), reverse=True)
+        first = {image: caption for _, image, caption in captions if caption}  # by descending id: the lowest one is assigned last
         count = len(content["images"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -107,6 +108,5 @@ def _read_first_captions(content: Any, name: str) -> tuple[dict[str, str], Count
         ) from error
     if not names:
         raise UserError(f"{name} holds no images; expected COCO's captions, such as annotations/captions_val2017.json")
-    first = {image: caption for _, image, caption in captions if caption}  # by descending id: the lowest one is assigned last
     by_name = {file: first.get(image, "") for image, file in names.items()}
     return by_name, Counter({"images of a name or an id that occurs before": count - len(by_name)})

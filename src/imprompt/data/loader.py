@@ -130,8 +130,8 @@ class Loader(Generic[Item]):
 
 
 def get_record_key(read: RecordReader, error: Exception) -> str:
-    """The key of an unreadable record for the log; the error where even the key cannot be read."""
+    """The key of an unreadable record for the log; its number or the error where even the key cannot be read."""
     try:
         return read().key
     except Exception:
-        return summarize_error(error)
+        return f"record {read.args[0] + 1}" if isinstance(read, partial) else summarize_error(error)

@@ -96,15 +96,16 @@ class TextTable:
             file.seek(int(self._offsets[i]))
             if self._is_json:
                 return _check_object(parse_json(self._read_line(file), f"{self.name}, record {i + 1}"), f"{self.name}, record {i + 1}")
-            return self._to_row(self._parse_row(file, i), i)
+            return self._to_row(self._parse_row(file, _LineState(), f"{self.name}, record {i + 1}"), i)
 
-    def _parse_row(self, file: BinaryIO, i: int) -> list[str]:
+    def _parse_row(self, file: BinaryIO, state: "_LineState", name: str) -> list[str]:
+        """The cells of the next row. Raises UserError where its quotes do not match."""
         try:
-            cells = next(csv.reader(self._decode_lines(file, _LineState()), **self._dialect))
+            cells = next(csv.reader(self._decode_lines(file, state), **self._dialect), [])
             self._check_swallowed_rows(cells)
             return cells
         except csv.Error as error:
-            raise UserError(f"{self.name}, record {i + 1}: {_describe_csv_error(error)}") from error
+            raise UserError(f"{name}: {_describe_csv_error(error)}") from error
 
     def _to_row(self, cells: list[str], i: int) -> dict[str, str]:
         if any(cell.strip() for cell in cells[len(self._header) :]):
@@ -157,7 +158,7 @@ class TextTable:
     def _csv_offsets(self, file: BinaryIO) -> Iterator[int]:
         """A quoted cell may span several lines: the lines that the CSV reader consumes tell where a row ends."""
         state = _LineState()
-        self._header = [column.strip() for column in next(csv.reader(self._decode_lines(file, state), **self._dialect), [])]
+        self._header = [column.strip() for column in self._parse_row(file, state, f"{self.name}, line 1")]
         start: int | None = state.end
         while start is not None:
             start = yield from self._scan_rows(file, start)
