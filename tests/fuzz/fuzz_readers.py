@@ -199,12 +199,6 @@ def find_problem(root: Path, name: str) -> str:
     return f"too large\n{memory / 2**30:.1f} GiB\n" if memory > MAX_MEMORY else ""
 
 
-def test_mutated_data_is_read_or_reported():
-    counts, findings = fuzz(4)
-    assert not findings, "\n".join(finding.problem for finding in findings.values())
-    assert counts.total() > 50
-
-
 def main() -> int:
     """Fuzz for some minutes, print a summary, and keep the inputs that cause faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -3,6 +3,7 @@
 import lzma
 import os
 import re
+import struct
 import tarfile
 import tempfile
 import urllib.request
@@ -29,7 +30,8 @@ ALLOW_PIPE_VARIABLE = "IMPROMPT_ALLOW_PIPE"
 TIMEOUT, ATTEMPTS = 10, 3  # seconds without an answer of a server, and how often it is asked
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _READ_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *LIST_SUFFIXES)
-_SHARD_ERRORS = (OSError, ValueError, EOFError, tarfile.TarError, HTTPException, zlib.error, lzma.LZMAError)
+# TypeError and struct.error: tarfile's, for compressed archives that are cut
+_SHARD_ERRORS = (OSError, ValueError, EOFError, tarfile.TarError, HTTPException, zlib.error, lzma.LZMAError, TypeError, struct.error)
 
 
 def is_shard(name: str) -> bool:
