@@ -597,7 +597,7 @@ def test_of_weights_and_their_average_the_weights_are_read_and_the_rest_is_repor
 def test_tensors_of_other_models_in_the_file_are_reported(small_adapter, tmp_path):
     extra = {"image_encoder.layer.weight": torch.ones(2), "image_encoder.layer.bias": torch.ones(2), "preprocessor.mean": torch.ones(1)}
     safetensors.torch.save_file(small_adapter | extra, tmp_path / "x.safetensors")
-    with pytest.warns(Notice, match=r"x.safetensors: left out, .*image_encoder \(2 tensors\), preprocessor \(1 tensors\)") as notices:
+    with pytest.warns(Notice, match=r"x.safetensors: left out, .*image_encoder \(2 tensors\), preprocessor \(1 tensor\)") as notices:
         assert equal_tensors(read_adapter_file(tmp_path / "x.safetensors")[0], small_adapter)
     assert len(notices) == 1
 

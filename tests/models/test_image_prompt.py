@@ -128,3 +128,11 @@ def test_arguments_that_do_not_fit_are_refused(ip):
         ip(CAT, mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(UserError, match="expected a mask of numbers in 0 … 1"):
         ip(CAT, mask=torch.full((4, 4), 255.0))
+
+
+def test_keys_and_values_that_are_not_finite_are_refused(ip):
+    """Finite weights may be too large, above all for float16: the image would be black."""
+    prompt = ip(CAT)
+    too_large = replace(prompt, image_features=prompt.image_features * 1e30)
+    with pytest.raises(UserError, match=r"keys and values of the image prompt are not finite.*float32"):
+        too_large.key_values()

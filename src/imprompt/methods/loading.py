@@ -90,7 +90,8 @@ def _rebuild_per_subject_method(name: str, pipe: UNetPipeline, metadata: Mapping
 
 def _read_size(path: Path, suffix: str = "") -> int:
     """The first dimension of all tensors whose names end so: the rank of LoRA, or the number of placeholder embeddings."""
-    sizes = {tensor.shape[0] if tensor.numel() else 0 for key, tensor in read_tensors(path)[0].items() if key.endswith(suffix)}
+    tensors = [tensor for key, tensor in read_tensors(path)[0].items() if key.endswith(suffix)]
+    sizes = {tensor.shape[0] if tensor.ndim and tensor.numel() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:
         raise CheckpointError(f"{path.name}: expected tensors of one size, received {', '.join(map(str, sorted(sizes))) or 'none'}")
     return sizes.pop()

@@ -89,7 +89,7 @@ def _shorten(name: str, length: int = 80) -> str:
 def _report_unused(keys: list[str], file_name: str) -> None:
     groups = Counter(_shorten(escape(key.split(".", 1)[0])) for key in keys)
     if groups:
-        listed = ", ".join(f"{name} ({count} tensors)" for name, count in groups.most_common(5))
+        listed = ", ".join(f"{name or 'no name'} ({count} tensor{'s' * (count > 1)})" for name, count in groups.most_common(5))
         notify(f"{file_name}: left out, because they are not part of the adapter that is read: {listed}{' …' * (len(groups) > 5)}")
 
 

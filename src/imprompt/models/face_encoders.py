@@ -34,8 +34,8 @@ def load_id_embeds(source: Tensor | np.ndarray | str | Path, dim: int) -> Tensor
         embeds = torch.as_tensor(source).float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"expected identity embeddings as a tensor, an array or a file, received {type(source).__name__}") from error
-    embeds = embeds[None] if embeds.ndim == 1 else embeds.flatten(0, -2)
-    if embeds.shape[1] != dim or not len(embeds) or not embeds.isfinite().all():
+    embeds = embeds[None] if embeds.ndim < 2 else embeds.flatten(0, -2)
+    if embeds.shape[-1:] != (dim,) or not len(embeds) or not embeds.isfinite().all():
         raise UserError(f"expected identity embeddings of {dim} finite numbers, received shape {tuple(embeds.shape)}")
     is_face = embeds.any(1)
     if not is_face.any():

@@ -60,7 +60,13 @@ class ImagePrompt:
         """
         per_prompt = [self._key_values(features) for features in self.image_features.split(1)]
         uncond = per_prompt[0][0]
-        return uncond, {n: KeyValues(*map(torch.cat, zip(*(image[n] for _, image in per_prompt), strict=True))) for n in uncond}
+        image = {n: KeyValues(*map(torch.cat, zip(*(image[n] for _, image in per_prompt), strict=True))) for n in uncond}
+        if not all(bool(tensor.isfinite().all()) for part in (uncond, image) for pair in part.values() for tensor in pair):
+            raise UserError(
+                "the keys and values of the image prompt are not finite: the adapter's weights or the image features are too large for "
+                f"{next(iter(image.values())).key.dtype}; choose another adapter, or another --dtype"
+            )
+        return uncond, image
 
     def _key_values(self, image_features: Tensor) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Those of no image and of one prompt, from one batched pass. image_features: (1, references, patches, embed_dim)."""
@@ -236,8 +242,9 @@ class ImagePromptEncoder:
         if uncond.shape != (1, 1, *features.shape[2:]):
             raise UserError(f"uncond_features should be {(1, 1, *features.shape[2:])}, received {tuple(uncond.shape)}")
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise UserError(f"{name} should contain finite floating-point numbers, received {tensor.dtype}")
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                received = "NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{name} should contain finite floating-point numbers, received {received}")
         device, frames = next(self.adapter.parameters()).device, tensors.get("frame_weights")
         return ImagePrompt(
             self.adapter, features.to(device), uncond.to(device), _parse_scale(settings.get("scale", 1.0)),
