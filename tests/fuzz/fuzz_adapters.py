@@ -192,7 +192,7 @@ def alter_tensor(x: Tensor, rng: random.Random) -> Tensor:
     alterations: list[Callable[[], Tensor]] = [
         lambda: x.flatten(), lambda: x[None], lambda: x[:0], lambda: x[:-1], lambda: x.sum(), lambda: x.mT if x.ndim > 1 else x,
         lambda: torch.cat([x, x]), lambda: x.to(rng.choice((torch.int8, torch.float16, torch.float8_e4m3fn, torch.bool, torch.float64))),
-        lambda: x * rng.choice((float("nan"), float("inf"), 0.0, -1.0, 1e30)), lambda: torch.ones([1] * 40),
+        lambda: x.float() * rng.choice((float("nan"), float("inf"), 0.0, -1.0, 1e30)), lambda: torch.ones([1] * 40),
     ]  # fmt: skip
     return rng.choice(alterations)().contiguous()
 
