@@ -576,6 +576,7 @@ WRAPPINGS = {
     "model_state_dict": lambda t: {"model_state_dict": to_nested(t)},
     "module of DeepSpeed": lambda t: {"module": t, "global_steps": 7},
     "only an ema": lambda t: {"ema": t},
+    "a container of another name": lambda t: {"net": {"generator": t}},
     "nested twice": lambda t: {"state_dict": {"model": to_nested(t)}},
 }
 
@@ -588,7 +589,11 @@ def test_prefixes_and_containers_around_the_tensors_are_understood(wrapping, sma
 
 def test_of_weights_and_their_average_the_weights_are_read_and_the_rest_is_reported(small_adapter, tmp_path):
     average = {key: value + 1 for key, value in small_adapter.items()}
-    for name, content in (("a.bin", {"ema": average, "state_dict": small_adapter}), ("b.bin", {"model": small_adapter, "ema": average})):
+    for name, content in (
+        ("a.bin", {"ema": average, "state_dict": small_adapter}),
+        ("b.bin", {"model": small_adapter, "ema": average}),
+        ("c.bin", {"optimizer": {"momentum": average}, "ema": average, "model": small_adapter}),
+    ):
         torch.save(content, tmp_path / name)
         with pytest.warns(Notice, match=rf"left out, .* ema \({len(average)} tensors\)"):
             assert equal_tensors(read_adapter_file(tmp_path / name)[0], small_adapter)

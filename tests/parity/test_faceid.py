@@ -106,6 +106,7 @@ def test_what_the_keys_do_not_determine_is_in_the_name_or_the_header(tmp_path):
         ("faceid-plus.bin", {}, False),
         ("faceid-plusv2.bin", {}, True),
         ("x.safetensors", {"version": 2}, True),
+        ("y.safetensors", {"version": "2"}, True),
         ("faceid-plus.safetensors", {"version": 2}, True),  # what was written into the file counts more than its name
         ("IP-Adapter-FaceID-PlusV2_sd15.safetensors", {}, True),
         ("ip-adapter-faceid-plus-v2_sd15.bin", {}, True),

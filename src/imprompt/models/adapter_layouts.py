@@ -18,6 +18,7 @@ _PREFIX_ALIASES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_a
 _WRAPPER_NAMES = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile, anywhere in a name
 _EMA_NAMES = ("ema", "ema_model", "ema_state_dict", "model_ema")
 _CONTAINER_NAMES = ("state_dict", "model_state_dict", "model", *_EMA_NAMES)  # around all tensors of a checkpoint
+_ROOTS = ("image_proj", "image_proj_model", "ip_adapter", "adapter_modules", "aggregator", "unet")  # what is before them is a container
 _PROCESSOR_WEIGHT = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight|to_(?:q|k|v|out)_lora\.(?:down|up)\.weight)")
 _ATTENTION_LAYER = re.compile(r"unet\.((?:.+\.)?attn([12]))\..+")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in the order of the public numbering
@@ -43,21 +44,27 @@ def to_public_layout(tensors: Mapping[str, Tensor], file_name: str) -> dict[str,
 
 
 def _choose_weights(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name without wrappers and containers → key, for the weights to use: those outside an EMA where there are both."""
+    """Name without wrappers and containers → key, for the weights to use: where there are several sets, those outside an EMA,
+    then those in the usual containers.
+    """
     sets: dict[tuple[str, ...], dict[str, str]] = {}
     for key in tensors:
         containers, name = _unwrap(key)
         sets.setdefault(containers, {}).setdefault(name, key)
-    for containers in sorted(sets, key=lambda names: any(name in _EMA_NAMES for name in names)):
+    for containers in sorted(sets, key=_rank):
         if _is_adapter(map(_rename, sets[containers])) or any(map(_PROCESSOR_WEIGHT.fullmatch, sets[containers])):
             return sets[containers]
     return {name: key for names in reversed(sets.values()) for name, key in names.items()}
 
 
+def _rank(containers: tuple[str, ...]) -> tuple[bool, bool]:
+    return any(name in _EMA_NAMES for name in containers), any(name not in _CONTAINER_NAMES for name in containers)
+
+
 def _unwrap(key: str) -> tuple[tuple[str, ...], str]:
     """The containers around a tensor, and its name without them."""
     parts = [part for part in key.split(".") if part not in _WRAPPER_NAMES]
-    depth = next((i for i, part in enumerate(parts) if part not in _CONTAINER_NAMES), len(parts))
+    depth = next((i for i, part in enumerate(parts) if part in _ROOTS), 0)
     name = ".".join(parts[depth:])
     inner = name.removeprefix("ip_adapter.")
     return tuple(parts[:depth]), inner if inner.startswith((*_PREFIX_ALIASES, "image_proj.")) else name

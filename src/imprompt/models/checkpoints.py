@@ -68,7 +68,9 @@ class AdapterSpec:
     @property
     def faceid_version(self) -> int | None:
         """1 or 2 for FaceID-Plus, whose versions have the same tensors: as the metadata or the file's name says, else 1."""
-        return (2 if self.metadata.get("version") == 2 else 1) if self.adapter_type == "faceid-plus" else None
+        if self.adapter_type != "faceid-plus":
+            return None
+        return 2 if str(self.metadata.get("version")) == "2" else 1
 
     @property
     def base_model(self) -> str:
@@ -217,7 +219,7 @@ def load_adapter(path: Path | str) -> tuple[Adapter, AdapterSpec]:
 
 def report_assumptions(spec: AdapterSpec, file_name: str) -> None:
     """Report what neither the tensors nor the metadata nor the name of a file determine."""
-    if spec.adapter_type == "faceid-plus" and "version" not in spec.metadata:
+    if spec.adapter_type == "faceid-plus" and str(spec.metadata.get("version")) not in ("1", "2"):
         notify(
             f"{file_name} is taken for version 1 of FaceID-Plus: its tensors are the same as those of version 2, and neither name nor "
             "metadata tell; for version 2, write it once with imprompt convert --faceid-version 2"
