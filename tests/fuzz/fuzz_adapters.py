@@ -111,7 +111,9 @@ def prompt_files() -> list[tuple[Tensors, dict[str, Any]]]:
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "white")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt.safetensors"
-        prompt_encoder()(images, mask=torch.ones(4, 4), reference_weights=[2, 1], scale={"mid_block": 0.5}).save(path)
+        prompt_encoder()(images, mask=torch.ones(4, 4), reference_weights=[2, 1], frame_weights=[1, 0.5], scale={"mid_block": 0.5}).save(
+            path
+        )
         with_everything = read_tensors(path)
         prompt_encoder()(images, aggregation="average").save(path)
         return [with_everything, read_tensors(path)]

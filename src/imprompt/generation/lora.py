@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imprompt.config import parse_weighted
 from imprompt.errors import UserError, notify, summarize_error
 from imprompt.models.tensor_files import check_weights
+from imprompt.utils.text import shorten
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # of a pipeline, that a LoRA may change
 
@@ -70,7 +71,7 @@ def _check_loaded(tensors: Mapping[str, Tensor], loaded: Collection[str], source
     if not loaded:
         raise UserError(
             f"lora: {source} changes no layer of this base model; expected a LoRA of its family in the form of diffusers or kohya, "
-            f"received {', '.join(sorted(tensors)[:2]) or 'no tensors'}"
+            f"received {', '.join(map(shorten, sorted(tensors)[:2])) or 'no tensors'}"
         )
     if len(loaded) > len(tensors):
         raise UserError(f"lora: {source} is incomplete: expected {len(loaded)} tensors, received {len(tensors)}; download it again")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, notify
-from imprompt.utils.text import escape
+from imprompt.utils.text import escape, shorten
 
 _PUBLIC_PREFIXES = ("image_proj.", "ip_adapter.", "aggregator.")
 _PREFIX_ALIASES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}  # of other scripts → of the releases
@@ -36,7 +36,7 @@ def to_public_layout(tensors: Mapping[str, Tensor], file_name: str) -> dict[str,
     if not _is_adapter(public):
         raise CheckpointError(
             f"{file_name} is not an IP-Adapter: expected tensors under image_proj. and ip_adapter., "
-            f"received {', '.join(map(_shorten, sorted(tensors)[:3])) or 'none'} …; {_suggest_option(tensors)}"
+            f"received {', '.join(map(shorten, sorted(tensors)[:3])) or 'none'} …; {_suggest_option(tensors)}"
         )
     used = {key for name, key in names.items() if _is_public(name) or _PROCESSOR_WEIGHT.fullmatch(name)}
     _report_unused([key for key in tensors if key not in used], file_name)
@@ -89,12 +89,8 @@ def _suggest_option(tensors: Mapping[str, Tensor]) -> str:
     return "pass a LoRA with --lora" if is_lora else "pass a whole model with --model"
 
 
-def _shorten(name: str, length: int = 80) -> str:
-    return name if len(name) <= length else name[:length] + "…"
-
-
 def _report_unused(keys: list[str], file_name: str) -> None:
-    groups = Counter(_shorten(escape(key.split(".", 1)[0])) for key in keys)
+    groups = Counter(shorten(escape(key.split(".", 1)[0])) for key in keys)
     if groups:
         listed = ", ".join(f"{name or 'no name'} ({count} tensor{'s' * (count > 1)})" for name, count in groups.most_common(5))
         notify(f"{file_name}: left out, because they are not part of the adapter that is read: {listed}{' …' * (len(groups) > 5)}")
@@ -110,7 +106,7 @@ def _processor_weights(tensors: Mapping[str, Tensor], file_name: str) -> dict[st
     layers = {match[1]: int(match[2]) for key in tensors if (match := _ATTENTION_LAYER.fullmatch(key))} if weights else {}
     if unknown := [layer for layer, _ in weights if layer.split(".")[0] not in _BLOCKS or layer not in layers]:
         raise CheckpointError(
-            f"{file_name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {_shorten(unknown[0])}"
+            f"{file_name} was trained inside an unknown model: expected layers in {', '.join(_BLOCKS)}, received {shorten(unknown[0])}"
         )
     blocks = sorted({layer[:-1] for layer in layers if layer.split(".")[0] in _BLOCKS}, key=_layer_sort_key)
     index = {block: 2 * i for i, block in enumerate(blocks)}

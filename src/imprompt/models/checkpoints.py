@@ -30,6 +30,7 @@ from imprompt.models.tensor_files import (
     read_tensors,
     write_tensors,
 )
+from imprompt.utils.text import shorten
 
 ARCFACE_DIM = 512  # of an identity embedding; no CLIP encoder has patch features of this dimension
 _INDEX = "(0|[1-9][0-9]{0,3})"  # of an attention layer, in a pattern
@@ -188,7 +189,7 @@ def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, 
         is_instantid = latents[2] == _INSTANTID_WIDTH != cross_attention_dim  # otherwise FaceID-Portrait, unnormalized
         return "instantid" if is_instantid else "faceid-resampler", latents[1], size[1]
     names = sorted(key for key in tensors if key.startswith("image_proj."))
-    raise CheckpointError(f"unknown type of adapter: image_proj contains {', '.join(names[:4])} …")
+    raise CheckpointError(f"unknown type of adapter: image_proj contains {', '.join(map(shorten, names[:4]))} …")
 
 
 def _checked_shape(tensors: Mapping[str, Tensor], key: str, dimensions: int = 2) -> torch.Size:

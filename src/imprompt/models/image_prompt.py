@@ -305,6 +305,7 @@ def _parse_scale(value: object) -> Scale:
 
 
 def _check_mask(mask: Tensor | None) -> Tensor | None:
+    mask = None if mask is None else mask.float()
     if mask is not None and (mask.ndim not in (2, 3) or not mask.numel() or not 0 <= float(mask.min()) <= float(mask.max()) <= 1):
         raise UserError(f"mask should be (height, width) or (frames, height, width) in 0 … 1, received {tuple(mask.shape)}")
     return mask

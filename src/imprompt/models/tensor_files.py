@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from imprompt.errors import CheckpointError, notify
 from imprompt.utils.files import atomic_path
+from imprompt.utils.text import shorten
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -159,7 +160,7 @@ def check_shapes(tensors: Mapping[str, Tensor], expected_tensors: Mapping[str, T
     for key in dict.fromkeys([*expected, *received]):
         if expected.get(key) != received.get(key):
             raise CheckpointError(
-                f"{file_name}: {key} should be {expected.get(key, 'nothing')}, received {received.get(key, 'nothing')}; {remedy}"
+                f"{file_name}: {shorten(key)} should be {expected.get(key, 'nothing')}, received {received.get(key, 'nothing')}; {remedy}"
             )
 
 
@@ -167,7 +168,7 @@ def check_weights(tensors: Mapping[str, Tensor], file_name: str) -> None:
     """Raise CheckpointError unless every tensor can be used as weights: dense, floating-point, not quantized, finite."""
     for key, tensor in tensors.items():
         if problem := _weight_problem(tensor):
-            raise CheckpointError(f"{file_name}: {key} {problem}")
+            raise CheckpointError(f"{file_name}: {shorten(key)} {problem}")
 
 
 def check_finite(module: nn.Module, name: str) -> None:
