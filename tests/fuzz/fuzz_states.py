@@ -206,15 +206,15 @@ def fuzz(minutes: float, seed: int = 0, targets: tuple[str, ...] = tuple(TARGETS
             path = rng.choice(files[name])
             original = path.read_bytes()
             path.write_bytes(mutate(original, path.suffix, rng))
-            outcome = run_round(TARGETS[name].read, folders[name], findings)
+            outcome = run_round(TARGETS[name].read, folders[name], findings, path.name)
             outcomes[f"{name}: {outcome}"] += 1
             path.write_bytes(original)
     return outcomes, findings
 
 
-def run_round(read: Callable[[Path], object], folder: Path, findings: dict[str, str]) -> str:
-    """The outcome of reading a folder."""
-    begin = time.monotonic()
+def run_round(read: Callable[[Path], object], folder: Path, findings: dict[str, str], changed: str) -> str:
+    """The outcome of reading a folder in which one file was changed."""
+    begin = time.process_time()  # other processes may keep this one waiting
     try:
         read(folder)
         outcome = "read"
@@ -226,8 +226,9 @@ def run_round(read: Callable[[Path], object], folder: Path, findings: dict[str, 
         last = traceback.extract_tb(error.__traceback__)[-1]
         findings[f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"] = traceback.format_exc()
         outcome = "error"
-    if time.monotonic() - begin > MAX_SECONDS:
-        findings[f"{outcome} after {time.monotonic() - begin:.0f} s"] = str(folder)
+    if time.process_time() - begin > MAX_SECONDS:
+        content = next(folder.rglob(changed)).read_bytes()[:500]
+        findings[f"{changed} is slow"] = f"{changed}: {outcome} after {time.process_time() - begin:.0f} s: {content!r}"
     return outcome
 
 

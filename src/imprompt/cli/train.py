@@ -67,10 +67,16 @@ def _train(config: TrainConfig, progress: ProgressDisplay, stop: StopRequest, *,
     progress.rename("training")
     last = None
     with stop.requests():
-        for last in log_steps(config, steps) if is_main else steps:
-            progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
-            if last.validation:
-                progress.log(f"step {last.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.validation.metrics.items()))
+        try:
+            for last in log_steps(config, steps) if is_main else steps:
+                progress.advance(last.index, last.max_train_steps, f"loss {last.loss:.4f} · {last.images_per_second:.1f} images/s")
+                if last.validation:
+                    progress.log(f"step {last.index}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.validation.metrics.items()))
+        except RuntimeError as error:
+            if not stop:
+                raise
+            # Another process, which was not in its loop yet, ended at the signal.
+            raise Interrupted(stop.signum, "the same command continues from the last state that was saved") from error
     return last
 
 

@@ -1,7 +1,6 @@
 """The log of a run: every value as a JSON line, curves, sample grids, and one page that opens offline."""
 
 import json
-import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from imprompt.utils.html import render_html, write_page
 from imprompt.utils.plots import plot_panels
 
 LOG_INTERVAL_SECONDS = 2.0
+MAX_PLOTTED = 1e100
 MAX_SAMPLE_GRIDS = 6  # on the page
 
 
@@ -69,7 +69,7 @@ class RunLog:
         for text in self.path.read_bytes().splitlines() if self.path.exists() else ():
             with suppress(ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
                 line = json.loads(text)
-                lines.append({"step": int(line["step"])} | {name: value for name, value in line.items() if math.isfinite(value)})
+                lines.append({"step": int(line["step"])} | {name: value for name, value in line.items() if abs(value) < MAX_PLOTTED})
         return lines
 
     def write_page(self) -> None:
