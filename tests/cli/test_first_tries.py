@@ -163,7 +163,7 @@ def test_invalid_options_are_named(images, tmp_path, capsys, arguments, expected
 
 
 def test_a_mask_of_another_size_and_several_references_are_read(images, tmp_path, capsys):
-    Image.new("RGB", (10, 10)).save(images / "mask.jpg")
+    Image.linear_gradient("L").save(images / "mask.jpg")
     rows = [{"target": f"{i}.png", "mask": "mask.jpg", "references": ["0.png", "1.png"]} for i in range(6)]
     (images / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_command(capsys, "train", "--data", images / "list.jsonl", "--output-dir", tmp_path / "run", *QUICK, "--num-references", "3", code=0)

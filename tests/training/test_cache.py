@@ -47,7 +47,7 @@ def images(tmp_path_factory):
             image = image.resize((128, 64))
         image.save(folder / f"{i}.png")
         lines.append({"target": f"{i}.png", "text": world.sample_caption(subject, scene, random.Random(i))})
-    Image.new("L", (64, 64), 255).save(folder / "mask.png")
+    Image.linear_gradient("L").save(folder / "mask.png")
     lines[5]["mask"] = "mask.png"
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"target": "nowhere.png", "text": "missing"}])))
     return folder

@@ -74,6 +74,7 @@ def print_notices() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs what is wrong with a file, which our own sentence says
         warnings.simplefilter("always", Notice)
         warnings.showwarning = show
         yield

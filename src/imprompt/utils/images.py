@@ -38,6 +38,7 @@ _MAX_DECODING_BYTES = 2**30
 _DECODING_BYTES = {"JPEG2000": 20, "AVIF": 14, "HEIF": 14}  # that a pixel takes while it is decoded; in the other formats 8
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 MAX_TILES = 8  # of one image
+_MAX_CROPPED_SIDE = 4096  # in pixels, of a cropped image; encoders' preprocessors take 12 bytes for each
 _MAX_PADDED_SIDE = 2048  # in pixels, of a padded or squashed image: encoders take 224 to 448
 
 ImageInput = str | Path | bytes | Image.Image | SupportsArray  # bytes are the content of a file
@@ -183,7 +184,7 @@ def is_animated(image: Image.Image) -> bool:
 
 def resize_to_square(image: Image.Image, resize_mode: str = "crop") -> Image.Image:
     """A square image: center-cropped (`crop`), padded with white (`pad`) or distorted (`squash`). Raises ImageError for another mode."""
-    side = min(image.size) if resize_mode == "crop" else min(max(image.size), _MAX_PADDED_SIDE)
+    side = min(*image.size, _MAX_CROPPED_SIDE) if resize_mode == "crop" else min(max(image.size), _MAX_PADDED_SIDE)
     if resize_mode == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     if resize_mode == "pad":
@@ -204,7 +205,8 @@ def tile_to_squares(image: Image.Image, resize_mode: str = "crop") -> list[Image
     count = min(-(-length // side), MAX_TILES)
     offsets = [round(i * (length - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
     is_wide = image.width >= image.height
-    return [image.crop((x, 0, x + side, side) if is_wide else (0, x, side, x + side)) for x in offsets]
+    tiles = (image.crop((x, 0, x + side, side) if is_wide else (0, x, side, x + side)) for x in offsets)
+    return [resize_to_square(tile) if side > _MAX_CROPPED_SIDE else tile for tile in tiles]
 
 
 def _resize_longest_side(image: Image.Image, side: int, method: Image.Resampling) -> Image.Image:

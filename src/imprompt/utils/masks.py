@@ -6,7 +6,7 @@ from PIL import Image
 from imprompt.errors import ImageError, notify
 from imprompt.utils.pixels import find_white, gray_values, is_deep, is_unsigned, orient, split_alpha
 
-_MAX_PIXELS = 16_000_000  # of a mask; a larger one is reduced
+_MAX_PIXELS = 4_000_000  # of a mask; a larger one is reduced
 _EXPECTED = "expected a mask, white where it applies and black elsewhere"
 _NOISE = 8  # of a lossy format, out of 255
 _LOSSY = ("JPEG", "MPO")
