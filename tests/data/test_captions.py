@@ -179,6 +179,13 @@ def test_text_that_is_not_utf_8_is_reported_instead_of_guessed():
             decode_text(data, "x.txt")
 
 
+def test_labels_of_a_detector_are_no_captions(tmp_path):
+    labels = b"0 0.5 0.5 0.2 0.1\n15 0.5 0.5 .2 1e-2\n"
+    files = {"a.png": encode_image(0), "a.txt": labels, "b.png": encode_image(1), "b.txt": b"1 2 3"}
+    captions, reported = read_all(write_tree(tmp_path, files))
+    assert captions == {1: "1 2 3"} and "a.txt holds numbers" in reported[0]
+
+
 def test_names_match_in_any_case_and_unicode_form():
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     files = match_caption_files(

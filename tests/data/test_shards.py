@@ -136,6 +136,9 @@ def test_commands_run_only_where_they_are_allowed(tmp_path, monkeypatch):
     monkeypatch.setenv("IMPROMPT_ALLOW_PIPE", "1")
     records = open_data("pipe:cat x.tar")
     assert len(list(records.read_shard(records.shards[0]))) == 1
+    problems = []
+    records = WebDatasetShards(["pipe:cat x.tar; exit 3"], lambda key, reason: problems.append(reason))
+    assert len(list(records.read_shard(records.shards[0]))) == 1 and "exit 3" in problems[0]
 
 
 @pytest.mark.parametrize(

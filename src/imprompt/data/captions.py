@@ -88,8 +88,18 @@ def to_text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():  # a column of integers with a gap, as pandas writes it
         value = int(value)
     text = strip_blanks(str(value).replace("\r\n", "\n").replace("\r", "\n"))
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+    if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
         raise UserError(f"{text[:20]!r} … is not text in UTF-8; save it as UTF-8")
+    return text
+
+
+def read_caption_file(data: bytes, name: str) -> str:
+    """The caption in a text or JSON file; "" for none. Raises UserError for other encodings, damaged JSON and labels of detectors."""
+    if name.lower().endswith(".json"):
+        return find_caption(parse_json(data, name))
+    text = find_caption(decode_text(data, name))
+    if re.fullmatch(r"(\d+(\s+-?\d*\.?\d+(e[-+]?\d+)?){4,}\s*)+", text):
+        raise UserError(f"{name} holds numbers, as the labels of an object detector (YOLO); expected a caption")
     return text
 
 

@@ -10,11 +10,10 @@ from typing import Any
 from imprompt.data.captions import (
     CAPTION_SUFFIXES,
     Caption,
-    decode_text,
-    find_caption,
     is_missing,
     parse_json,
     read_caption,
+    read_caption_file,
     select_columns,
 )
 from imprompt.data.lists import make_record, read_subject
@@ -68,7 +67,7 @@ class ImageCollection:
     def get_caption(self, name: str) -> Caption:
         """The caption of an image. Raises UserError where a file with its name, or the list, is no text in UTF-8 or no JSON."""
         for file in self._caption_files.get(name, ()):
-            if text := self._read_caption_file(file):
+            if text := read_caption_file(self._read(file), file):
                 return Caption(text, get_suffix(file))
         captions = (read_caption(table.read_row(i, ("text",)), table.name) for table, i in self._rows.get(name, ()))
         return next((caption for caption in captions if caption.text), Caption())
@@ -87,12 +86,6 @@ class ImageCollection:
         subject = self.get_subject(name) or folder_subject
         row |= {"subject": subject} if subject else {}
         return make_record(key, target, row, lambda path: self._resolve(_join(folder, path)), self.get_caption(name))
-
-    def _read_caption_file(self, file: str) -> str:
-        data = self._read(file)
-        if get_suffix(file) == ".json":
-            return find_caption(parse_json(data, file))
-        return find_caption(decode_text(data, file))
 
     def _json_of(self, name: str) -> Mapping[str, Any]:
         file = next((file for file in self._caption_files.get(name, ()) if get_suffix(file) == ".json"), None)

@@ -62,7 +62,12 @@ class WebDatasetShards:
     def __init__(self, shards: Sequence[str], on_unreadable: Callable[[str, str], None] = lambda key, reason: None):
         self.shards = list(shards)
         self.on_unreadable = on_unreadable
-        self.skipped: Counter[str] = Counter()
+        self._skipped: dict[str, Counter[str]] = {}  # by shard, as each may be read many times
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """What was no part of a sample in the shards that were read, by kind."""
+        return sum(self._skipped.values(), Counter())
 
     @classmethod
     def expand(cls, pattern: str) -> "WebDatasetShards":
@@ -81,14 +86,15 @@ class WebDatasetShards:
 
     def read_shard(self, shard: str) -> Iterator[Record]:
         """The records of one shard; damaged samples are reported and skipped."""
-        name = redact_secrets(shard)
+        name, skipped = redact_secrets(shard), Counter[str]()
+        self._skipped[shard] = skipped
         with ExitStack() as stack:
             members, problems, is_damaged = dict[str, Member](), list[tuple[str, str]](), False
             try:
                 copy = stack.enter_context(tempfile.TemporaryFile())
                 file = open_shard(shard)
                 stack.callback(file.close)
-                self._index(file, copy, members, problems, in_place=not is_remote(shard) and _is_plain_tar(file))
+                self._index(file, copy, members, problems, skipped, in_place=not is_remote(shard) and _is_plain_tar(file))
                 if is_remote(shard):
                     file.close()  # a command or a server fails only at the end of the stream
             except _SHARD_ERRORS as error:  # the part before the damage is read
@@ -96,16 +102,19 @@ class WebDatasetShards:
                 is_damaged = True
             for member, reason in problems:
                 self.on_unreadable(f"{PurePosixPath(name).name}/{member}" if member else name, reason)
-            yield from self._read_records(PurePosixPath(name).name, members, is_damaged=is_damaged)
+            yield from self._read_records(shard, members, is_damaged=is_damaged)
 
     def _index(
-        self, file: IO[bytes], copy: IO[bytes], members: dict[str, Member], problems: list[tuple[str, str]], *, in_place: bool
-    ) -> None:
-        """Find the members that are read, and those that would be but cannot, with the reason."""
+        self, file: IO[bytes], copy: IO[bytes], members: dict[str, Member], problems: list[tuple[str, str]], skipped: Counter[str], *,
+        in_place: bool,
+    ) -> None:  # fmt: skip
+        """Find the members that are read, those that would be but cannot, with the reason, and count the others."""
         with tarfile.open(fileobj=file, mode="r:" if in_place else "r|*", tarinfo=BoundedTarInfo) as tar:
             for info in tar:
                 name = info.name.removeprefix("./")
-                if self._is_read(name) and not info.isdir():
+                if kind := "" if info.isdir() else _find_kind(name):
+                    skipped[kind] += 1
+                elif not info.isdir():
                     if problem := _find_problem(info, name, members):
                         problems.append((name, problem))
                     else:
@@ -113,17 +122,10 @@ class WebDatasetShards:
                         members[name] = Member(file, info.offset_data, info.size) if is_whole else _copy(tar, info, copy)
                 tar.members = []  # type: ignore[attr-defined]  # they are not needed again
 
-    def _is_read(self, name: str) -> bool:
-        """Whether a member is an image, a caption or a list; others are counted."""
-        is_hidden = any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts) or "__MACOSX/" in name
-        if get_suffix(name) in _READ_SUFFIXES and not is_hidden:
-            return True
-        self.skipped["hidden files" if is_hidden else get_suffix(name) or "without a suffix"] += 1
-        return False
-
-    def _read_records(self, shard: str, members: Mapping[str, Member], *, is_damaged: bool) -> Iterator[Record]:
-        extras = list(find_extras(members))
-        self.skipped["further images of a sample"] += len(extras)
+    def _read_records(self, path: str, members: Mapping[str, Member], *, is_damaged: bool) -> Iterator[Record]:
+        shard, extras = PurePosixPath(redact_secrets(path)).name, set(find_extras(members))
+        if extras:
+            self._skipped[path]["further images of a sample"] = len(extras)
         names = [name for name in members if name not in extras]
         collection = ImageCollection(
             names, lambda name: read_member(members[name]), lambda name: open_table(name, read_member(members[name])),
@@ -145,7 +147,14 @@ class WebDatasetShards:
                 yield record
         for name in collection.orphans:
             self.on_unreadable(f"{shard}/{name}", "no image")
-        self.skipped += collection.skipped
+        self._skipped[path] += collection.skipped
+
+
+def _find_kind(name: str) -> str:
+    """Under which kind a member is counted; "" for an image, a caption or a list, which are read."""
+    if any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts) or "__MACOSX/" in name:
+        return "hidden files"
+    return "" if get_suffix(name) in _READ_SUFFIXES else get_suffix(name) or "without a suffix"
 
 
 def _find_problem(info: tarfile.TarInfo, name: str, members: Mapping[str, Member]) -> str:
