@@ -138,7 +138,8 @@ def one_sentence(code: int, stdout: str, stderr: str, out: Path) -> str:
 BAD = {
     # references
     "missing reference": (dict(image="@none.png"), "no image at"),
-    "reference is a folder": (dict(image="@folder"), "no image at"),
+    "reference is a folder without images": (dict(image="@folder"), "no image in the folder"),
+    "reference is a pattern without images": (dict(image="@none*.png"), "no image matches"),
     "corrupt reference": (dict(image="@corrupt.png"), "corrupt.png is damaged"),
     "truncated reference": (dict(image="@cut.png"), "cut.png is damaged"),
     "enormous reference": (dict(image="@huge.png"), "at most 100 million pixels"),
@@ -261,7 +262,7 @@ def test_a_bad_configuration_gets_one_sentence(what, files, out, tmp_path, capsy
 def test_configurations_that_cannot_be_read(files, out, tmp_path, capsys):
     assert "no configuration at" in refusal(["generate", "--config", str(tmp_path / "none.toml")], out, capsys)
     assert "not a readable TOML file" in refusal(["generate", "--config", str(tmp_path)], out, capsys)
-    assert "not a readable TOML file" in refusal(["generate", "--config", str(files / "ref.png")], out, capsys)
+    assert "ref.png holds no options" in refusal(["generate", "--config", str(files / "ref.png")], out, capsys)
 
 
 @pytest.mark.parametrize(
@@ -350,22 +351,26 @@ def test_without_json_the_path_of_the_sheet_is_printed(files, out, capsys):
 
 
 def test_the_settings_of_an_image_repeat_it(files, out, tmp_path, capsys):
-    """Same seed, same bytes, also after other schedulers. Alone instead of in a batch, sums may round otherwise."""
+    """Same seed, same bytes, also after other schedulers; with --config IMAGE from any folder, in the batch that it was generated in."""
     first = run_generate(command(files, out / "1", num_images=2, seed=3, prompt="a red fish"), capsys)["images"]
     for scheduler in SCHEDULERS[1:]:
         run_generate(command(files, out / scheduler, scheduler=scheduler), capsys)
     again = run_generate(command(files, out / "2", num_images=2, seed=3, prompt="a red fish"), capsys)["images"]
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(pixels(one), pixels(other))
-    with Image.open(first[1]) as image:
-        settings = json.loads(image.info["imprompt"])
-    path = tmp_path / "again.toml"
-    path.write_text(
-        "\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items() if v is not None and k not in ("version", "output_dir"))
-    )
-    third = run_generate(["generate", "--config", str(path), "--output-dir", str(out / "3")], capsys)["images"]
-    assert [Path(path).name for path in third] == ["000004.png"]
-    assert np.abs(pixels(third[0]).astype(int) - pixels(first[1])).max() <= 2
+    third = run_generate(["generate", "--config", first[1], "--output-dir", str(out / "3")], capsys)["images"]
+    assert [Path(path).name for path in third] == ["000003.png", "000004.png"]
+    for one, other in zip(first, third, strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+    flags = ["--seed", "4", "--num-images", "1", "--metadata", "no-paths", "--output-dir", str(out / "4")]
+    alone = run_generate(["generate", "--config", first[1], *flags], capsys)["images"]
+    assert np.abs(pixels(alone[0]).astype(int) - pixels(first[1])).max() <= 2
+    with Image.open(alone[0]) as image:
+        text = image.info["imprompt"]
+    assert str(files) not in text and {"ref.png", "adapter.safetensors"} <= {*json.loads(text)["image"], json.loads(text)["adapter"]}
+    nothing = run_generate(["generate", "--config", first[1], *flags, "--metadata", "none"], capsys)["images"]
+    with Image.open(nothing[0]) as image:
+        assert "imprompt" not in image.info
 
 
 def test_reference_adapter_and_scale_matter(files, out, capsys):

@@ -23,6 +23,13 @@ def images(tmp_path_factory):
     return folder
 
 
+def open_closed(path) -> Image.Image:
+    """An image in memory, with its file closed."""
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 def run_command(capsys, *arguments):
     code = cli.main(list(map(str, arguments)))
     out, err = capsys.readouterr()
@@ -32,8 +39,8 @@ def run_command(capsys, *arguments):
 @pytest.mark.parametrize("method", [*TRAINING_FREE_AGGREGATIONS, "attention"])
 def test_references_become_a_contact_sheet(images, tmp_path, capsys, method):
     code, result = run_command(capsys, "personalize", images, "--method", method, "--output-dir", tmp_path, *QUICK)
-    assert code == 0 and Image.open(result["sheet"]).width > 500
-    settings = json.loads(Image.open(result["images"][0]).text["imprompt"])
+    assert code == 0 and open_closed(result["sheet"]).width > 500
+    settings = json.loads(open_closed(result["images"][0]).info["imprompt"])
     assert settings["method"] == method and settings["seed"] == 0 and len(result["images"]) == 1
 
 
@@ -41,7 +48,7 @@ def test_a_star_in_a_prompt_stands_for_the_subject(images, tmp_path, capsys):
     arguments = ["--prompt", "a * on a beach", "--prompt", "a * at night", "--class-noun", "cat", "--method", "average"]
     code, result = run_command(capsys, "personalize", images, "--output-dir", tmp_path, *arguments, *QUICK)
     assert code == 0
-    assert [json.loads(Image.open(p).text["imprompt"])["prompt"] for p in result["images"]] == ["a cat on a beach", "a cat at night"]
+    assert [json.loads(open_closed(p).info["imprompt"])["prompt"] for p in result["images"]] == ["a cat on a beach", "a cat at night"]
 
 
 @pytest.mark.parametrize("method", ["dreambooth", "dreambooth-lora", "inversion"])
@@ -65,14 +72,14 @@ def test_the_fine_tuned_checkpoint_is_kept_and_used_again(images, tmp_path, caps
     assert code == 0
     file = Path(first["checkpoint"])
     before = file.stat().st_mtime_ns
-    pixels = Image.open(first["images"][0]).tobytes()
+    pixels = open_closed(first["images"][0]).tobytes()
     code, again = run_command(capsys, *arguments)
     assert code == 0 and file.stat().st_mtime_ns == before and again["finetune_seconds"] < first["finetune_seconds"]
-    assert Image.open(again["images"][0]).tobytes() == pixels
+    assert open_closed(again["images"][0]).tobytes() == pixels
     code, result = run_command(
         capsys, "generate", "--adapter", file, "--prompt", "a photo of a cat", "--output-dir", tmp_path / "g", *QUICK
     )
-    assert code == 0 and Image.open(result["images"][0]).tobytes() == pixels
+    assert code == 0 and open_closed(result["images"][0]).tobytes() == pixels
     code, error = run_command(capsys, "generate", "--adapter", file, "--prompt", "a dog", "--output-dir", tmp_path / "g", *QUICK)
     assert code == 2 and "expected the word 'cat', or *" in error
     code, error = run_command(
@@ -124,7 +131,7 @@ def test_mistakes_get_one_sentence(images, tmp_path, capsys, arguments, expected
 def test_generated_images_are_not_taken_for_references(images, capsys):
     arguments = ["personalize", images, "--method", "average", *QUICK]
     widths = {
-        Image.open(run_command(capsys, *arguments, "--output-dir", images / name)[1]["sheet"]).width
+        open_closed(run_command(capsys, *arguments, "--output-dir", images / name)[1]["sheet"]).width
         for name in ("first", "first", "second")
     }
     assert len(widths) == 1
@@ -133,7 +140,7 @@ def test_generated_images_are_not_taken_for_references(images, capsys):
 def test_images_of_several_subjects_are_reported(images, tmp_path, capsys):
     for name in ("Ana", "Zoë"):
         (tmp_path / "people" / name).mkdir(parents=True)
-        Image.open(images / "Foto 1.jpg").save(tmp_path / "people" / name / "a.png")
+        open_closed(images / "Foto 1.jpg").save(tmp_path / "people" / name / "a.png")
     arguments = [
         "personalize",
         tmp_path / "people",
@@ -166,7 +173,7 @@ def test_an_interrupted_run_of_another_subject_changes_nothing(images, tmp_path,
     ]
     code, first = run_command(capsys, *arguments)
     assert code == 0
-    pixels = Image.open(first["images"][0]).tobytes()
+    pixels = open_closed(first["images"][0]).tobytes()
     from imprompt import training
 
     real = training.train_adapter
@@ -179,5 +186,5 @@ def test_an_interrupted_run_of_another_subject_changes_nothing(images, tmp_path,
     assert run_command(capsys, *arguments, "--class-noun", "fish")[0] == 130
     monkeypatch.undo()
     code, again = run_command(capsys, *arguments)
-    assert code == 0 and Image.open(again["images"][0]).tobytes() == pixels
+    assert code == 0 and open_closed(again["images"][0]).tobytes() == pixels
     assert json.loads((tmp_path / "inversion" / "finetuned.json").read_text())["class_noun"] == "cat"

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from imprompt.config import GenerateConfig, TrainConfig, read_toml
+from imprompt.config import GenerateConfig, TrainConfig, read_options
 from imprompt.errors import UserError
 from imprompt.generation.generate import generate_images
 from imprompt.mini import world
@@ -102,7 +102,7 @@ def test_the_classifier_reads_every_attribute(built):
 
 @pytest.mark.parametrize("name", ADAPTER_PARTS)
 def test_the_shipped_adapters_have_the_options_of_their_configuration(name):
-    config = TrainConfig.from_options(**read_toml(CONFIGS / f"{name}.toml"))
+    config = TrainConfig.from_options(**read_options(CONFIGS / f"{name}.toml"))
     by_subject = name == "adapter-subject"
     assert (config.pipeline.model, config.dataset.data, config.adapter) == (
         "mini",

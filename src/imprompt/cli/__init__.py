@@ -1,6 +1,5 @@
 """The command line, built with cyclopts from the configuration dataclasses. Imports no torch until a command runs."""
 
-import errno
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -11,8 +10,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.exceptions import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from imprompt import __version__, config
-from imprompt.cli.console import print_notices
-from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits
+from imprompt.cli.console import output_errors_explained, prepare_streams, print_notices
+from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits, is_wide, shorten
 from imprompt.errors import UserError, redact_secrets
 from imprompt.utils.signals import report_interrupt
 from imprompt.utils.text import escape
@@ -20,8 +19,9 @@ from imprompt.utils.text import escape
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 128 + signal when interrupted."""
+    prepare_streams()
     try:
-        with print_notices():
+        with print_notices(), output_errors_explained():
             build_app()(
                 sys.argv[1:] if arguments is None else list(arguments),
                 exit_on_error=False, print_error=False, help_on_error=False, result_action="return_none",
@@ -32,17 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"imprompt: {escape(redact_secrets(str(error)))}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _REPORTED_ERRORS:
-            raise
-        print(f"imprompt: {escape(error.filename or 'cannot write')}: {error.strerror}", file=sys.stderr)
+    except MemoryError:
+        print("imprompt: out of memory; close other programs, or take smaller images or batches", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return report_interrupt(error)
     return 0
-
-
-_REPORTED_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 
 
 def build_app() -> App:
@@ -80,13 +75,14 @@ def _add_command(app: App, name: str, kind: type[Options], entry_point: str) -> 
         given = dict(zip(positional, arguments, strict=False)) | flags
         file, json = given.pop("config", None), given.pop("json", False)
         values = {name: _parse(options[name], value) for name, value in given.items() if value is not UNSET}
-        settings = kind.from_options(**(config.read_toml(file) if file else {}) | values)
+        settings = kind.from_options(**(config.read_options(file) if file else {}) | values)
+        settings.report_unused()
         _entry_point(entry_point)(settings, json=bool(json))
 
     groups = {one.group: Group(one.group, sort_key=number) for number, one in enumerate(options.values()) if one.group}
     run.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
         *sorted((_parameter(one, groups) for one in options.values()), key=lambda parameter: parameter.kind),
-        _flag("config", str, Parameter(help="read options from a TOML file; flags override it", metavar="FILE.toml")),
+        _flag("config", str, Parameter(help="read options from a TOML file or a generated image; flags override it", metavar="FILE")),
         _flag("json", bool, Parameter(help="print the result as JSON", negative=())),
     ])  # fmt: skip
     app.command(run, name=name, help=kind.__doc__)
@@ -118,7 +114,7 @@ def _parse(one: Option, value: Any) -> Any:
     try:
         return tuple(map(one.type, value)) if one.repeatable else one.type(value)
     except ValueError as error:
-        raise UserError(f"{one.name}: expected {one.type.__name__}, received {value!r}") from error
+        raise UserError(f"{one.name}: expected {one.type.__name__}, received {shorten(value)}") from error
 
 
 def _flag(name: str, kind: Any, described: Parameter) -> inspect.Parameter:
@@ -128,6 +124,8 @@ def _flag(name: str, kind: Any, described: Parameter) -> inspect.Parameter:
 def describe_option(one: Option) -> str:
     """An option's help, with its range and its default."""
     limits = one.field.metadata["limits"]
+    if is_wide(limits):
+        limits = {name: bound for name, bound in limits.items() if name != "le" and bound >= 0}
     facts = [f"one of {', '.join(filter(None, one.choices))}"] if one.choices else [describe_limits(limits)] if limits else []
     default = one.field.default
     if "default" not in one.field.metadata["help"] and default not in (UNSET, (), "", "auto"):

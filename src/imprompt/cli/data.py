@@ -6,8 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imprompt.cli.console import progress_bar
-from imprompt.cli.generate import print_json
+from imprompt.cli.console import print_json, progress_bar
 from imprompt.config import ValidateDataConfig
 from imprompt.errors import UserError, redact_secrets
 from imprompt.utils.files import ensure_writable_folder

@@ -1,7 +1,6 @@
 """`imprompt evaluate` and `imprompt reproduce`."""
 
-from imprompt.cli.console import progress_bar, silence_third_party_logs
-from imprompt.cli.generate import print_json
+from imprompt.cli.console import print_json, progress_bar, silence_third_party_logs
 from imprompt.config import EvaluateConfig, ReproduceConfig
 from imprompt.utils.signals import explain_interrupt
 from imprompt.utils.text import escape

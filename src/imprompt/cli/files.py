@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imprompt.cli.generate import print_json
+from imprompt.cli.console import print_json
 from imprompt.config import ConvertConfig, InspectConfig
 from imprompt.utils.text import escape
 

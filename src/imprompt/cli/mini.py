@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
-from imprompt.cli.generate import print_json
+from imprompt.cli.console import ProgressDisplay, print_json, progress_bar, silence_third_party_logs
 from imprompt.config import GenerateConfig, MiniBuildConfig, MiniEvaluateConfig, MiniPreviewConfig, MiniStyleConfig
 from imprompt.errors import UserError
 from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file

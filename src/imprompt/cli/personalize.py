@@ -3,8 +3,8 @@
 import time
 from pathlib import Path
 
-from imprompt.cli.console import progress_bar, silence_third_party_logs
-from imprompt.cli.generate import print_json, save_contact_sheet, save_with_metadata
+from imprompt.cli.console import print_json, progress_bar, silence_third_party_logs
+from imprompt.cli.generate import save_contact_sheet, save_with_metadata
 from imprompt.config import PersonalizeConfig
 from imprompt.utils.files import ensure_writable_folder
 

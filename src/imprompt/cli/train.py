@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.console import ProgressDisplay, progress_bar, silence_third_party_logs
-from imprompt.cli.generate import print_json
+from imprompt.cli.console import ProgressDisplay, print_json, progress_bar, silence_third_party_logs
 from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import EncodeConfig, TrainConfig
 from imprompt.errors import UserError

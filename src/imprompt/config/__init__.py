@@ -5,7 +5,7 @@ from imprompt.config.common import Options as Options
 from imprompt.config.common import PipelineConfig as PipelineConfig
 from imprompt.config.common import Scheduler as Scheduler
 from imprompt.config.common import parse_weighted as parse_weighted
-from imprompt.config.common import read_toml as read_toml
+from imprompt.config.common import read_options as read_options
 from imprompt.config.evaluation import EvaluateConfig as EvaluateConfig
 from imprompt.config.evaluation import ReproduceConfig as ReproduceConfig
 from imprompt.config.generation import GenerateConfig as GenerateConfig

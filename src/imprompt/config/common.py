@@ -5,16 +5,18 @@ uses. Users see a flat list of options: option names are unique within a command
 """
 
 import inspect
+import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 
-from imprompt.errors import UserError
+from imprompt.errors import UserError, notify
 
 UNSET = None  # marks an option that was not given; its default depends on other options (`with_defaults` of each command)
 
@@ -22,6 +24,17 @@ Scheduler = Literal["ddim", "pndm", "dpm++", "euler", "euler-a", "heun", "unipc"
 ResizeMode = Literal["crop", "pad", "squash", "tile"]
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Upper bounds: beyond them a number is a typing error, and would fill the memory or never end.
+MAX_STEPS = 10**8
+MAX_DENOISING_STEPS = 10_000
+MAX_IMAGES = 10**6
+MAX_REFERENCES = 1_000
+MAX_BATCH_SIZE = 65_536
+MAX_SIDE = 16_384  # pixels
+MAX_WORKERS = 256
+MAX_SEED = 2**32 - 1  # of numpy
+MAX_SCALE = 100.0  # of an image prompt, a block, a control model or guidance
 
 
 def option(
@@ -31,6 +44,7 @@ def option(
     metavar: str | None = None,
     alias: tuple[str, ...] = (),
     positional: bool = False,
+    path: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -38,11 +52,11 @@ def option(
 ) -> Any:
     """A field with its help text, shorter names and range (greater or equal, greater, less or equal, less).
 
-    With UNSET as default, the annotation is the type after `with_defaults`: `float` where that fills it in, `str | None`
-    where it may stay unset.
+    `path`: the value names a file or folder, and `~` is expanded. With UNSET as default, the annotation is the type after
+    `with_defaults`: `float` where that fills it in, `str | None` where it may stay unset.
     """
     limits = {name: value for name, value in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if value is not None}
-    metadata = {"help": help, "metavar": metavar, "alias": alias, "positional": positional, "limits": limits}
+    metadata = {"help": help, "metavar": metavar, "alias": alias, "positional": positional, "path": path, "limits": limits}
     return field(default=default, metadata=metadata)
 
 
@@ -71,6 +85,22 @@ class Options:
     def check(self) -> None:
         """Check constraints between options; subclasses override it. Raises UserError."""
 
+    def find_unused(self) -> Iterator[str]:
+        """A sentence for each option that was given and has no effect together with the others; subclasses override it."""
+        yield from ()
+
+    def report_unused(self) -> None:
+        """Report every option that was given and has no effect, those of the parts included."""
+        parts = [value for f in fields(self) if isinstance(value := getattr(self, f.name), Options)]
+        for one in (*parts, self):
+            for sentence in one.find_unused():
+                notify(sentence)
+
+    def given(self, *names: str) -> list[str]:
+        """Those of these options whose value is not the default."""
+        defaults = {one.name: one.field.default for one in all_options(type(self))}
+        return [name for name, value in self.to_options().items() if name in names and _differs(value, defaults[name])]
+
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """From flat option values. Raises UserError for an unknown option, a wrong type or a value out of range."""
@@ -96,6 +126,11 @@ class Options:
         """A copy in which options that were not given have these values; an option that was given is never overridden."""
         values = self.to_options()
         return type(self).from_options(**values | {name: value for name, value in defaults.items() if values[name] is UNSET})
+
+
+def _differs(value: Any, default: Any) -> bool:
+    """Whether a value is not the default; images in memory do not compare as one value."""
+    return value is not UNSET if default is UNSET else bool(value != default)
 
 
 def part(kind: type[Any]) -> Any:
@@ -139,29 +174,66 @@ def _make_option(f: Field[Any], hint: Any, part: str, group: str) -> Option:
 
 
 def _convert_value(one: Option, value: Any) -> Any:
-    """Wrap the only value of a repeatable option in a tuple; convert a path or an int where a string is expected."""
-    if one.repeatable:
-        return (value,) if isinstance(value, (str, Path)) or not isinstance(value, (list, tuple)) else tuple(value)
-    if one.type is str and isinstance(value, (int, Path)) and not isinstance(value, bool):
-        return str(value)
-    return value
+    """Wrap the only value of a repeatable option in a tuple; convert each value."""
+    if not one.repeatable:
+        return _convert_one(one, value)
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(_convert_one(one, each) for each in values)
+
+
+def _convert_one(one: Option, value: Any) -> Any:
+    """A path or an int as text where text is expected, and `~` expanded in a path."""
+    if one.type is str and not one.repeatable and isinstance(value, int) and not isinstance(value, bool):
+        value = shorten(value)
+    if one.type is str and isinstance(value, Path):
+        value = str(value)
+    return expand_home(value) if one.field.metadata["path"] else value
+
+
+def expand_home(path: Any) -> Any:
+    """A path with `~` replaced by the home folder; anything else is returned as it is."""
+    return os.path.expanduser(path) if isinstance(path, (str, Path)) and str(path).startswith("~") else path
 
 
 def _check_value(one: Option, value: Any) -> None:
-    if value is UNSET and one.optional:
-        return
-    if one.repeatable or one.type not in (int, float, str, bool):
+    """Raise UserError unless the value, or each of a repeatable option, has the declared type and range."""
+    if one.repeatable:
+        for each in value:
+            _check_one(one, each)
+    elif not (value is UNSET and one.optional):
+        _check_one(one, value)
+
+
+def _check_one(one: Option, value: Any) -> None:
+    if one.type not in (int, float, str, bool):
         return
     allowed = (int, float) if one.type is float else one.type
     if isinstance(value, bool) != (one.type is bool) or not isinstance(value, allowed):
-        raise UserError(f"{one.name}: expected {one.type.__name__}, received {value!r}")
+        raise UserError(f"{one.name}: expected {one.type.__name__}, received {shorten(value)}")
+    if isinstance(value, str) and _has_surrogates(value):
+        raise UserError(f"{one.name}: expected text in UTF-8, received {shorten(value)}")
     if one.choices and value not in one.choices:
-        raise UserError(f"{one.name}: expected one of {', '.join(one.choices)}; received {value!r}")
+        raise UserError(f"{one.name}: expected one of {', '.join(one.choices)}; received {shorten(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{one.name}: expected a finite number, received {value}")
     limits = one.field.metadata["limits"]
-    if not all(_WITHIN[name](value, bound) for name, bound in limits.items()):
-        raise UserError(f"{one.name}: expected {describe_limits(limits)}, received {value}")
+    if broken := {name: bound for name, bound in limits.items() if not _WITHIN[name](value, bound)}:
+        expected = describe_limits(broken if is_wide(limits) else limits)
+        raise UserError(f"{one.name}: expected {expected}, received {shorten(value)}")
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether the text has bytes that are not UTF-8, as Python passes them on from a command line."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """A value as code, cut where it is long: it may have thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python converts no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[:length]} …"
 
 
 _WITHIN = {
@@ -171,6 +243,11 @@ _WITHIN = {
     "lt": lambda value, bound: value < bound,
 }
 _PHRASES = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+
+
+def is_wide(limits: Mapping[str, float]) -> bool:
+    """Whether the upper end only excludes typing errors, so that it is named where it is exceeded, and nowhere else."""
+    return limits.get("le", 0) >= 100
 
 
 def describe_limits(limits: Mapping[str, float]) -> str:
@@ -186,25 +263,69 @@ def _format_bound(bound: float) -> str:
 
 def parse_weighted(text: str) -> tuple[str, float]:
     """PATH:WEIGHT as a pair; the weight is 1 if omitted."""
-    match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", text)
+    match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|-?inf|nan)", text)
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
-Config = TypeVar("Config", bound=Options)
+def check_scale(name: str, value: float) -> float:
+    """The scale, if it is usable. Raises UserError for one that is not finite or beyond MAX_SCALE."""
+    if not abs(value) <= MAX_SCALE:
+        raise UserError(f"{name}: expected a scale of {-MAX_SCALE:g} … {MAX_SCALE:g}, received {value:g}")
+    return value
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The options in a TOML file, flat; tables are only headings. Raises UserError."""
+NO_OPTIONS = ("version", "batch")  # further keys of a generated image's metadata
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The options in a TOML file, or those that are stored in an image which imprompt generated. Raises UserError."""
+    path = Path(expand_home(path))
     try:
-        values = tomllib.loads(Path(path).read_text("utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"no configuration at {path}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} is not a readable TOML file: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable TOML file: {getattr(error, 'strerror', None) or error}") from error
+    return _parse_metadata(path, content) if content.startswith(PNG_SIGNATURE) else _parse_toml(path, content)
+
+
+def _parse_toml(path: Path, content: bytes) -> dict[str, Any]:
+    """Flat: tables are only headings."""
+    try:
+        values = tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and values nested too deeply
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not a readable TOML file: {reason}") from error
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= value if isinstance(value, dict) else {name: value}
+        for option_name, option_value in (value if isinstance(value, dict) else {name: value}).items():
+            if option_name in flat:
+                raise UserError(f"{path} gives {option_name} twice; expected each option once")
+            flat[option_name] = option_value
     return flat
+
+
+def _parse_metadata(path: Path, content: bytes) -> dict[str, Any]:
+    """The options of a generated image: the batch that it was generated in, since batches of another size round differently."""
+    try:
+        metadata = json.loads(_read_png_text(content)["imprompt"])
+        batch = dict(zip(("seed", "num_images"), metadata["batch"], strict=True))
+        return {name: value for name, value in metadata.items() if value is not None and name not in NO_OPTIONS} | batch
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} holds no options; expected a TOML file, or an image that imprompt generated with its metadata") from error
+
+
+def _read_png_text(content: bytes) -> dict[str, str]:
+    """The uncompressed text chunks of a PNG file. Raises ValueError for a file that is cut off."""
+    texts, position = {}, len(PNG_SIGNATURE)
+    while position + 8 <= len(content):
+        length, kind = int.from_bytes(content[position : position + 4]), content[position + 4 : position + 8]
+        if kind == b"tEXt":
+            keyword, _, text = content[position + 8 : position + 8 + length].partition(b"\0")
+            texts[keyword.decode("latin-1")] = text.decode("latin-1")
+        position += length + 12
+    return texts
 
 
 def keyword_signature(function: Callable[..., Any], kind: type, *leading: str) -> inspect.Signature:
@@ -228,11 +349,15 @@ def keyword_signature(function: Callable[..., Any], kind: type, *leading: str) -
 class PipelineConfig(Options):
     """Base model."""
 
-    model: str = option("mini", "base model: mini, a folder, a single .safetensors file or a hub id")
+    model: str = option("mini", "base model: mini, a folder, a single .safetensors file or a hub id", path=True)
     model_config: str | None = option(
-        UNSET, "for a single file: a folder in diffusers format of a model of the same family (default: from the hub)"
+        UNSET, "for a single file: a folder in diffusers format of a model of the same family (default: from the hub)", path=True
     )
     device: str = option("auto", "auto, cpu, cuda, mps …")
+
+    def find_unused(self) -> Iterator[str]:
+        if self.model_config and not self.model.endswith((".safetensors", ".ckpt", ".bin")):
+            yield f"model_config: has an effect with a single file only; {self.model} is none"
 
     @property
     def is_mini(self) -> bool:

@@ -275,13 +275,14 @@ def _class_name_at(location: str) -> str:
     expected = f"no pipeline at {location}: expected a folder in diffusers' form, or a hub id; of an adapter, its file"
     if not os.path.isdir(location) and not _is_hub_id(location):
         raise UserError(expected)
+    hub.prepare(location)
     errors = []
     for cls in (DiffusionPipeline, ControlNetModel):  # model_index.json, config.json
         try:
             with _silence_third_party_warnings():
                 return str(cls.load_config(location)["_class_name"])
         except Exception as error:
-            errors.append(summarize_error(error))
+            errors.append(hub.explain_failure(error))
     raise UserError(f"{expected} ({errors[0]})")
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.config.evaluation import MetricsConfig
-from imprompt.errors import UserError, summarize_error
+from imprompt.errors import UserError
 from imprompt.mini.attribute_classifier import AttributeClassifier, images_to_tensor
+from imprompt.models import hub
 from imprompt.models.clip_score import CLIPScorer
 
 FeatureFn = Callable[[Sequence[Image.Image]], dict[str, Tensor]]
@@ -117,12 +118,14 @@ def _load_image_model(source: str, device: str) -> FeatureFn:
     """Any image model of transformers: its class token (DINO), else its pooled output, else the mean of its patches."""
     from transformers import AutoImageProcessor, AutoModel
 
+    hub.prepare(source)
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         model = AutoModel.from_pretrained(source, trust_remote_code=False).to(device).eval()
     except Exception as error:  # for missing, damaged and other models the library raises nearly anything
         raise UserError(
-            f"feature_extractor: no image model at {source} ({summarize_error(error)}); expected mini, clip, inception, a folder or hub id"
+            f"feature_extractor: no image model at {source} ({hub.explain_failure(error)}); "
+            "expected mini, clip, inception, a folder or hub id"
         ) from error
 
     has_class_token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())

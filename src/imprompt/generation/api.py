@@ -17,15 +17,16 @@ _lock = Lock()  # pipelines are changed and restored while they sample: one call
 def generate(image: ImageInput | Sequence[ImageInput] = (), **options: Any) -> list[Image.Image]:
     """Generate images from a reference image, or from several of one subject.
 
-    `image` is a path, bytes, a PIL image, an array or a tensor, or a list of them, and so are masks and images to start from; a
-    control is a string or a tuple of kind, image and scale. The keywords are the options of `imprompt generate`; an
-    option left at None takes a value that suits the model. Nothing is written. The base model stays in memory for the next
-    call. Raises `imprompt.UserError` for anything that cannot be used.
+    `image` is a path, a folder, a pattern such as `cats/*.png`, bytes, a PIL image, an array or a tensor, or a list of them. Masks and
+    images to start from may be any single one of these; a control is a string or a tuple of kind, image and scale. The keywords are the
+    options of `imprompt generate`; an option left at None takes a value that suits the model. Nothing is written. The base model stays in
+    memory for the next call. Raises `imprompt.UserError` for anything that cannot be used.
     """
     from imprompt.generation.generate import LoadedModels, generate_images
 
     global _models
     config = GenerateConfig.from_options(**options, image=tuple(list_images(image)))
+    config.report_unused()
     with _lock:
         _models = _models or LoadedModels.empty()
         return [generated.image for generated in generate_images(config, _models)]

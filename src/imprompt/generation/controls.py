@@ -15,7 +15,8 @@ from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.errors import UserError, summarize_error
+from imprompt.errors import UserError
+from imprompt.models import hub
 from imprompt.models.hub import MINI_PATH
 
 # Public releases for SD 1.5 by the kind of control image; anything else is a folder or a hub id.
@@ -56,6 +57,7 @@ def load_control(kind: str, model: str, device: str, dtype: torch.dtype) -> Any:
         raise UserError(f"control: mini has {' and '.join(BUNDLED_CONTROLS)}; received {kind!r}")
     source: Any = MINI_PATH / BUNDLED_CONTROLS[kind] if model == "mini" and kind in BUNDLED_CONTROLS else PUBLIC_CONTROLNETS.get(kind, kind)
     classes: dict[str, Any] = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
+    hub.prepare(source)
     try:
         name = ControlNetModel.load_config(source)["_class_name"]
         if name not in classes:
@@ -64,7 +66,7 @@ def load_control(kind: str, model: str, device: str, dtype: torch.dtype) -> Any:
     except Exception as error:  # for missing and damaged parts the libraries raise nearly anything
         names = ", ".join(BUNDLED_CONTROLS if model == "mini" else PUBLIC_CONTROLNETS)
         raise UserError(
-            f"control: no ControlNet or T2I-Adapter at {kind} ({summarize_error(error)}); expected {names}, a folder or a hub id"
+            f"control: no ControlNet or T2I-Adapter at {kind} ({hub.explain_failure(error)}); expected {names}, a folder or a hub id"
         ) from error
 
 

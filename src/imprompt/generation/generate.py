@@ -14,6 +14,15 @@ from imprompt.config import PER_SUBJECT_METHODS, GenerateConfig, ImagePromptConf
 from imprompt.core.conditioning import BLOCK_PRESETS
 from imprompt.errors import UserError, notify
 from imprompt.generation.controls import apply_t2i_adapters
+from imprompt.generation.inputs import (
+    check_files,
+    expand_references,
+    report_closed_windows,
+    report_cut_text,
+    report_ineffective_options,
+    report_unknown_words,
+    report_without_guidance,
+)
 from imprompt.generation.lora import use_lora
 from imprompt.generation.tasks import GenerationTask, prepare_task
 from imprompt.methods.dreambooth import DreamBooth
@@ -32,10 +41,11 @@ ProgressCallback = Callable[[int, int], None]  # denoising steps done, and in al
 
 
 class GeneratedImage(NamedTuple):
-    """One image and the seed that repeats it."""
+    """One image, its seed, and the batch that repeats it exactly: sums round differently in a batch of another size."""
 
     image: Image.Image
     seed: int
+    batch: tuple[int, int]  # seed of its first image, and the number of its images
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,9 @@ def generate_images(
     `models` keeps what is loaded for the next call. Raises UserError for anything that cannot be used.
     """
     subject = find_subject_method(config.reference)
-    specs = config.parse_image_prompts()
+    specs = [expand_references(spec) for spec in config.parse_image_prompts()]
     check_references(config.reference, specs, subject, config.pipeline)
+    check_files(config, specs)
     models = models or LoadedModels.empty()
     with explain_oom("generate smaller images (--resolution), or in another --dtype (bfloat16)"):
         base = models.pipeline(config.pipeline, config.sampling.dtype)
@@ -97,6 +108,8 @@ def generate_images(
         if config.save_embeds and config.reference.has_reference:
             prompts[0].save(config.save_embeds)
         sampler = Sampler(base, task, config.sampling, config.pipeline.model, config.task.lora)
+        if any(spec.negative_image for spec in specs):
+            report_without_guidance(["negative_image"], sampler.guidance_scale, base)
         return sampler.sample(config.prompt, config.negative_prompt, prompts, subject, on_progress)
 
 
@@ -120,17 +133,36 @@ class Sampler:
     ) -> list[GeneratedImage]:
         """One image for each seed. The pipeline is left as it was."""
         images: list[Image.Image] = []
+        if negative_prompt:
+            report_without_guidance(["negative_prompt"], self.guidance_scale, self.base)
         with ExitStack() as stack:
             stack.enter_context(use_lora(self.base, self.lora))
             stack.enter_context(use_scheduler(self.task.pipe, self.config.scheduler, self.config.num_inference_steps))
             stack.enter_context(apply_t2i_adapters(self.base.unet, self.task.t2i_adapters))
             if image_prompts:
+                report_closed_windows(image_prompts, self.task.pipe.scheduler, self.config.num_inference_steps, self.task.step_fraction)
                 stack.enter_context(attach(self.task.pipe, *image_prompts))
+            token = ""
             if subject:
-                prompt = stack.enter_context(apply_subject_method(subject, self.base, self.task.pipe, self.model, prompt))
+                prompt, token = stack.enter_context(apply_subject_method(subject, self.base, self.task.pipe, self.model, prompt))
+            self._report_prompts(prompt, negative_prompt, token)
             for number, batch in enumerate(self.batches):
                 images += self._sample_batch(prompt, negative_prompt, batch, self._step_callback(number, on_progress))
-        return [GeneratedImage(self.task.postprocess(image), seed) for image, seed in zip(images, self.seeds, strict=True)]
+        seeds = [(seed, (batch[0], len(batch))) for batch in self.batches for seed in batch]
+        return [GeneratedImage(self.task.postprocess(image), *of_image) for image, of_image in zip(images, seeds, strict=True)]
+
+    def _report_prompts(self, prompt: str, negative_prompt: str, subject_token: str) -> None:
+        """Report what of the prompts is cut, and what mini does not know."""
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            report_cut_text(name, text, self.base)
+            if self.model == "mini":
+                report_unknown_words(name, text, subject_token)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The classifier-free guidance scale: what was given, or what suits the model."""
+        given = self.config.guidance_scale
+        return default_guidance_scale(self.model) if given is None else given
 
     @property
     def seeds(self) -> Sequence[int]:
@@ -144,12 +176,11 @@ class Sampler:
         return [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
 
     def _sample_batch(self, prompt: str, negative_prompt: str, seeds: Sequence[int], on_step: Callable[..., Any]) -> list[Image.Image]:
-        guidance_scale = self.config.guidance_scale
         return self.task.pipe(
             [prompt] * len(seeds),
             negative_prompt=[negative_prompt] * len(seeds),
             num_inference_steps=self.config.num_inference_steps,
-            guidance_scale=default_guidance_scale(self.model) if guidance_scale is None else guidance_scale,
+            guidance_scale=self.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             callback_on_step_end=on_step,
             **self.task.pipeline_kwargs(len(seeds)),
@@ -178,6 +209,10 @@ def check_references(
         raise UserError(f"scale: has no effect with {main.adapter}, a Textual Inversion checkpoint; remove --scale")
     if subject and main.image_encoder:
         raise UserError(f"image_encoder: {main.adapter} is conditioned on no image; remove --image-encoder")
+    if subject:
+        for name in main.given(*main.to_options()):
+            if name not in ("adapter", "scale"):
+                notify(f"{name}: has no effect with {main.adapter}, a {subject.name} checkpoint, which is conditioned on no image")
     if not all(spec.adapter or pipeline.is_mini for spec in specs):
         raise UserError(f"adapter: {pipeline.model} has no default adapter; name one with --adapter")
 
@@ -192,12 +227,13 @@ def find_subject_method(config: ImagePromptConfig) -> SubjectMethod | None:
 
 
 @contextmanager
-def apply_subject_method(subject: SubjectMethod, base: Any, pipe: Any, model: str, prompt: str) -> Iterator[str]:
-    """Within the context the pipeline generates the subject of a fine-tuned checkpoint; yields the prompt with its token."""
+def apply_subject_method(subject: SubjectMethod, base: Any, pipe: Any, model: str, prompt: str) -> Iterator[tuple[str, str]]:
+    """Within the context the pipeline generates the subject of a fine-tuned checkpoint; yields the prompt with its token, and the token."""
     method = load_method(subject.source, base, model)
     uncond = method.uncond_features()[None].to(base.unet.device)
     with method.apply_to(pipe, uncond, uncond, subject.scale):
-        yield method.format_prompt(prompt) if isinstance(method, (DreamBooth, TextualInversion)) else prompt
+        token = str(method.metadata.get("token", "sks"))
+        yield (method.format_prompt(prompt) if isinstance(method, (DreamBooth, TextualInversion)) else prompt), token
 
 
 def encode_image_prompt(config: ImagePromptConfig, models: LoadedModels, base: Any) -> ImagePrompt:
@@ -205,7 +241,9 @@ def encode_image_prompt(config: ImagePromptConfig, models: LoadedModels, base: A
     encoder = models.image_prompt_encoder(config.adapter or "mini", config.image_encoder, base.unet.device)
     blocks = {BLOCK_PRESETS.get(name, name): value for name, value in config.parse_block_scales().items()}
     scale = {name: config.scale * value for name, value in blocks.items()} if blocks else config.scale
-    if saved := saved_embeds_file(config):
+    saved = saved_embeds_file(config)
+    report_ineffective_options(config, is_saved=saved is not None)
+    if saved:
         prompt = encoder.load_prompt(saved)
         mask = prompt.mask if config.image_mask is None else load_mask(config.image_mask)
         return replace(prompt, scale=scale, start_at=config.start_at, end_at=config.end_at, mask=mask)

@@ -9,7 +9,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from torch import Tensor, nn
 
 from imprompt.config import parse_weighted
-from imprompt.errors import UserError, notify, summarize_error
+from imprompt.errors import UserError, notify
+from imprompt.models import hub
 from imprompt.models.tensor_files import check_weights
 from imprompt.utils.text import shorten
 
@@ -37,6 +38,7 @@ def use_lora(pipe: Any, lora: Sequence[str]) -> Iterator[None]:
 
 def _load_lora(pipe: Any, source: str, name: str) -> None:
     """Load one LoRA. Raises UserError where it changes nothing or is no LoRA; reports the tensors that do not fit."""
+    hub.prepare(source)
     file = Path(source)
     weight_name = {"weight_name": file.name} if file.is_file() else {}
     location = file.parent if weight_name else source
@@ -51,7 +53,7 @@ def _load_lora(pipe: Any, source: str, name: str) -> None:
     except Exception as error:  # for missing, damaged and other files the libraries raise nearly anything
         peft_missing = "peft" in str(error).lower()
         remedy = "install peft with: pip install 'imprompt[lora]'" if peft_missing else "expected a LoRA of this base model"
-        raise UserError(f"lora: {source} cannot be loaded ({summarize_error(error)}); {remedy}") from error
+        raise UserError(f"lora: {source} cannot be loaded ({hub.explain_failure(error)}); {remedy}") from error
     _check_loaded(tensors, _lora_weights(pipe, name), source)
 
 

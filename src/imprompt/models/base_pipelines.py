@@ -17,6 +17,7 @@ from torch import nn
 
 from imprompt.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, make_rectified_flow_schedule, make_vp_schedule
 from imprompt.errors import UserError, summarize_error
+from imprompt.models import hub
 from imprompt.models.hub import MINI_PATH
 from imprompt.models.tensor_files import check_finite, tensor_names
 from imprompt.unet.mkldnn import prepack_weights, to_channels_last_if_faster
@@ -97,13 +98,15 @@ def load_pipeline(source: str, device: str = "cpu", dtype: torch.dtype = torch.f
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers use the argument dtype, which older ones ignore silently
+            if not is_mini:
+                hub.prepare(source)
             is_file = source.endswith(SINGLE_FILE_SUFFIXES) and not os.path.isdir(source)
             pipe = _load_single_file(source, dtype, model_config) if is_file else _load_pretrained(source, dtype)
     except UserError:
         raise
     except Exception as error:  # missing and damaged parts make the libraries raise nearly any exception
         raise UserError(
-            f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({summarize_error(error)})"
+            f"no base model at {source}: expected mini, a folder in diffusers' form, or a hub id ({hub.explain_failure(error)})"
         ) from error
     if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel) or not hasattr(pipe, "vae_scale_factor"):
         raise UserError(
@@ -186,6 +189,8 @@ def _load_single_file(source: str, dtype: torch.dtype, model_config: str | None)
     components = (
         {"image_encoder": None} | ({"config": model_config} if model_config else {}) | ({} if is_sdxl else {"safety_checker": None})
     )
+    if not model_config:
+        hub.prepare("")  # the configuration of its family
     try:
         if model_config:
             check_model_index(model_config)

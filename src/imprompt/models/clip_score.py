@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from imprompt.errors import UserError, summarize_error
+from imprompt.errors import UserError
+from imprompt.models import hub
 from imprompt.models.hub import MINI_PATH
 from imprompt.models.image_encoders import FeatureEncoder
 
@@ -35,11 +36,12 @@ class CLIPScorer:
     def load(cls, source: str | Path) -> "CLIPScorer":
         """`mini`, a folder or a hub id, such as CLIP_VIT_L. Raises UserError."""
         location = MINI_PATH / "judge_clip" if source == "mini" else source
+        hub.prepare(location)
         try:
             model = CLIPModel.from_pretrained(location, dtype=torch.float32)
             processor, tokenizer = CLIPImageProcessor.from_pretrained(location), CLIPTokenizer.from_pretrained(location)
         except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
-            raise UserError(f"no CLIP model at {source} ({summarize_error(error)}); expected mini, a folder or a hub id") from error
+            raise UserError(f"no CLIP model at {source} ({hub.explain_failure(error)}); expected mini, a folder or a hub id") from error
         return cls(model, processor, tokenizer, source)
 
     @torch.no_grad()

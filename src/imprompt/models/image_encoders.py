@@ -10,7 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt.errors import UserError, summarize_error
+from imprompt.errors import UserError
+from imprompt.models import hub
+from imprompt.models.feature_distribution import FeatureDistribution, distribution_features
 from imprompt.models.tensor_files import check_finite
 
 if TYPE_CHECKING:
@@ -48,8 +50,14 @@ class FeatureEncoder(Protocol):
 class ImageEncoder:
     """A CLIP image encoder."""
 
-    def __init__(self, model: CLIPVisionModelWithProjection, processor: CLIPImageProcessor | None = None):
+    def __init__(
+        self,
+        model: CLIPVisionModelWithProjection,
+        processor: CLIPImageProcessor | None = None,
+        distribution: FeatureDistribution | None = None,
+    ):
         self.model = model.eval().requires_grad_(False)
+        self.distribution = distribution  # of the images that the base model knows, where it knows only a small world
         self.image_size = side = model.config.image_size
         self.processor = processor or CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
@@ -57,6 +65,7 @@ class ImageEncoder:
     def load(cls, source: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None) -> "ImageEncoder":
         """From a local folder or a hub id. Raises UserError where there is none."""
         location = {"subfolder": subfolder} if subfolder else {}
+        hub.prepare(source)
         try:
             model, info = CLIPVisionModelWithProjection.from_pretrained(
                 source, dtype=dtype or torch.float32, output_loading_info=True, **location
@@ -65,7 +74,7 @@ class ImageEncoder:
                 raise ValueError(f"{len(missing)} of its tensors are missing")
         except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
             raise UserError(
-                f"no CLIP image encoder at {f'{source}/{subfolder}' if subfolder else source} ({summarize_error(error)}); "
+                f"no CLIP image encoder at {f'{source}/{subfolder}' if subfolder else source} ({hub.explain_failure(error)}); "
                 "give a folder or hub id with --image-encoder (offline, only folders and the local cache work)"
             ) from error
         check_finite(model, f"{source}/{subfolder}" if subfolder else str(source))
@@ -73,7 +82,7 @@ class ImageEncoder:
             processor = CLIPImageProcessor.from_pretrained(source, **location)
         except (OSError, ValueError):  # adapter repositories contain the encoder without its processor
             processor = None
-        return cls(model, processor)
+        return cls(model, processor, FeatureDistribution.load(Path(source) / (subfolder or "")))
 
     def embed_dim(self, *, patches: bool) -> int:
         """The dimension of the patch features, or of the pooled embedding."""
@@ -95,6 +104,13 @@ class ImageEncoder:
     def encode_images(self, images: Sequence[Image.Image], *, patches: bool) -> Tensor:
         """Features of images: (images, patches, embed_dim)."""
         return self.encode_pixels(self.preprocess(images), patches=patches)
+
+    def find_unfamiliar(self, images: Sequence[Image.Image]) -> list[int]:
+        """The images that are far from everything the base model was trained on; none where that is not known."""
+        if self.distribution is None or not images:
+            return []
+        distances = self.distribution.distances(distribution_features(self, self.preprocess(images)))
+        return (distances > self.distribution.max_distance).nonzero()[:, 0].tolist()
 
     def uncond_features(self, *, patches: bool) -> Tensor:
         """(1, patches, embed_dim): zeros for the pooled embedding; for patches, the features of pixels that are zero."""

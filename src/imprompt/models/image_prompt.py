@@ -17,12 +17,13 @@ from imprompt.core.aggregation import AGGREGATORS, Aggregator
 from imprompt.core.attention import KeyValues
 from imprompt.core.conditioning import Scale, check_scale, check_window
 from imprompt.core.image_projection import FaceIDPlusProjection, Resampler
-from imprompt.errors import ImageError, UserError
+from imprompt.errors import ImageError, UserError, notify
 from imprompt.models import checkpoints, hub
 from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.face_encoders import FaceEncoder, load_id_embeds
 from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder
 from imprompt.models.tensor_files import read_tensors, write_tensors
+from imprompt.utils.image_paths import expand_images
 from imprompt.utils.images import ImageInput, list_images, name_of, open_image, open_mask, resize_to_square, tile_to_squares
 
 FaceEmbeds = Tensor | np.ndarray | str | Path  # identity embeddings, or a file of them
@@ -183,7 +184,7 @@ class ImagePromptEncoder:
         face_embeds: FaceEmbeds | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Features of the references, (references, patches, embed_dim), and their weights, (references,) or None. A tile is a reference."""
-        opened = [open_image(image) for image in list_images(images)]
+        opened = [open_image(image) for image in expand_images(list_images(images))]
         if isinstance(self.encoder, FaceEncoder):
             features = _encode_faces(self.encoder, opened, face_embeds, resize_mode)
             return features, _check_weights(reference_weights, len(features))
@@ -195,8 +196,17 @@ class ImagePromptEncoder:
         weights = _check_weights(reference_weights, len(opened))
         if weights is not None:
             weights = weights.repeat_interleave(torch.tensor([len(group) for group in tiles]))
+        self._report_unfamiliar(opened)
         patches = self.spec.uses_patch_features
         return self.encoder.encode_images([tile for group in tiles for tile in group], patches=patches), weights
+
+    def _report_unfamiliar(self, images: Sequence[Image.Image]) -> None:
+        """Say so where references are far from everything that the base model was trained on."""
+        unfamiliar = self.encoder.find_unfamiliar(images) if isinstance(self.encoder, ImageEncoder) else []
+        if unfamiliar:
+            which = "the reference" if len(images) == 1 else f"{len(unfamiliar)} of {len(images)} references"
+            notify(f"mini only knows its own synthetic world, and {which} is far from it: expect no likeness; for other images take "
+                   "--model with Stable Diffusion and --adapter with an adapter for it")  # fmt: skip
 
     def encode_negative(self, negative_image: ImageInput | None = None, resize_mode: str = "crop") -> Tensor:
         """The features that guidance leads away from, (1, patches, embed_dim): those of no image, or of a negative image."""

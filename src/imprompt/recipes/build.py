@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from imprompt.config import TrainConfig, read_toml
+from imprompt.config import TrainConfig, read_options
 from imprompt.errors import UserError
 from imprompt.models import checkpoints
 from imprompt.models.hub import BUNDLED_ADAPTERS, MINI_PATH
@@ -53,7 +53,7 @@ def install_mini(build: MiniBuild) -> None:
 
 def adapter_config(build: MiniBuild, name: str) -> TrainConfig:
     """The committed options of an adapter, on the parts just trained instead of those that ship."""
-    config = TrainConfig.from_options(**read_toml(CONFIGS / f"{name}.toml")).with_defaults()
+    config = TrainConfig.from_options(**read_options(CONFIGS / f"{name}.toml")).with_defaults()
     model = build.folder / "model"
     start = config.adapter and build.parts / Path(BUNDLED_ADAPTERS[config.adapter]).stem / "adapter.safetensors"
     if start and not start.is_file():

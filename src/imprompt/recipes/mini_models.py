@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,9 @@ from transformers import (
 
 from imprompt.core.noise_schedule import logit_normal_quantile
 from imprompt.mini import world
+from imprompt.mini.held_out import make_held_out_samples
 from imprompt.mini.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer, tokenize_prompts
+from imprompt.models.feature_distribution import FeatureDistribution, distribution_features
 from imprompt.models.hub import BUNDLED_ADAPTERS
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.recipes import identity
@@ -383,11 +385,27 @@ PLANS = {
     "unet": TrainPlan("unet", 5_000, 48, 2e-3, warmup_steps=200, ema_decay=0.999, muon_lr=3e-3),
 }
 NUM_TRAIN_IMAGES, NUM_CLASSIFIER_IMAGES, NUM_IDENTITY_IMAGES = 160_000, 80_000, 48_000
+NUM_DISTRIBUTION_IMAGES = 20_000  # whose features separate references of this world from any other
 
 
 def scale_count(count: int, budget: float) -> int:
     """The number of images in a pool at a share of the full budget: at least 64."""
     return max(64, round(count * min(1.0, budget)))
+
+
+def fit_feature_distribution(encoder: ImageEncoder, count: int) -> FeatureDistribution:
+    """The distribution of the encoder's features over the first training images; its threshold from a quarter as many held-out ones."""
+    subjects = list(itertools.islice(world.iterate_subjects(), -(-count // IMAGES_PER_SUBJECT)))
+    train = (world.render(subjects[i // IMAGES_PER_SUBJECT], world.make_scene(i)) for i in range(count))
+    held_out = (sample.image for sample in make_held_out_samples(max(100, count // 4)))
+    return FeatureDistribution.fit(*(_features_of(encoder, images) for images in (train, held_out)))
+
+
+def _features_of(encoder: ImageEncoder, images: Iterable[Image.Image]) -> Tensor:
+    remaining, batches = iter(images), list[Tensor]()
+    while batch := list(itertools.islice(remaining, 256)):
+        batches.append(distribution_features(encoder, encoder.preprocess(batch)))
+    return torch.cat(batches)
 
 
 class MiniBuild:
@@ -503,6 +521,9 @@ class MiniBuild:
             index = fresh / "model_index.json"  # without torchvision transformers writes …Pil, a name that other versions do not have
             index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
             build_image_processor().save_pretrained(fresh / "image_encoder")
+            fit_feature_distribution(ImageEncoder.load(fresh / "image_encoder"), scale_count(NUM_DISTRIBUTION_IMAGES, self.budget)).save(
+                fresh / "image_encoder"
+            )
             for name in ADAPTER_PARTS:
                 if (self.parts / name).exists():
                     shutil.copy(self.parts / name / "adapter.safetensors", fresh / f"{name}.safetensors")
