@@ -49,7 +49,7 @@ def test_a_table_and_the_page_are_printed(tmp_path, capsys, other_method):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--num-images-per-prompt", "0"], "num_images_per_prompt: expected 1 … 10000, received 0"),
+        (["--num-images-per-prompt", "0"], "num_images_per_prompt: expected at least 1, received 0"),
         (["--prompt-mode", "all"], "prompt_mode: expected one of none, caption; received 'all'"),
         (["--num-prompts", "1"], "expected at least 2 prompts"),
         (["--adapter", "nowhere.safetensors"], "no adapter at nowhere.safetensors"),

@@ -49,28 +49,31 @@ def output_errors_explained() -> Iterator[None]:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _is_output_closed():
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # with which rich ends a process
             raise
-        _discard_output()
     except OSError as error:
+        if not _is_output_broken():
+            name = error.filename or "cannot write"
+            raise UserError(f"{name}: {error.strerror or error}; check the path, its permissions and the free space") from error
         _discard_output()
-        name = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{name}{error.strerror or error}; check the path, its permissions and the free space") from error
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"cannot write to standard output ({error.strerror or error}); free some space") from error
 
 
-def _is_output_closed() -> bool:
-    """Whether it was standard output that broke, and no other pipe: what could not be written is still in its buffer."""
+def _is_output_broken() -> bool:
+    """Whether it was standard output that failed: what could not be written is still in its buffer."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         return True
     return False
 
 
 def _discard_output() -> None:
     """Send the rest of standard output nowhere, so that the interpreter does not fail at its end."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
