@@ -46,7 +46,7 @@ def cpu_bf16(request, monkeypatch):
 
 # Files that each take more than about seven seconds of one core.
 SLOW_FILES = {
-    "cli/test_bad_input", "cli/test_first_tries", "cli/test_personalize", "cli/test_tasks",
+    "cli/test_bad_input", "cli/test_console", "cli/test_first_tries", "cli/test_personalize", "cli/test_tasks", "cli/test_unused_inputs",
     "evaluation/test_evaluation_runner", "evaluation/test_face_adapters", "evaluation/test_process_pool",
     "evaluation/test_subject_evaluation",
     "methods/test_methods", "methods/test_per_subject",

@@ -4,6 +4,7 @@ import codecs
 import json
 import logging
 import os
+import select
 import sys
 import time
 import warnings
@@ -53,22 +54,28 @@ def output_errors_explained() -> Iterator[None]:
         if not isinstance(stop.__context__, BrokenPipeError):  # with which rich ends a process
             raise
     except OSError as error:
-        if not _is_output_broken():
-            name = error.filename or "cannot write"
-            raise UserError(f"{name}: {error.strerror or error}; check the path, its permissions and the free space") from error
-        _discard_output()
-        if not isinstance(error, BrokenPipeError):
-            raise UserError(f"cannot write to standard output ({error.strerror or error}); free some space") from error
-
-
-def _is_output_broken() -> bool:
-    """Whether it was standard output that failed: what could not be written is still in its buffer."""
-    try:
-        if sys.stdout is not None:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            _discard_output()
+            return
+        try:
             sys.stdout.flush()
-    except OSError:
+        except OSError:
+            _discard_output()
+        name = error.filename or "cannot write to standard output or a file"
+        raise UserError(f"{name}: {error.strerror or error}; check the path, its permissions and the free space") from error
+
+
+def _has_no_reader() -> bool:
+    """Whether it is standard output that is closed at the other end, and no other pipe."""
+    poll = getattr(select, "poll", None)
+    if poll is None:  # Windows
         return True
-    return False
+    watcher = poll()
+    try:
+        watcher.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watcher.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _discard_output() -> None:
