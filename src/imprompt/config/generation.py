@@ -73,7 +73,7 @@ class ImagePromptConfig(Options):
                 f"image_weights: expected numbers separated by commas, such as 2,1,1; received {self.image_weights!r}"
             ) from error
         if weights is not None and not all(0 <= weight <= MAX_SCALE for weight in weights):
-            raise UserError(f"image_weights: expected numbers of 0 … {MAX_SCALE:g}, received {self.image_weights}")
+            raise UserError(f"image_weights: expected numbers of at least 0, and at most {MAX_SCALE:g}; received {self.image_weights}")
         return weights
 
     def parse_block_scales(self) -> dict[str, float]:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from imprompt.config import GenerateConfig, ImagePromptConfig
-from imprompt.core.conditioning import denoising_progress
 from imprompt.errors import ImageError, UserError, notify
 from imprompt.mini.world import build_vocabulary
 from imprompt.models import hub
 from imprompt.models.image_prompt import ImagePrompt
+from imprompt.unet.progress import read_denoising_progress
 from imprompt.utils.image_paths import expand_images
 
 MAX_LISTED_WORDS = 8
@@ -107,7 +107,7 @@ def report_closed_windows(prompts: Sequence[ImagePrompt], scheduler: Any, num_in
     scheduler.set_timesteps(num_inference_steps)
     skipped = num_inference_steps - min(int(num_inference_steps * step_fraction), num_inference_steps)  # as image-to-image counts
     timesteps = scheduler.timesteps[skipped * getattr(scheduler, "order", 1) :]
-    progress = [float(denoising_progress(timestep, scheduler.config.num_train_timesteps)) for timestep in timesteps]
+    progress = [float(read_denoising_progress(scheduler, timestep)) for timestep in timesteps]
     for start, end in windows:
         if not any(start <= at < end for at in progress):
             notify(f"image prompt: no denoising step lies in its window {start:g} … {end:g}, so it has no effect; "

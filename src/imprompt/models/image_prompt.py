@@ -201,11 +201,11 @@ class ImagePromptEncoder:
         return self.encoder.encode_images([tile for group in tiles for tile in group], patches=patches), weights
 
     def _report_unfamiliar(self, images: Sequence[Image.Image]) -> None:
-        """Say so where references are far from everything that the base model was trained on."""
+        """Say so where more than a quarter of the references are far from everything that the base model was trained on."""
         unfamiliar = self.encoder.find_unfamiliar(images) if isinstance(self.encoder, ImageEncoder) else []
-        if unfamiliar:
-            which = "the reference" if len(images) == 1 else f"{len(unfamiliar)} of {len(images)} references"
-            notify(f"mini only knows its own synthetic world, and {which} is far from it: expect no likeness; for other images take "
+        if len(unfamiliar) > len(images) / 4:
+            which = "the reference is" if len(images) == 1 else f"{len(unfamiliar)} of {len(images)} references are"
+            notify(f"mini only knows its own synthetic world, and {which} far from it: expect no likeness; for other images take "
                    "--model with Stable Diffusion and --adapter with an adapter for it")  # fmt: skip
 
     def encode_negative(self, negative_image: ImageInput | None = None, resize_mode: str = "crop") -> Tensor:
