@@ -16,6 +16,7 @@ from imprompt.errors import CheckpointError, UserError
 from imprompt.methods import build_method
 from imprompt.methods.dreambooth import DreamBooth
 from imprompt.methods.inversion import TextualInversion
+from imprompt.methods.loading import load_method
 from imprompt.models.base_pipelines import noise_schedule_from
 from imprompt.models.checkpoints import load_module, write_tensors
 from imprompt.training.class_images import generate_class_images
@@ -327,3 +328,22 @@ def test_class_images_are_generated_once_and_do_not_depend_on_the_batch(tmp_path
     assert max(differences) <= 2
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]
     assert not set(generate_class_images(pipe, "another", "cat", 3, tmp_path, num_inference_steps=2)) & set(first)
+
+
+@pytest.mark.parametrize("name", ["inversion", "dreambooth-lora"])
+@pytest.mark.parametrize("metadata", [{"token": "\udcff"}, {"token": "\x1b[2J"}, {"noun": "a\nb"}])
+def test_words_in_a_file_that_are_not_printable_are_refused(name, metadata, tmp_path):
+    pipe = sd15_pipeline()
+    write_tensors(build_small(name, pipe).module.state_dict(), tmp_path / "x.safetensors", {"method": name} | metadata)
+    with pytest.raises(CheckpointError, match="expected printable words"):
+        load_method(str(tmp_path / "x.safetensors"), pipe, "small")
+
+
+@pytest.mark.parametrize("claim", ["1000000000", "-1", {}, "x", None])
+def test_sizes_of_a_file_are_those_of_its_tensors_whatever_it_claims(claim, tmp_path):
+    pipe = sd15_pipeline()
+    for name in ("inversion", "dreambooth-lora"):
+        method = build_small(name, pipe)
+        write_tensors(method.module.state_dict(), tmp_path / "x.safetensors", {"method": name, "vectors": claim, "rank": claim})
+        loaded = load_method(str(tmp_path / "x.safetensors"), pipe, "small")
+        assert all(torch.equal(value, method.module.state_dict()[key]) for key, value in loaded.module.state_dict().items())

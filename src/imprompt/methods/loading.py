@@ -78,13 +78,18 @@ def load_for_finetuning(source: str) -> tuple[Adapter, AdapterSpec]:
 def _rebuild_per_subject_method(name: str, pipe: UNetPipeline, metadata: Mapping[str, object], path: Path) -> Method:
     """A per-subject method with the sizes of a file's tensors and the words in its metadata, untrained."""
     method: DreamBooth | TextualInversion
+    words = {key: str(metadata[key]) for key in ("noun", "token") if key in metadata}
+    if not all(word.isprintable() for word in words.values()):
+        raise CheckpointError(
+            f"{path.name}: expected printable words as its noun and token, received {', '.join(map(ascii, words.values()))}"
+        )
     if name == "inversion":
-        method = TextualInversion(pipe, str(metadata.get("token", PLACEHOLDER_TOKEN)), _read_size(path))
+        method = TextualInversion(pipe, words.get("token", PLACEHOLDER_TOKEN), _read_size(path))
     elif name == "dreambooth-lora":
         method = DreamBooth.create_lora(pipe, _read_size(path, ".lora_A.weight"))
     else:
         method = DreamBooth.create_full(pipe)
-    method.metadata |= {key: str(metadata[key]) for key in ("noun", "token") if key in metadata}
+    method.metadata |= words
     return method
 
 
