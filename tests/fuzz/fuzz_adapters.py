@@ -191,10 +191,11 @@ def alter_tensor(x: Tensor, rng: random.Random) -> Tensor:
     """Another shape, type or value."""
     if not x.numel() or not x.ndim:
         return torch.ones(2, 3)
+    x = x.float() if x.element_size() == 1 else x  # torch computes little in float8
     alterations: list[Callable[[], Tensor]] = [
         lambda: x.flatten(), lambda: x[None], lambda: x[:0], lambda: x[:-1], lambda: x.sum(), lambda: x.mT if x.ndim > 1 else x,
         lambda: torch.cat([x, x]), lambda: x.to(rng.choice((torch.int8, torch.float16, torch.float8_e4m3fn, torch.bool, torch.float64))),
-        lambda: x.float() * rng.choice((float("nan"), float("inf"), 0.0, -1.0, 1e30)), lambda: torch.ones([1] * 40),
+        lambda: x * rng.choice((float("nan"), float("inf"), 0.0, -1.0, 1e30)), lambda: torch.ones([1] * 40),
     ]  # fmt: skip
     return rng.choice(alterations)().contiguous()
 
@@ -278,14 +279,16 @@ def write_mutated(path: Path, tensors: Tensors, metadata: dict[str, Any], rng: r
 # Rounds
 
 
-def fuzz(minutes: float, seed: int = 0, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Counter[str], dict[str, str]]:
+def fuzz(
+    minutes: float, seed: int = 0, targets: tuple[str, ...] = tuple(TARGETS), max_rounds: int | None = None
+) -> tuple[Counter[str], dict[str, str]]:
     """Rounds by target and outcome; and the findings: the traceback of each by its place."""
     rng, outcomes, findings = random.Random(seed), Counter[str](), dict[str, str]()
     files = {name: TARGETS[name].files() for name in targets}
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while time.monotonic() < end:
+        while time.monotonic() < end and (max_rounds is None or outcomes.total() < max_rounds):
             name = rng.choice(targets)
             path = write_mutated(Path(folder) / "x", *rng.choice(files[name]), rng)
             outcomes[f"{name}: {run_round(TARGETS[name].read, path, findings)}"] += 1
