@@ -284,10 +284,10 @@ def fuzz(
 ) -> tuple[Counter[str], dict[str, str]]:
     """Rounds by target and outcome; and the findings: the traceback of each by its place."""
     rng, outcomes, findings = random.Random(seed), Counter[str](), dict[str, str]()
-    files = {name: TARGETS[name].files() for name in targets}
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        files = {name: TARGETS[name].files() for name in targets}
         while time.monotonic() < end and (max_rounds is None or outcomes.total() < max_rounds):
             name = rng.choice(targets)
             path = write_mutated(Path(folder) / "x", *rng.choice(files[name]), rng)
