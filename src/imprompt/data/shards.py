@@ -10,7 +10,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -93,10 +93,11 @@ class WebDatasetShards:
             try:
                 copy = stack.enter_context(tempfile.TemporaryFile())
                 file = open_shard(shard)
-                stack.callback(file.close)
-                self._index(file, copy, members, problems, skipped, in_place=not is_remote(shard) and _is_plain_tar(file))
-                if is_remote(shard):
-                    file.close()  # a command or a server fails only at the end of the stream
+                in_place = not is_remote(shard) and _is_plain_tar(file)
+                if in_place:
+                    stack.callback(file.close)  # after its records are read
+                with nullcontext() if in_place else closing(file):  # a command or a server may fail only when it is closed
+                    self._index(file, copy, members, problems, skipped, in_place=in_place)
             except _SHARD_ERRORS as error:  # the part before the damage is read
                 problems.append(("", summarize_error(error)))
                 is_damaged = True
