@@ -11,8 +11,20 @@ from pathlib import Path
 import pytest
 
 from imprompt.cli import console, main
-from imprompt.cli.console import ProgressDisplay, format_bytes, format_duration, print_json, print_table, progress_bar, replace_unencodable
+from imprompt.cli.console import (
+    ProgressDisplay,
+    format_bytes,
+    format_duration,
+    print_json,
+    print_location,
+    print_table,
+    progress_bar,
+    replace_unencodable,
+)
+from imprompt.cli.mini import _print_scores
 from imprompt.mini.held_out import make_held_out_samples
+from imprompt.recipes.benchmark import THRESHOLDS
+from imprompt.studies.claims import Claim, withhold_verdicts
 
 COMMAND = f"{sys.executable} -m imprompt"
 
@@ -123,3 +135,28 @@ def test_json_fits_any_console(monkeypatch, capsys):
     print_json(name="ö 猫 \x1b[2J \x7f \udcff")
     printed = capsys.readouterr().out
     assert json.loads(printed)["name"] == "ö 猫 \x1b[2J \x7f \udcff" and printed.removesuffix("\n").isprintable()
+
+
+def test_the_table_of_mini_evaluate_has_verdicts_with_enough_prompts_only(capsys):
+    protocol = {"prompts": 1000, "scheduler": "ddim", "num_inference_steps": 50, "guidance_scale": 3.0}
+    scores = {"image": dict.fromkeys(THRESHOLDS["image"], 1.0), "text": dict.fromkeys(THRESHOLDS["text"], 0.0)}
+    _print_scores(scores, protocol)
+    printed = capsys.readouterr().out
+    assert "1000 prompts, ddim, 50 steps" in printed and "reached" in printed and "missed" in printed
+    _print_scores(scores, protocol | {"prompts": 8})
+    printed = capsys.readouterr().out
+    assert "reached" not in printed and "no verdicts: expected at least 100 prompts, received 8" in printed
+
+
+def test_a_smoke_run_has_no_verdicts():
+    claims = [Claim("a", "it is better", True, "by 3"), Claim("b", "it is worse", False, "by 4")]
+    assert withhold_verdicts(claims, "full") == claims
+    assert {claim.verdict for claim in withhold_verdicts(claims, "smoke")} == {"not evaluated"}
+
+
+def test_what_a_folder_holds_is_printed(tmp_path, capsys):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "a.bin").write_bytes(bytes(2**20))
+    (tmp_path / "index.html").write_text("")
+    print_location(tmp_path / "index.html", tmp_path)
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: 1.0 MiB in 2 files", str(tmp_path / "index.html")]

@@ -40,6 +40,14 @@ SMALL = EvaluateConfig.from_options(
 TARGET, ANOTHER, TEXT = "target (upper bound)", "another real image", "text only"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def distributions_of_few_images():
+    """Distances of distributions from two images on, which would be withheld."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imprompt.evaluation.scoring.MIN_IMAGES_FOR_DISTRIBUTIONS", 2)
+        yield
+
+
 def configure(folder, **options):
     return SMALL.with_options(output_dir=str(folder), **options)
 

@@ -30,6 +30,14 @@ BY_SUBJECT = {"min_images_per_subject": 4, "prompt_mode": "caption"}
 TARGET, TEXT = "target (upper bound)", "text only"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def distributions_of_few_images():
+    """Distances of distributions from two images on, which would be withheld."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imprompt.evaluation.scoring.MIN_IMAGES_FOR_DISTRIBUTIONS", 2)
+        yield
+
+
 class FakeInsightFace:
     """Stands for InsightFace: the identity is the colors of an image, column by column; images in `without_face` have none."""
 

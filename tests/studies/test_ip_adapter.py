@@ -73,7 +73,7 @@ def test_the_report_has_the_papers_table_and_every_claim(smoke_study, capsys):
     assert cli.main(["reproduce", "ip-adapter", "--budget", "smoke", "--output-dir", str(folder), "--json"]) == 0
     output = json.loads(capsys.readouterr().out)
     assert [claim["letter"] for claim in output["claims"]] == list("abcdef")
-    assert all(claim["verdict"] in ("supported", "not supported") for claim in output["claims"])
+    assert {claim["verdict"] for claim in output["claims"]} == {"not evaluated"}  # a smoke run
     text = (folder / "report" / "README.md").read_text("utf-8")
     for title, *_ in claims.PAPER_TABLE.values():
         assert f"| {title} |" in text

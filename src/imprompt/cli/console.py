@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -95,6 +96,13 @@ def print_table(rows: Iterable[Iterable[object]], header: Iterable[str] = (), ti
         console = Console(highlight=False, width=10_000)
         console.width = max(1, console.measure(table).maximum)
     console.print(table)
+
+
+def print_location(path: Path, folder: Path | str) -> None:
+    """Where the result is, and how much its folder holds."""
+    sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
+    print(escape(f"{folder}: {format_bytes(sum(sizes))} in {len(sizes)} files"))
+    print(escape(path))
 
 
 def print_json(**result: object) -> None:

@@ -18,7 +18,7 @@ def run_validate_data(config: ValidateDataConfig, *, json: bool) -> None:
     from imprompt.data.report import analyze_dataset
 
     folder = ensure_writable_folder(config.output_dir)
-    with progress_bar("reading", show=not json) as progress:
+    with progress_bar("reading") as progress:
         report = analyze_dataset(config.data, config.min_image_size, config.dataloader_num_workers, progress.advance)
     page = report.write(folder, PurePosixPath(redact_secrets(config.data)).name)
     if not report.records:

@@ -8,10 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from imprompt.cli.console import ProgressDisplay, print_json, progress_bar, silence_third_party_logs
+from imprompt.cli.console import ProgressDisplay, print_json, print_table, progress_bar, silence_third_party_logs
 from imprompt.config import GenerateConfig, MiniBuildConfig, MiniEvaluateConfig, MiniPreviewConfig, MiniStyleConfig
 from imprompt.errors import UserError
 from imprompt.utils.files import atomic_path, ensure_writable_folder, write_file
@@ -30,7 +27,7 @@ def run_build(config: MiniBuildConfig, *, json: bool) -> None:
     from imprompt.recipes.build import build_mini, install_mini
     from imprompt.recipes.mini_models import MiniBuild
 
-    with progress_bar("mini", show=not json) as bar:
+    with progress_bar("mini") as bar:
         parts = MiniBuild(ensure_writable_folder(config.output_dir), partial(_show_training, bar), config.budget)
         build_mini(parts, config.only)
     if config.install:
@@ -44,7 +41,7 @@ def run_style(config: MiniStyleConfig, *, json: bool) -> None:
     silence_third_party_logs()
     from imprompt.recipes.style import train_style
 
-    with progress_bar("style", show=not json) as bar:
+    with progress_bar("style") as bar:
         folder = ensure_writable_folder(config.output_dir or f"runs/mini-{config.style}")
         model = train_style(config.style, folder, partial(_show_training, bar), config.budget)
     print_json(model=str(model)) if json else print(model)
@@ -69,7 +66,7 @@ def run_preview(config: MiniPreviewConfig, *, json: bool) -> None:
     other_scenes = [world.render(sample.subject, world.make_scene(rng.randrange(10**6))) for sample in samples]
     options = [{"prompt": sample.caption} for sample in samples] + [{"image": (reference,)} for reference in references]
     models, generated = LoadedModels.empty(), []
-    with progress_bar("generating", show=not json) as bar:
+    with progress_bar("generating") as bar:
         for number, one in enumerate(options, 1):
             of_sample = GenerateConfig.from_options(**one, num_images=1, seed=config.seed)
             generated += [image.image for image in generate_images(of_sample, models)]
@@ -100,7 +97,7 @@ def run_evaluate_mini(config: MiniEvaluateConfig, *, json: bool) -> None:
     )
     folder = ensure_writable_folder(config.output_dir) if config.output_dir else None
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("evaluating", show=not json))
+        bar = stack.enter_context(progress_bar("evaluating"))
         pipe = LoadedModels.empty().pipeline(settings.pipeline, settings.sampling.dtype)
         stack.enter_context(use_scheduler(pipe, config.scheduler, steps))
         samples = make_held_out_samples(config.num_prompts)
@@ -155,14 +152,21 @@ def _score_tasks(
     return scores
 
 
-def _print_scores(scores: Scores, protocol: Mapping[str, object]) -> None:
+MIN_PROMPTS_FOR_VERDICTS = 100  # of the 1000 that the thresholds are for
+
+
+def _print_scores(scores: Scores, protocol: Mapping[str, int | float | str]) -> None:
+    """The table of all metrics; with their verdicts where there are enough prompts for any."""
     from imprompt.recipes.benchmark import THRESHOLDS
 
-    title = "{prompts} prompts, {scheduler} {steps}, guidance {guidance_scale}".format(**protocol)
-    table = Table("task", "metric", "value", "threshold", "", title=title)
+    is_conclusive = int(protocol["prompts"]) >= MIN_PROMPTS_FOR_VERDICTS
+    rows = []
     for task, of_task in scores.items():
         for metric, value in of_task.items():
             threshold = THRESHOLDS.get(task, {}).get(metric)
-            verdict = "" if threshold is None else "reached" if value >= threshold else "[red]missed"
-            table.add_row(task, metric, f"{value:.3f}", "" if threshold is None else f"{threshold:.2f}", verdict)
-    Console().print(table)
+            verdict = "" if threshold is None or not is_conclusive else "reached" if value >= threshold else "missed"
+            rows.append((task, metric, f"{value:.3f}", "" if threshold is None else f"{threshold:.2f}", verdict))
+    title = "{prompts} prompts, {scheduler}, {num_inference_steps} steps, guidance {guidance_scale}".format(**protocol)
+    print_table(rows, ("task", "metric", "value", "threshold", ""), title)
+    if not is_conclusive:
+        print(f"no verdicts: expected at least {MIN_PROMPTS_FOR_VERDICTS} prompts, received {protocol['prompts']}")

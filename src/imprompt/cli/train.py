@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imprompt.cli.console import ProgressDisplay, print_json, progress_bar, silence_third_party_logs
+from imprompt.cli.console import ProgressDisplay, format_duration, print_json, print_location, progress_bar, silence_third_party_logs
 from imprompt.cli.launch import launch, watch_launcher
 from imprompt.config import EncodeConfig, TrainConfig
 from imprompt.errors import UserError
@@ -25,7 +25,7 @@ def run_train(config: TrainConfig, *, json: bool) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     silence_third_party_logs()
     stop = StopRequest()
-    with progress_bar("preparing", show=is_main and not json) as progress:
+    with progress_bar(f"loading {config.pipeline.model}", show=is_main) as progress:
         last = _train(config, progress, stop, is_main=is_main)
     _shutdown_distributed()
     if last and last.index < last.max_train_steps:
@@ -39,9 +39,8 @@ def run_train(config: TrainConfig, *, json: bool) -> None:
         step = last.index if last else config.optimization.max_train_steps
         print_json(adapter=str(adapter), page=str(page), step=step, **metrics)
         return
-    print(adapter)
-    if page.exists():
-        print(page)
+    print(escape(adapter))
+    print_location(page if page.exists() else adapter, config.output_dir)
 
 
 def _train(config: TrainConfig, progress: ProgressDisplay, stop: StopRequest, *, is_main: bool) -> Any:
@@ -61,7 +60,7 @@ def _train(config: TrainConfig, progress: ProgressDisplay, stop: StopRequest, *,
         progress.log(
             f"{report.num_parameters / 1e6:.1f} M trainable parameters; one batch: "
             f"loss {report.loss_before:.4f} → {report.loss_after:.4f}; "
-            f"about {_format_duration(seconds)} for {total} steps, {report.peak_bytes / 2**30:.1f} GiB peak memory"
+            f"about {format_duration(seconds)} for {total} steps, {report.peak_bytes / 2**30:.1f} GiB peak memory"
         )
     progress.rename("training")
     last = None
@@ -89,7 +88,7 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
     else:
         watch_launcher()
         with explain_interrupt("the chunks that are complete are kept, and the same command continues"):
-            _encode(config, rank, num_ranks, show=not json)
+            _encode(config, rank, num_ranks)
         if num_ranks > 1:
             return
     from imprompt.data.feature_cache import summarize_cache
@@ -111,9 +110,9 @@ def run_encode(config: EncodeConfig, *, json: bool) -> None:
         print(f"… and {len(cache['unreadable']) - MAX_LISTED_RECORDS} more: {config.output_dir}/unreadable-*.tsv")
 
 
-def _encode(config: EncodeConfig, rank: int, num_ranks: int, *, show: bool) -> None:
+def _encode(config: EncodeConfig, rank: int, num_ranks: int) -> None:
     silence_third_party_logs()
-    with progress_bar("encoding", show=show and rank == 0) as progress:
+    with progress_bar("encoding", show=rank == 0) as progress:
         from imprompt.training import encode_dataset
         from imprompt.utils.memory import explain_oom
 

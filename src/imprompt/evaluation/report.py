@@ -12,7 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imprompt.errors import UserError, summarize_error
 from imprompt.evaluation.runner import EvalRow, Evaluation
-from imprompt.evaluation.scoring import METRICS, NEGATIVE_MARK, NEGATIVE_NOTE, RowScore, compute_metrics, metric_of
+from imprompt.evaluation.scoring import (
+    METRICS,
+    MIN_IMAGES_FOR_DISTRIBUTIONS,
+    NEGATIVE_MARK,
+    NEGATIVE_NOTE,
+    RowScore,
+    compute_metrics,
+    metric_of,
+)
 from imprompt.evaluation.store import RowStore
 from imprompt.evaluation.systems import COPY_BASELINE, NOT_GENERATED
 from imprompt.utils.files import atomic_path, write_file
@@ -204,7 +212,19 @@ def metric_legend(scores: Sequence[RowScore], *, by_subject: bool) -> str:
     labels = metric_columns(scores)
     meanings = "; ".join(f"{label}: {METRICS[metric_of(label)].format(target=target)}" for label in labels)
     note = f" {NEGATIVE_NOTE}" if any(_is_negative_distance(score, label) for score in scores for label in labels) else ""
-    return f"± half of the 95 % interval over {unit}s. {meanings}.{note}"
+    return f"± half of the 95 % interval over {unit}s. {meanings}.{note}{explain_withheld(scores)}"
+
+
+def explain_withheld(scores: Sequence[RowScore]) -> str:
+    """Why some rows have no Fréchet and kernel distances, or nothing where all of them do."""
+    withheld = [score for score in scores if score.metrics and not any(metric_of(label) == "FD" for label in score.metrics)]
+    if not withheld:
+        return ""
+    fewest = min(score.num_images for score in withheld)
+    return (
+        f" Fréchet and kernel distances, CMMD and IS need at least {MIN_IMAGES_FOR_DISTRIBUTIONS} images and as many targets, and are "
+        f"withheld of {', '.join(score.name for score in withheld)} ({fewest} images): take more prompts."
+    )
 
 
 def image_strip(output_dir: Path, row_name: str, prompts: Sequence[int] = range(MAX_PREVIEW_PROMPTS)) -> Image.Image:

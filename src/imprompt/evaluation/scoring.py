@@ -40,7 +40,8 @@ NEGATIVE_NOTE = (
 )
 
 KD_SUBSET_SIZE = 1_000  # rows
-MIN_PROMPTS_FOR_SET_METRICS = 4
+MIN_GROUPS_FOR_DISTRIBUTIONS = 4  # prompts or subjects, one of which is left out at a time for the interval
+MIN_IMAGES_FOR_DISTRIBUTIONS = 50  # on both sides: with fewer, distances of distributions are mostly bias
 
 _PUBLISHED_CLIP_MODELS = {"CLIP-I": CLIP_VIT_L, "CLIP-T": CLIP_VIT_L, "CMMD": f"{CLIP_VIT_L}-336"}
 _INCEPTION_LABELS = {"FD": "FID", "KD × 1000": "KID × 1000", "IS": "IS"}
@@ -129,7 +130,7 @@ def compute_metrics(
 ) -> dict[str, Interval]:
     """The metrics of a row by label; none for fewer than 2 groups. `targets`: the features of the target images.
 
-    With `distribution_metrics` also those that compare whole sets of images, from MIN_PROMPTS_FOR_SET_METRICS prompts on; with a gallery of
+    With `distribution_metrics` also those that compare whole sets of images, from MIN_IMAGES_FOR_DISTRIBUTIONS images on; with a gallery of
     subjects also identity. Intervals are over subjects with `by_subject`, otherwise over prompts.
     """
     groups = row["group" if by_subject else "prompt_index"]
@@ -142,7 +143,9 @@ def compute_metrics(
         intervals["diversity"] = mean_interval(diversity, groups[::num_samples], config.bootstrap_samples)
     if gallery is not None:
         intervals |= identity_metrics(row, gallery, groups, config.bootstrap_samples)
-    if distribution_metrics and len(groups.unique()) >= MIN_PROMPTS_FOR_SET_METRICS:
+    num_images = min(len(groups), len(targets["prompt_index"]))
+    has_enough = num_images >= MIN_IMAGES_FOR_DISTRIBUTIONS and len(groups.unique()) >= MIN_GROUPS_FOR_DISTRIBUTIONS
+    if distribution_metrics and has_enough:
         intervals |= set_metrics(row, targets, groups)
     return {metric_label(name, config): interval for name, interval in intervals.items()}
 

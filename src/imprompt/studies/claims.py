@@ -44,6 +44,13 @@ def evaluate_claims(rows: Rows, evaluators: Mapping[str, tuple[str, Evaluator]])
     return claims
 
 
+def withhold_verdicts(claims: Sequence[Claim], budget: str) -> list[Claim]:
+    """The claims without verdicts where the budget is too small for any: a smoke run shows only that everything runs."""
+    if budget != "smoke":
+        return list(claims)
+    return [claim._replace(supported=None, evidence="A smoke run shows only that it runs.") for claim in claims]
+
+
 def metric_value(rows: Rows, row_id: RowId, name: str) -> float:
     """A row's value of a metric."""
     return rows[row_id].score.metrics[name].value

@@ -8,7 +8,16 @@ from pathlib import Path
 from imprompt.config import IP_ADAPTER_PAPER_METHODS, UNET_METHODS, ReproduceConfig
 from imprompt.evaluation.report import TableCells, format_interval, plot_scale_sweep
 from imprompt.studies.base import CLIP_I, CLIP_T, DIVERSITY, GUIDANCE_SCALE, SCHEDULER, RowId, load_results
-from imprompt.studies.claims import Claim, Rows, evaluate_claims, format_difference, metric_value, paired_difference, to_json
+from imprompt.studies.claims import (
+    Claim,
+    Rows,
+    evaluate_claims,
+    format_difference,
+    metric_value,
+    paired_difference,
+    to_json,
+    withhold_verdicts,
+)
 from imprompt.studies.ip_adapter import (
     ADAPTER_ID,
     BASELINE_IDS,
@@ -134,7 +143,7 @@ def write_report(config: ReproduceConfig) -> tuple[Path, list[Claim]]:
     rows = load_results(study.out, study.row_ids())
     method_ids = [*map(RowId, PAPER_TABLE), *CUSTOM_MODEL_IDS]
     table = [row_id for row_id in (*BASELINE_IDS, *method_ids) if row_id in rows]
-    claims, scores = ip_adapter_claims(rows), [rows[row_id].score for row_id in table]
+    claims, scores = withhold_verdicts(ip_adapter_claims(rows), config.budget), [rows[row_id].score for row_id in table]
     points = [rows[row_id].score for row_id in SWEEP_IDS if row_id in rows]
     report = ReportBuilder(
         config, f"IP-Adapter (Ye et al., 2023, arXiv:2308.06721): the paper's comparison on mini, budget {config.budget}"

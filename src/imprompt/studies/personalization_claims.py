@@ -38,6 +38,7 @@ from imprompt.studies.claims import (
     metric_value,
     paired_difference,
     to_json,
+    withhold_verdicts,
 )
 from imprompt.studies.personalization import (
     IMAGES_PER_TRAIN_SUBJECT,
@@ -227,7 +228,10 @@ def write_report(config: ReproduceConfig) -> tuple[Path, list[Claim]]:
     study = PersonalizationStudy(config.with_options(method=()))
     rows = load_results(study.out, study.row_ids())
     table, seconds = average_seeds(rows, study.budget.num_seeds), load_timings(study.out)
-    claims, main_ids = personalization_claims(rows | table), [row_id for row_id in TABLE_ROWS if row_id in table]
+    claims, main_ids = (
+        withhold_verdicts(personalization_claims(rows | table), config.budget),
+        [row_id for row_id in TABLE_ROWS if row_id in table],
+    )
     scores = [table[row_id].score for row_id in main_ids]
     by_seed = [rows[row_id].score for method in TRAINED_AGGREGATIONS for row_id in study.seed_rows(method) if row_id in rows]
     report = ReportBuilder(
