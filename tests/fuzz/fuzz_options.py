@@ -56,12 +56,14 @@ WORDS = (
     "\x1b[2J", "[bold]", "[/x]", "{}", "{0}", "%s", "~", "~/x", "~nobody/x", "-", "--", "-x", "--steps", "=", ",", ":", "a=b", "a=", "=b",
     "a=b:c", "a=b:1e309", "a=b:nan", "a=b:-inf", "image=", "image=a,scale=nan", "image=a,scale=1e999", "image=a,start_at=2",
     "image=a,image=b,x=1",
-    "up_blocks=nan", "up_blocks=1e400", "up_blocks=", "=1", "style,layout,style", "1,nan", "1,-1", ",,", "1x1", "0x0", "1x1x1", "9" * 30 + "x1", "x", "/",
+    "up_blocks=nan", "up_blocks=1e400", "up_blocks=", "=1", "style,layout,style", "1,nan", "1,-1", ",,", "1x1", "0x0",
+    "1x1x1", "9" * 30 + "x1", "x", "/",
     "/dev/null", "pipe:true", "hf://a/b", "http://[", "..", "*", "?", "[", "**/*", "dreambooth", "inversion", "style", "ink",
 )  # fmt: skip
 TOML_VALUES = (
     "1", "-1", "1.5", "1e400", "nan", "inf", "true", '""', '"a"', '"\\u001b[2J"', "[]", "[1]", '["a"]', "[[]]", "[true]", "{}", "{a = 1}",
-    "1979-05-27", "07:32:00", "9" * 401, "9" * 5_000, "0x" + "f" * 40, "[" * 500 + "]" * 500, "'''x", '"""', "[{a = [1]}]", "1e-400", '"\\ud800"',
+    "1979-05-27", "07:32:00", "9" * 401, "9" * 5_000, "0x" + "f" * 40, "[" * 500 + "]" * 500, "'''x", '"""', "[{a = [1]}]",
+    "1e-400", '"\\ud800"',
 )  # fmt: skip
 
 
