@@ -54,7 +54,7 @@ WORDS = (
     "", " ", "0", "-1", "1", "2.5", "1e308", "-1e308", "1e-320", "nan", "inf", "-inf", "0x10", "1_000", "٣", "²", "9" * 401, "9" * 5_000,
     str(2**31), str(2**32), str(2**63), str(2**64), str(10**12), "true", "False", "none", "mini", "a" * 5_000,
     "猫", "\udcff\udcfe", "a\x00b", "a\nb",
-    "\x1b[2J", "[bold]", "[/x]", "{}", "{0}", "%s", "~", "~/x", "~nobody/x", "-", "--", "-x", "--steps", "=", ",", ":", "a=b", "a=", "=b",
+    "\x1b[2J", "[bold]", "[/x]", "{}", "{0}", "%s", "~", "~/x", "~stranger/x", "-", "--", "-x", "--steps", "=", ",", ":", "a=b", "a=", "=b",
     "a=b:c", "a=b:1e309", "a=b:nan", "a=b:-inf", "image=", "image=a,scale=nan", "image=a,scale=1e999", "image=a,start_at=2",
     "image=a,image=b,x=1",
     "up_blocks=nan", "up_blocks=1e400", "up_blocks=", "=1", "style,layout,style", "1,nan", "1,-1", ",,", "1x1", "0x0",
