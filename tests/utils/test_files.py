@@ -47,6 +47,13 @@ def test_another_manifest_is_refused(tmp_path, manifest, message):
     assert str(error.value) == message
 
 
+def test_long_values_of_a_manifest_are_shortened(tmp_path):
+    check_or_write_manifest(tmp_path / "manifest.json", {"names": ["a"] * 1000}, "the run")
+    with pytest.raises(UserError) as error:
+        check_or_write_manifest(tmp_path / "manifest.json", {"names": []}, "the run")
+    assert len(str(error.value)) < 400 and "names = ['a', 'a'" in str(error.value) and "and now it is []" in str(error.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
 def test_a_damaged_manifest_is_one_sentence(tmp_path, content):
     path = tmp_path / "manifest.json"

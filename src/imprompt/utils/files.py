@@ -266,4 +266,9 @@ def check_or_write_manifest(path: Path, manifest: Mapping[str, object], descript
         return
     for name in dict.fromkeys([*expected, *stored]):
         if expected.get(name) != stored.get(name):
-            raise UserError(f"{description} was begun with {name} = {stored.get(name)!r}, and now it is {expected.get(name)!r}; {remedy}")
+            before, now = (_shorten(repr(values.get(name))) for values in (stored, expected))
+            raise UserError(f"{description} was begun with {name} = {before}, and now it is {now}; {remedy}")
+
+
+def _shorten(text: str, length: int = 120) -> str:
+    return text if len(text) <= length else f"{text[: length - 2]} …"
