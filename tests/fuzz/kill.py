@@ -142,7 +142,8 @@ def kill_command(command: Command, kills: int, folder: Path, rng: random.Random,
             process = start(out)
             process.join(seconds * (rng.uniform(0.75, 1) if rng.random() < 0.5 else rng.uniform(0, 1)))
             if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
             done += process.exitcode == -signal.SIGKILL
             check_files(out)

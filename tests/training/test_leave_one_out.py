@@ -198,7 +198,7 @@ def test_a_cache_without_subjects_is_refused(tmp_path, cache_folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_images_per_subject": 1}, "min_images_per_subject: expected 2 … 1000000"),
+        ({"min_images_per_subject": 1}, "min_images_per_subject: expected (at least )?2"),
         ({"aggregation": "sum"}, "aggregation: expected one of"),
         ({"aggregation": "attention", "method": "simple"}, "aggregation: simple has its own"),
         ({"aggregation": "self-attention", "min_images_per_subject": 5, "num_references": 4}, "needs exactly 9 references"),
