@@ -9,7 +9,7 @@ from typing import Any
 
 from imprompt.data.captions import Caption, is_missing, read_caption, select_columns, to_text
 from imprompt.data.records import Record
-from imprompt.data.tables import Table
+from imprompt.data.tables import Table, TextTable
 from imprompt.errors import UserError
 from imprompt.utils.images import IMAGE_SUFFIXES, ImageInput
 
@@ -34,8 +34,8 @@ class ListRecords:
         return make_record(key, select_image(row, "target", key, self._resolve), row, self._resolve)
 
     def get_subject(self, i: int) -> str | None:
-        """The subject of a record; no image is read."""
-        return read_subject(self.table.read_row(i, ("subject",)))
+        """The subject of a record; no image is read. Raises UserError for a damaged row of a text file, which is read whole anyway."""
+        return self[i].subject if isinstance(self.table, TextTable) else read_subject(self.table.read_row(i, ("subject",)))
 
     def get_caption(self, i: int) -> Caption:
         """The caption of a record; no image is read. Raises UserError for a text that is not UTF-8."""
@@ -105,7 +105,7 @@ def _split_references(text: str, key: str, resolve: Resolve) -> list[Any]:
     whole = resolve(text)
     if isinstance(whole, Path) and os.path.isfile(whole):  # its name may hold any of these characters
         return [text]
-    if text.startswith("[") and text.rstrip().endswith("]"):
+    if text.startswith("["):
         try:
             return list(json.loads(text))
         except (ValueError, RecursionError) as error:
