@@ -103,7 +103,7 @@ def test_damaged_rows_of_a_list_are_skipped_and_logged(faces, tmp_path):
     rows = ["target,text,subject,references"]
     for path in sorted(faces.glob("Ærø */*.png")):
         rows.append(f"{path},a cat,{path.parent.name},")
-    rows[2:2] = [",a cat,Ærø 0,", "x.png,a cat,Ærø 0,[a.png", "y.png,a cat,,"]
+    rows[2:2] = [",a cat,Ærø 0,", "x.png,a cat,Ærø 0,[a.png]", "y.png,a cat,,"]
     (tmp_path / "list.csv").write_text("\n".join(rows), "utf-8")
     dataset = SubjectDataset(open_data(str(tmp_path / "list.csv")), 3)
     assert list(dataset.subjects) == [f"Ærø {n}" for n in range(6)] and len(dataset.unreadable) == 2

@@ -105,7 +105,7 @@ def _split_references(text: str, key: str, resolve: Resolve) -> list[Any]:
     whole = resolve(text)
     if isinstance(whole, Path) and os.path.isfile(whole):  # its name may hold any of these characters
         return [text]
-    if text.startswith("["):
+    if text.startswith("[") and text.rstrip().endswith("]"):
         try:
             return list(json.loads(text))
         except (ValueError, RecursionError) as error:
