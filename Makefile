@@ -33,7 +33,7 @@ check: $(READY) ## lint, types, layering
 OLDEST := .venv-oldest
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist hypothesis
 	@touch $@
 
 oldest: $(OLDEST)/.ready ## the tests around pipelines, with the oldest diffusers that is supported

@@ -33,7 +33,11 @@ from diffusers import (
     UNetMotionModel,
     pipelines,
 )
-from diffusers.pipelines.deprecated.blip_diffusion.blip_image_processing import BlipImageProcessor
+
+try:
+    from diffusers.pipelines.deprecated.blip_diffusion.blip_image_processing import BlipImageProcessor
+except ModuleNotFoundError:  # before diffusers 0.37
+    from diffusers.pipelines.blip_diffusion.blip_image_processing import BlipImageProcessor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
