@@ -35,6 +35,9 @@ def launch(processes: int) -> int:
         codes = group.wait()
         if group.signals:
             return 128 + group.signals[0]
+        group.end()
+        if group.processes[0].returncode == 2:  # meanwhile it has printed what is wrong
+            codes[0] = 2
         return _report(codes, logs)
 
 
