@@ -22,6 +22,18 @@ class KeyValues(NamedTuple):
     value: Tensor
 
 
+class SelfAttention(NamedTuple):
+    """For adapters whose image branch attends to the image's own tokens as well (InstantX, SD3.5): softmax(q̃ [k̃ ; K']ᵀ) [v ; V'].
+
+    `query_norm` and `key_norm`, (channels,), are the weights of the adapter's own RMS normalization of the query and of the keys. As the
+    values v are not the adapter's, λ and the gate of the window cannot be multiplied into V': `scale`, (1 or rows, 1, 1), is their product.
+    """
+
+    query_norm: Tensor
+    key_norm: Tensor
+    scale: Tensor
+
+
 class ImageBranch(NamedTuple):
     """The contribution of one image prompt to one layer: keys K', and values with the scale multiplied in, λV'.
 
@@ -33,6 +45,7 @@ class ImageBranch(NamedTuple):
     value: Tensor
     mask: Tensor | None = None
     bias: Tensor | None = None
+    self_attention: SelfAttention | None = None
 
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # query, key, value, bias → output, all per head
@@ -94,3 +107,34 @@ def multi_head_attention(
     """Multi-head attention (Vaswani et al., 2017, section 3.2.2) without its linear projections."""
     q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))  # (rows, heads, length, channels)
     return attention(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+def image_attention(
+    branch: ImageBranch,
+    query: Float[Tensor, "rows heads positions channels"],
+    raw_query: Float[Tensor, "rows heads positions channels"],
+    raw_key: Float[Tensor, "rows heads positions channels"],
+    value: Float[Tensor, "rows heads positions channels"],
+    attention: AttentionFn = attention_sdpa,
+) -> Float[Tensor, "rows positions hidden"]:
+    """The term λ · softmax(Q K'ᵀ/√d) V' of equation 8 for one image prompt in a transformer, masked.
+
+    `query` is the one that the transformer normalizes. `raw_query`, `raw_key` and `value`, of the image's own tokens before normalization,
+    serve adapters whose branch has its own normalization and attends to the image as well (`SelfAttention`).
+    """
+    heads = query.shape[1]
+    image_key, image_value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (branch.key, branch.value))
+    bias, own = branch.bias, branch.self_attention
+    if own is not None:
+        query, raw_key = (rms_norm(x, weight) for x, weight in ((raw_query, own.query_norm), (raw_key, own.key_norm)))
+        image_key, image_value = torch.cat([raw_key, image_key], 2), torch.cat([value, image_value], 2)
+        bias = None if bias is None else F.pad(bias, (raw_key.shape[2], 0))
+    out = attention(query, image_key, image_value, bias).transpose(1, 2).flatten(2)
+    out = out if own is None else own.scale * out
+    return out if branch.mask is None else branch.mask * out
+
+
+def rms_norm(x: Float[Tensor, "*shape channels"], weight: Tensor | None = None, eps: float = 1e-6) -> Float[Tensor, "*shape channels"]:
+    """x / RMS(x) · weight, computed in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467, equation 4)."""
+    normalized = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return normalized.to(x.dtype) if weight is None else normalized.to(x.dtype) * weight

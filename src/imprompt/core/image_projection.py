@@ -4,6 +4,7 @@ Each takes (batch, patches, image_embed_dim) and returns (batch, tokens, cross_a
 files. `uses_patch_features` is the kind of features that a projection takes: one embedding per patch, or one pooled embedding.
 """
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -114,9 +115,15 @@ class ResamplerAttention(nn.Module):
         x: Float[Tensor, "batch patches hidden"],
         latents: Float[Tensor, "batch tokens hidden"],
         bias: Float[Tensor, "batch 1 1 patches"] | None = None,
+        modulation: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """The update of the latents. `bias` is added to the attention scores of the patches."""
+        """The update of the latents. `bias` is added to the attention scores of the patches.
+
+        modulation: shift and scale of the normalized latents, (batch, 1, hidden) each.
+        """
         x, latents = self.norm1(x), self.norm2(latents)
+        if modulation is not None:
+            latents = latents * (1 + modulation[1]) + modulation[0]
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
         if bias is not None:
@@ -201,4 +208,60 @@ class FaceIDPlusProjection(FaceIDProjection):
         return tokens + resampled if self.shortcut else resampled
 
 
-Projector = ImageProjection | FullImageProjection | Resampler | FaceIDProjection
+class TimeResampler(nn.Module):
+    """InstantX's resampler for SD3.5: a Perceiver resampler (Flamingo, figure 5) in which the timestep modulates patches and latents.
+
+    The latents before attention and before the feed-forward network are scaled and shifted by the timestep (AdaLN, DiT,
+    arXiv:2212.09748, figure 3).
+    """
+
+    uses_patch_features = True
+    _SINUSOID_DIM = 320
+
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int, num_tokens: int = 64, hidden_dim: int = 1280, depth: int = 4):
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, hidden_dim) / hidden_dim**0.5)
+        self.time_embedding = nn.ModuleDict(
+            {"linear_1": nn.Linear(self._SINUSOID_DIM, hidden_dim), "linear_2": nn.Linear(hidden_dim, hidden_dim)}
+        )
+        self.proj_in = nn.Linear(image_embed_dim, hidden_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([
+                ResamplerAttention(hidden_dim, hidden_dim // HEAD_DIM), _make_feed_forward(hidden_dim),
+                nn.Sequential(nn.SiLU(), nn.Linear(hidden_dim, 4 * hidden_dim)),
+            ])
+            for _ in range(depth)
+        )  # fmt: skip
+        self.proj_out = nn.Linear(hidden_dim, cross_attention_dim)
+        self.norm_out = nn.LayerNorm(cross_attention_dim)
+
+    def embed_timestep(self, timestep: float | Tensor) -> Float[Tensor, "1 hidden"]:
+        """The embedding of a timestep, 0 … 1000."""
+        weight = self.time_embedding["linear_1"].weight
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(self._SINUSOID_DIM // 2, device=weight.device) / (self._SINUSOID_DIM // 2))
+        angles = torch.as_tensor(timestep, device=weight.device).float() * frequencies
+        sinusoid = torch.cat([angles.cos(), angles.sin()])[None].to(weight.dtype)
+        return cast(Tensor, self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](sinusoid))))
+
+    def forward(
+        self, features: Float[Tensor, "batch patches dim"], time_embedding: Float[Tensor, "1 hidden"]
+    ) -> Float[Tensor, "batch tokens cross"]:
+        """The image tokens at a timestep, embedded by `embed_timestep`."""
+        x = self.proj_in(features) + time_embedding[:, None]
+        latents = self.latents.expand(len(x), -1, -1)
+        for attention, mlp, modulation in cast(Iterable[tuple[ResamplerAttention, nn.Sequential, nn.Module]], self.layers):
+            shift_attn, scale_attn, shift_mlp, scale_mlp = modulation(time_embedding)[:, None].chunk(4, dim=-1)
+            latents = latents + attention(x, latents, modulation=(shift_attn, scale_attn))
+            latents = latents + mlp[1:](mlp[0](latents) * (1 + scale_mlp) + shift_mlp)
+        return cast(Tensor, self.norm_out(self.proj_out(latents)))
+
+
+class MLPImageProjection(FaceIDProjection):
+    """InstantX's projection for Flux: pooled embedding → MLP → `num_tokens` tokens → LayerNorm."""
+
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int, num_tokens: int = 128, hidden_dim: int = 0):
+        super().__init__(image_embed_dim, cross_attention_dim, num_tokens, hidden_dim or 2 * image_embed_dim)
+
+
+Projector = ImageProjection | FullImageProjection | Resampler | FaceIDProjection | TimeResampler

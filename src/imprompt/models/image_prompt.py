@@ -53,13 +53,15 @@ class ImagePrompt:
         """Whether gradients are wanted of the adapter or of the features."""
         return self.image_features.requires_grad or any(parameter.requires_grad for parameter in self.adapter.parameters())
 
-    def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
+    def key_values(self, timestep: float | None = None) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Keys and values of no image and of the references: (1, tokens, hidden_dim) and (1 or prompts, tokens, hidden_dim).
+
+        timestep: 0 … 1000, for adapters whose keys and values depend on it.
 
         Each prompt has a pass of its own, so that it does not depend on the others of its batch: matrix products of another
         size differ in the last digits, which a UNet in bfloat16 amplifies. With gradients, where autograd is on.
         """
-        per_prompt = [self._key_values(features) for features in self.image_features.split(1)]
+        per_prompt = [self._key_values(features, timestep) for features in self.image_features.split(1)]
         uncond = per_prompt[0][0]
         image = {n: KeyValues(*map(torch.cat, zip(*(image[n] for _, image in per_prompt), strict=True))) for n in uncond}
         if not all(bool(tensor.isfinite().all()) for part in (uncond, image) for pair in part.values() for tensor in pair):
@@ -69,7 +71,7 @@ class ImagePrompt:
             )
         return uncond, image
 
-    def _key_values(self, image_features: Tensor) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
+    def _key_values(self, image_features: Tensor, timestep: float | None) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Those of no image and of one prompt, from one batched pass. image_features: (1, references, patches, embed_dim)."""
         selected, aggregator, like = self._selected_references(), self.active_aggregator, next(self.adapter.parameters())
         features = image_features[:, selected]
@@ -77,10 +79,10 @@ class ImagePrompt:
         if type(aggregator) is not Aggregator:
             batch = torch.cat([self.uncond_features.expand(1, references, -1, -1), features]).to(like)
             weights = None if self.reference_weights is None else self.reference_weights[selected].to(batch).expand(len(batch), -1)
-            key_values = self.adapter(batch, weights, aggregator)
+            key_values = self.adapter(batch, weights, aggregator, timestep)
             return _map_tensors(key_values, lambda x: x[:1]), _map_tensors(key_values, lambda x: x[1:])
         batch = torch.cat([self.uncond_features, features.flatten(0, 1)[:, None]])  # no image once, then every reference
-        key_values = self.adapter(batch.to(like), None, aggregator)
+        key_values = self.adapter(batch.to(like), None, aggregator, timestep)
         uncond = _map_tensors(key_values, lambda x: x[:1].repeat(1, references, 1))
         return uncond, _map_tensors(key_values, lambda x: x[1:].unflatten(0, (prompts, references)).flatten(1, 2))
 

@@ -45,13 +45,13 @@ class UNetCall(NamedTuple):
 _ADVICE = 'if they are always the same, pass them: attach(pipe, prompt, cfg_layout=("uncond", "cond")), or ("cond",) without guidance'
 
 
-def find_unet_call(unet: nn.Module) -> UNetCall | None:
-    """The call of this UNet that is being made in this thread; None where no pipeline makes it."""
+def find_unet_call(denoiser: nn.Module) -> UNetCall | None:
+    """The call of this UNet or transformer that is being made in this thread; None where no pipeline makes it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         pipeline = _find_owner(frame)
-        own = getattr(pipeline, "unet", None)
-        if own is not None and unwrap_compiled(own) is unet:
+        parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
+        if any(part is not None and unwrap_compiled(part) is denoiser for part in parts):
             return UNetCall(pipeline, frame.f_code.co_qualname, frame.f_locals)
         frame = frame.f_back
     return None
