@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.dit.conftest import BUILDERS, build_adapter, build_prompt, build_transformer
 
 from imprompt.dit.injection import AttachedToTransformer
-from tests.dit.conftest import BUILDERS, build_adapter, build_prompt, build_transformer
 
 HOSTS = list(BUILDERS)
 FAMILIES_OF = {
