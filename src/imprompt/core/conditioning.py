@@ -1,6 +1,6 @@
 """How strongly, where and when an image prompt conditions the denoiser: the scale of each layer, the mask, the conditioning window."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -47,6 +47,12 @@ def layer_scale(scale: Scale, layer: str) -> float:
         return float(scale)
     prefixes = [prefix for prefix in scale if _has_prefix(layer, prefix)]
     return float(scale[max(prefixes, key=len)]) if prefixes else 0.0
+
+
+def ramp_scale(first: float, last: float, layers: Sequence[str]) -> dict[str, float]:
+    """A scale for each of these layers, rising or falling linearly from the first to the last."""
+    steps = max(1, len(layers) - 1)
+    return {layer: first + (last - first) * i / steps for i, layer in enumerate(layers)}
 
 
 def unknown_blocks(scale: Scale, layers: list[str]) -> list[str]:

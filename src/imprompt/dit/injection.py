@@ -249,16 +249,16 @@ def _apply_gate(branch: ImageBranch, gate: Tensor) -> ImageBranch:
 
 def check_compatible(adapter: Adapter, transformer: nn.Module) -> None:
     """Raise CheckpointError where the adapter was made for another model."""
-    sites = {site.index: site.hidden_dim for site in find_sites(transformer)}
-    hidden_dims, host = adapter.hidden_dims, find_host(transformer)
-    if adapter.family.name == "unet":
+    host, family, hidden_dims = find_host(transformer), adapter.family, adapter.hidden_dims
+    if family.hosts and host.family not in family.hosts:
         raise CheckpointError(
-            f"the adapter was made for a UNet, and the model has a {type(transformer).__name__}; "
+            f"the adapter was made for {' or '.join(family.hosts)}, and the model is {host.family} ({type(transformer).__name__}); "
             f"use an adapter for {host.family} (imprompt inspect FILE)"
         )
-    if not hidden_dims.items() <= sites.items():
+    sites = {site.index: site.hidden_dim for site in find_sites(transformer) if site.side in family.sides}
+    if hidden_dims != sites:
         raise CheckpointError(
             f"the adapter does not fit this model: it was made for {len(hidden_dims)} attention layers of width "
-            f"{max(hidden_dims.values(), default=0)}, the model has {len(sites)} of width {max(sites.values())}; "
-            f"use an adapter for {host.family} (imprompt inspect FILE)"
+            f"{max(hidden_dims.values(), default=0)}, the model has {len(sites)} of width {max(sites.values(), default=0)}; "
+            f"use an adapter for this {host.family} model (imprompt inspect FILE)"
         )
