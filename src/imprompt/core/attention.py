@@ -90,7 +90,7 @@ def decoupled_attention(
     broadcastable to (rows, heads, positions, tokens).
     """
     out = multi_head_attention(query, text.key, text.value, num_heads, text_attention, text_bias)
-    for key, value, mask, bias in branches:
+    for key, value, mask, bias, _ in branches:
         image_out = multi_head_attention(query, key, value, num_heads, branch_attention, bias)
         out = out + (image_out if mask is None else mask * image_out)
     return out
@@ -123,7 +123,7 @@ def image_attention(
     serve adapters whose branch has its own normalization and attends to the image as well (`SelfAttention`).
     """
     heads = query.shape[1]
-    image_key, image_value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (branch.key, branch.value))
+    image_key, image_value = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (branch.key, branch.value))
     bias, own = branch.bias, branch.self_attention
     if own is not None:
         query, raw_key = (rms_norm(x, weight) for x, weight in ((raw_query, own.query_norm), (raw_key, own.key_norm)))

@@ -238,7 +238,7 @@ class TimeResampler(nn.Module):
 
     def embed_timestep(self, timestep: float | Tensor) -> Float[Tensor, "1 hidden"]:
         """The embedding of a timestep, 0 … 1000."""
-        weight = self.time_embedding["linear_1"].weight
+        weight = cast(nn.Linear, self.time_embedding["linear_1"]).weight
         frequencies = torch.exp(-math.log(10_000) * torch.arange(self._SINUSOID_DIM // 2, device=weight.device) / (self._SINUSOID_DIM // 2))
         angles = torch.as_tensor(timestep, device=weight.device).float() * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()])[None].to(weight.dtype)

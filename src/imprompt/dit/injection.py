@@ -38,7 +38,7 @@ class AttachedToTransformer:
     def __init__(self, target: Any, prompts: Sequence[ImagePromptLike], cfg_layout: CFGLayout | None = None):
         is_bare = not hasattr(target, "transformer") or (isinstance(target, nn.Module) and type(target).__name__.endswith("2DModel"))
         transformer = target if is_bare else target.transformer
-        self._transformer = unwrap_compiled(transformer)
+        self._transformer: Any = unwrap_compiled(transformer)
         self._host: Host = find_host(self._transformer)
         if is_bare and cfg_layout is None:
             raise UserError(
@@ -82,8 +82,9 @@ class AttachedToTransformer:
             return
         self._pre_hook.remove()
         for site, processor in zip(self._sites, self._processors, strict=True):
-            if site.attention.processor is processor:
-                site.attention.set_processor(processor.replaced)
+            attention: Any = site.attention
+            if attention.processor is processor:
+                attention.set_processor(processor.replaced)
         self._processors = None
         self._branch_cache.clear()
 

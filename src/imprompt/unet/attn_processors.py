@@ -146,7 +146,7 @@ class AdditiveAttnProcessor(DecoupledAttnProcessor):
         branches = ip_hidden_states[self.name].branches if ip_hidden_states else []
         _check_rows(hidden_states, branches, self.name)
         query, projection = attn.to_q(hidden_states), attn.to_out[0]
-        for key, value, mask, bias in branches:
+        for key, value, mask, bias, _ in branches:
             image_out = multi_head_attention(query, key, value, attn.heads, bias=bias)
             image_out = projection(image_out if mask is None else mask * image_out)
             out = out + (image_out if projection.bias is None else image_out - projection.bias) / attn.rescale_output_factor

@@ -73,7 +73,7 @@ class ImagePromptLike(Protocol):
         """The end of the conditioning window."""
         ...
 
-    def key_values(self) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
+    def key_values(self, timestep: float | None = None) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """For each layer n the keys and values of the unconditional embedding and of the image: (1 or prompts, tokens, hidden).
 
         With gradients, where autograd is on and `requires_grad` is.
