@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from tests.dit.conftest import build_adapter, build_prompt, build_transformer
+from small_transformers import build_adapter, build_prompt, build_transformer, call_transformer
 
 from imprompt.dit.injection import AttachedToTransformer
 
 
 @pytest.mark.parametrize(("host", "family"), [("flux", "xlabs-flux"), ("flux", "instantx-flux"), ("sd3", "instantx-sd3")])
 @pytest.mark.parametrize("is_regional", [False, True], ids=["whole", "blocks"])
-def test_no_recompilation(host, family, is_regional, call_transformer):
+def test_no_recompilation(host, family, is_regional):
     transformer = build_transformer(host)
     adapter = build_adapter(family, transformer)
     torch._dynamo.reset()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.dit.conftest import build_adapter, build_prompt, build_transformer, transformer_inputs
+from small_transformers import build_adapter, build_prompt, build_transformer, call_transformer, transformer_inputs
 
 from imprompt.dit.injection import AttachedToTransformer
 from imprompt.dit.sites import find_sites
@@ -18,7 +18,7 @@ def split_state(adapter):
 
 
 @pytest.mark.parametrize("scale", [0.6, 1.0])
-def test_xlabs_flux_equals_diffusers(scale, call_transformer):
+def test_xlabs_flux_equals_diffusers(scale):
     transformer, other = build_transformer("flux"), build_transformer("flux")
     adapter = build_adapter("xlabs-flux", transformer)
     prompt = build_prompt(adapter, scale=scale)
@@ -34,7 +34,7 @@ def test_xlabs_flux_equals_diffusers(scale, call_transformer):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_instantx_sd3_equals_diffusers(scale, call_transformer):
+def test_instantx_sd3_equals_diffusers(scale):
     transformer, other = build_transformer("sd3"), build_transformer("sd3")
     adapter = build_adapter("instantx-sd3", transformer)
     prompt = build_prompt(adapter, scale=scale, patches=7)
@@ -73,7 +73,7 @@ def add_by_formula(transformer, adapter, tokens, scale):
             attention.register_forward_hook(lambda module, args, out, a=attention, n=n: out + attend(a, n))
 
 
-def test_instantx_flux_equals_its_formula_in_float64(call_transformer):
+def test_instantx_flux_equals_its_formula_in_float64():
     transformer, other = build_transformer("flux").double(), build_transformer("flux").double()
     adapter = build_adapter("instantx-flux", transformer).double()
     prompt = build_prompt(adapter, scale=0.7)

@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
@@ -136,12 +135,7 @@ def build_prompt(adapter: Adapter, seed: int = 3, references: int = 1, patches: 
     return ImagePrompt(adapter, features, uncond, **options)
 
 
-@pytest.fixture(scope="session")
-def call_transformer():
+@torch.no_grad()
+def call_transformer(transformer: nn.Module, name: str, **changes: Any) -> torch.Tensor:
     """Call a transformer without gradients: its output, (rows, …)."""
-
-    @torch.no_grad()
-    def call(transformer: nn.Module, name: str, **changes: Any) -> torch.Tensor:
-        return transformer(**transformer_inputs(name) | changes, return_dict=False)[0]
-
-    return call
+    return transformer(**transformer_inputs(name) | changes, return_dict=False)[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.dit.conftest import BUILDERS, build_adapter, build_prompt, build_transformer
+from small_transformers import BUILDERS, build_adapter, build_prompt, build_transformer, call_transformer
 
 from imprompt.dit.injection import AttachedToTransformer
 
@@ -19,7 +19,7 @@ LAYOUT = ("uncond", "cond")
 
 
 @pytest.mark.parametrize(("host", "family"), PAIRS)
-def test_scale_0_is_the_base_to_the_bit_and_detach_restores(host, family, call_transformer):
+def test_scale_0_is_the_base_to_the_bit_and_detach_restores(host, family):
     transformer = build_transformer(host)
     processors = dict(transformer.attn_processors)
     base = call_transformer(transformer, host)
@@ -33,7 +33,7 @@ def test_scale_0_is_the_base_to_the_bit_and_detach_restores(host, family, call_t
 
 
 @pytest.mark.parametrize(("host", "family"), PAIRS)
-def test_each_row_has_the_prompt_of_its_group(host, family, call_transformer):
+def test_each_row_has_the_prompt_of_its_group(host, family):
     """A conditional and an unconditional row in one batch are what they are in batches of their own."""
     transformer = build_transformer(host)
     prompt = build_prompt(build_adapter(family, transformer), references=2)
@@ -47,7 +47,7 @@ def test_each_row_has_the_prompt_of_its_group(host, family, call_transformer):
 
 
 @pytest.mark.parametrize(("host", "family"), PAIRS)
-def test_a_mask_of_zeros_is_the_base_and_of_ones_is_no_mask(host, family, call_transformer):
+def test_a_mask_of_zeros_is_the_base_and_of_ones_is_no_mask(host, family):
     transformer = build_transformer(host)
     prompt = build_prompt(build_adapter(family, transformer))
     base = call_transformer(transformer, host)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.dit.conftest import BUILDERS, build_adapter, build_prompt, build_transformer, transformer_inputs
+from small_transformers import BUILDERS, build_adapter, build_prompt, build_transformer, call_transformer, transformer_inputs
 
 from imprompt.core.conditioning import ramp_scale
 from imprompt.dit.injection import AttachedToTransformer
@@ -32,7 +32,7 @@ def test_gradient_checkpointing_does_not_lose_the_prompt(host):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_batch_of_prompts_is_the_loop(host, call_transformer):
+def test_a_batch_of_prompts_is_the_loop(host):
     transformer = build_transformer(host)
     adapter = build_adapter("transformer", transformer)
     singles = [build_prompt(adapter, seed) for seed in (3, 4)]
@@ -48,7 +48,7 @@ def test_a_batch_of_prompts_is_the_loop(host, call_transformer):
 
 
 @pytest.mark.parametrize("host", ["flux", "sd3", "pixart"])
-def test_weights_may_be_offloaded(host, call_transformer):
+def test_weights_may_be_offloaded(host):
     transformer, other = build_transformer(host), build_transformer(host)
     prompt = build_prompt(build_adapter("transformer", transformer))
     with AttachedToTransformer(transformer, [prompt], ("cond",)):
@@ -59,7 +59,7 @@ def test_weights_may_be_offloaded(host, call_transformer):
 
 
 @pytest.mark.parametrize("host", ["flux", "sd3"])
-def test_two_prompts_with_masks_each_condition_their_half(host, call_transformer):
+def test_two_prompts_with_masks_each_condition_their_half(host):
     """A prompt whose mask is one half changes the output as without the other prompt there, in the first layer that has it."""
     transformer = build_transformer(host)
     adapter = build_adapter("transformer", transformer)
@@ -78,7 +78,7 @@ def test_two_prompts_with_masks_each_condition_their_half(host, call_transformer
     torch.testing.assert_close(both[:, :, 2:], only_right[:, :, 2:])
 
 
-def test_a_ramp_has_a_scale_for_each_block(call_transformer):
+def test_a_ramp_has_a_scale_for_each_block():
     transformer = build_transformer("flux")
     names = [site.name for site in find_sites(transformer) if site.side == "joint"]
     ramp = ramp_scale(0.3, 0.92, names)
