@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, notify
+from imprompt.models.transformer_layouts import rename_to_public
 from imprompt.utils.text import escape, shorten
 
 _PUBLIC_PREFIXES = ("image_proj.", "ip_adapter.", "aggregator.")
@@ -18,7 +19,10 @@ _PREFIX_ALIASES = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_a
 _WRAPPER_NAMES = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile, anywhere in a name
 _EMA_NAMES = ("ema", "ema_model", "ema_state_dict", "model_ema")
 _CONTAINER_NAMES = ("state_dict", "model_state_dict", "model", *_EMA_NAMES)  # around all tensors of a checkpoint
-_ROOTS = ("image_proj", "image_proj_model", "ip_adapter", "adapter_modules", "aggregator", "unet")  # what is before them is a container
+# What is before one of these is the name of a container.
+_ROOTS = (
+    "image_proj", "image_proj_model", "ip_adapter", "adapter_modules", "aggregator", "unet", "ip_adapter_proj_model", "double_blocks",
+)  # fmt: skip
 _PROCESSOR_WEIGHT = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight|to_(?:q|k|v|out)_lora\.(?:down|up)\.weight)")
 _ATTENTION_LAYER = re.compile(r"unet\.((?:.+\.)?attn([12]))\..+")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # of a UNet, in the order of the public numbering
@@ -71,6 +75,7 @@ def _unwrap(key: str) -> tuple[tuple[str, ...], str]:
 
 
 def _rename(name: str) -> str:
+    name = rename_to_public(name)
     alias = next((alias for alias in _PREFIX_ALIASES if name.startswith(alias)), None)
     return _PREFIX_ALIASES[alias] + name.removeprefix(alias) if alias else name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imprompt.core.adapter import Adapter
+from imprompt.core.adapter import FAMILIES, Adapter
 from imprompt.core.aggregation import AGGREGATORS
 from imprompt.core.image_projection import (
     HEAD_DIM,
@@ -17,8 +17,10 @@ from imprompt.core.image_projection import (
     FaceIDProjection,
     FullImageProjection,
     ImageProjection,
+    MLPImageProjection,
     Projector,
     Resampler,
+    TimeResampler,
 )
 from imprompt.errors import CheckpointError, notify
 from imprompt.models.adapter_layouts import to_public_layout
@@ -30,6 +32,7 @@ from imprompt.models.tensor_files import (
     read_tensors,
     write_tensors,
 )
+from imprompt.models.transformer_layouts import detect_family, to_released_names
 from imprompt.utils.text import shorten
 
 ARCFACE_DIM = 512  # of an identity embedding; no CLIP encoder has patch features of this dimension
@@ -50,11 +53,13 @@ class AdapterSpec:
     dtype: str
     metadata: Metadata = field(default_factory=dict)  # what imprompt wrote into the file
     aggregator: str = "concat"  # how several references are aggregated
+    family: str = "unet"  # one of core.adapter.FAMILIES
+    head_dim: int = 0  # channels of an attention head, for families that normalize keys
 
     @property
     def uses_patch_features(self) -> bool:
         """Whether the adapter takes the encoder's patch features; otherwise its pooled embedding."""
-        return self.adapter_type in ("plus", "full-face", "faceid-plus")
+        return self.adapter_type in ("plus", "full-face", "faceid-plus", "time-resampler")
 
     @property
     def is_faceid(self) -> bool:
@@ -76,7 +81,10 @@ class AdapterSpec:
     @property
     def base_model(self) -> str:
         """The family of base models that the adapter fits."""
-        families = {(768, 16): "SD 1.5", (1024, 16): "SD 2.1", (2048, 70): "SDXL"}
+        families = {
+            (768, 16): "SD 1.5", (1024, 16): "SD 2.1", (2048, 70): "SDXL", (4096, 19): "FLUX.1-dev", (4096, 57): "FLUX.1-dev",
+            (2432, 38): "SD3.5 Large",
+        }  # fmt: skip
         return str(self.metadata.get("base") or families.get((self.cross_attention_dim, len(self.layers)), "unknown"))
 
     @property
@@ -88,6 +96,8 @@ class AdapterSpec:
         encoders = {
             ("pooled embedding", 1024): "CLIP ViT-H/14", ("pooled embedding", 1280): "CLIP ViT-bigG/14",
             ("penultimate patch features", 1280): "CLIP ViT-H/14", ("penultimate patch features", 1664): "CLIP ViT-bigG/14",
+            ("pooled embedding", 768): "CLIP ViT-L/14", ("pooled embedding", 1152): "SigLIP so400m",
+            ("penultimate patch features", 1152): "SigLIP so400m",
         }  # fmt: skip
         name = self.metadata.get("encoder") or encoders.get((output, self.image_embed_dim), "an encoder")
         return f"{name}, {output} ({self.image_embed_dim})"
@@ -143,24 +153,44 @@ def _faceid_variant(path: Path) -> Metadata:
 
 def detect_spec(tensors: Mapping[str, Tensor], metadata: Metadata | None = None) -> AdapterSpec:
     """The adapter that tensors in the public layout belong to. Raises CheckpointError for an unknown type."""
-    layers = {}
+    layers, metadata = {}, metadata or {}
     for key in tensors:
         if match := re.fullmatch(rf"ip_adapter\.{_INDEX}\.to_k_ip\.weight", key):
             layers[int(match[1])], cross_attention_dim = _checked_shape(tensors, key)
     if not layers:
         raise CheckpointError("the file has no ip_adapter.<n>.to_k_ip.weight: it contains no adapter, or was saved incompletely")
-    aggregator = str((metadata or {}).get("aggregator", "concat"))
+    aggregator = str(metadata.get("aggregator", "concat"))
     if aggregator not in AGGREGATORS:
         raise CheckpointError(f"the file aggregates references by {aggregator!r}; expected one of {', '.join(AGGREGATORS)}")
-    adapter_type, num_tokens, image_embed_dim = _detect_projection(tensors, cross_attention_dim, metadata or {})
+    family = detect_family(tensors)
+    adapter_type, num_tokens, image_embed_dim = _detect_projection(tensors, cross_attention_dim, metadata, family)
     num_parameters = sum(t.numel() for t in tensors.values())
     dtype = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
     return AdapterSpec(
-        adapter_type, num_tokens, image_embed_dim, cross_attention_dim, layers, num_parameters, dtype, metadata or {}, aggregator
-    )
+        adapter_type, num_tokens, image_embed_dim, cross_attention_dim, layers, num_parameters, dtype, metadata, aggregator, family,
+        _detect_head_dim(tensors, metadata, family),
+    )  # fmt: skip
 
 
-def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, metadata: Metadata) -> tuple[str, int, int]:
+def _detect_head_dim(tensors: Mapping[str, Tensor], metadata: Metadata, family: str) -> int:
+    """The channels of an attention head. Raises CheckpointError where an adapter that we trained does not say."""
+    match family:
+        case "instantx-sd3":
+            return _checked_shape(tensors, "ip_adapter.0.norm_ip_k.weight", 1)[0]
+        case "instantx-flux":
+            return 128  # of Flux
+        case "transformer":
+            head_dim = metadata.get("head_dim")
+            if not isinstance(head_dim, int) or head_dim < 1:
+                raise CheckpointError(
+                    "the file has layers of a transformer, and no metadata that says how many channels a head has: expected an adapter "
+                    "that imprompt trained, or one of XLabs or InstantX"
+                )
+            return head_dim
+    return 0
+
+
+def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, metadata: Metadata, family: str) -> tuple[str, int, int]:
     """The adapter type, the number of image tokens and the dimension of the image features. Raises CheckpointError."""
 
     def shape(name: str, dimensions: int = 2) -> torch.Size | None:
@@ -178,12 +208,15 @@ def _detect_projection(tensors: Mapping[str, Tensor], cross_attention_dim: int, 
     if size := shape("perceiver_resampler.proj_in.weight"):
         return "faceid-plus", _first_dim(shape("proj.2.weight")) // cross_attention_dim, size[1]
     if (norm := shape("norm.weight", 1)) and (size := shape("proj.0.weight")):
-        if norm[0] == size[1] != ARCFACE_DIM:  # the norm of FaceID comes last, and has the width of the text embeddings
+        if norm[0] == size[1] != ARCFACE_DIM and family == "unet":  # FaceID normalizes last
             raise CheckpointError(
                 "a face adapter of ai-toolkit (ip_clip_face: LayerNorm before the projection) is not supported; expected an IP-Adapter"
             )
-        return "faceid", _first_dim(shape("proj.2.weight")) // cross_attention_dim, size[1]
+        kind = "mlp" if family == "instantx-flux" else "faceid"
+        return kind, _first_dim(shape("proj.2.weight")) // cross_attention_dim, size[1]
     if (size := shape("proj_in.weight")) and (latents := shape("latents", 3)):
+        if family == "instantx-sd3":
+            return "time-resampler", latents[1], size[1]
         if size[1] != ARCFACE_DIM and "normalized" not in metadata:
             return "plus", latents[1], size[1]
         is_instantid = latents[2] == _INSTANTID_WIDTH != cross_attention_dim  # otherwise FaceID-Portrait, unnormalized
@@ -233,7 +266,8 @@ def _build_on_meta(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Adapter:
     """An adapter of this kind whose tensors have shapes and no values."""
     with torch.device("meta"):
         aggregator = AGGREGATORS[spec.aggregator](spec.image_embed_dim, spec.cross_attention_dim)
-        adapter = Adapter(_build_projector(spec, tensors), spec.layers, spec.cross_attention_dim, aggregator)
+        family = FAMILIES[spec.family]
+        adapter = Adapter(_build_projector(spec, tensors), spec.layers, spec.cross_attention_dim, aggregator, family, spec.head_dim)
         for n, shapes in _lora_shapes(tensors).items():
             adapter.add_lora(n, shapes)
     return adapter
@@ -260,6 +294,11 @@ def _resampler_layers(tensors: Mapping[str, Tensor], prefix: str, hidden_dim: in
 
 def _build_projector(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Projector:
     embed_dim, cross_attention_dim, num_tokens = spec.image_embed_dim, spec.cross_attention_dim, spec.num_tokens
+    if spec.adapter_type == "time-resampler":
+        latents, depth = tensors["image_proj.latents"], _resampler_layers(tensors, "image_proj.layers.", HEAD_DIM)[1]
+        return TimeResampler(embed_dim, cross_attention_dim, num_tokens, latents.shape[2], depth)
+    if spec.adapter_type == "mlp":
+        return MLPImageProjection(embed_dim, cross_attention_dim, num_tokens, _checked_shape(tensors, "image_proj.proj.0.weight")[0])
     if spec.adapter_type in ("faceid", "faceid-plus"):
         hidden_dim, id_embed_dim = _checked_shape(tensors, "image_proj.proj.0.weight")
         if spec.adapter_type == "faceid":
@@ -278,7 +317,10 @@ def _build_projector(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Projec
 
 def save(adapter: Adapter, path: Path | str, metadata: Mapping[str, object] | None = None, dtype: torch.dtype | None = None) -> None:
     """Write an adapter as a public file that diffusers and ComfyUI read: `.safetensors`, or `.bin` for old readers."""
-    write_tensors({key: value.to(dtype or value.dtype) for key, value in adapter.state_dict().items()}, path, metadata)
+    if adapter.family.name == "transformer":
+        metadata = {"head_dim": adapter.head_dim} | dict(metadata or {})
+    tensors = {key: value.to(dtype or value.dtype) for key, value in adapter.state_dict().items()}
+    write_tensors(to_released_names(tensors, adapter.family.name), path, metadata)
 
 
 def convert_adapter(
@@ -302,5 +344,5 @@ def convert_adapter(
         metadata = metadata | {"version": faceid_version}
     spec = detect_spec(tensors, metadata)
     report_assumptions(spec, Path(source).name)
-    write_tensors(tensors, target, metadata)
+    write_tensors(to_released_names(tensors, spec.family), target, metadata)
     return spec
