@@ -11,10 +11,10 @@ from rich.console import Console
 from benchmarks.timing import interleave
 from imprompt.core.aggregation import AGGREGATORS, Aggregator
 from imprompt.data.readers import MiniWorld
+from imprompt.dit.attach import attach
 from imprompt.models import hub
 from imprompt.models.base_pipelines import load_pipeline, resolve_dtype, sample_images
 from imprompt.models.image_prompt import ImagePrompt, ImagePromptEncoder, load
-from imprompt.unet.injection import attach
 
 MAX_RATIO, NUM_REFERENCES = 1.1, 64  # the ratio is a goal
 GLOBAL_AGGREGATIONS = ("concat", "average", "max", "self-attention", "attention")

@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.random_models import SD15, SDXL, copy_unet_sharing_weights, random_adapter, random_model
 from benchmarks.timing import Ratio, Times, interleave, ratio_by_round
 from imprompt.core.adapter import Adapter
+from imprompt.dit.attach import attach
 from imprompt.models.image_prompt import ImagePrompt
-from imprompt.unet.injection import attach
 
 NUM_STEPS = 10
 TIMESTEPS = [torch.tensor(1000 * i // NUM_STEPS + 1) for i in reversed(range(NUM_STEPS))]

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent / "src" / "imprompt"
 
 # From the lowest to the highest. A package imports itself and the packages before it.
 FLOORS = (
-    "errors", "config", "utils", "core", "unet", "models", "mini", "methods", "data", "training", "generation", "evaluation", "recipes",
-    "studies", "personalize", "cli", "__init__", "__main__",
+    "errors", "config", "utils", "core", "unet", "dit", "models", "mini", "methods", "data", "training", "generation", "evaluation",
+    "recipes", "studies", "personalize", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # Which packages or modules may import a third-party package; one that is not listed may be imported nowhere.
@@ -39,7 +39,18 @@ THIRD_PARTY = {
     "facenet_pytorch": ("models.face_encoders",),
     "peft": ("methods.dreambooth",),
     "deepspeed": ("training.zero",),
-    "diffusers": ("unet", "models", "mini", "methods", "generation", "training", "evaluation.external", "recipes", "utils.protocols"),
+    "diffusers": (
+        "unet",
+        "dit",
+        "models",
+        "mini",
+        "methods",
+        "generation",
+        "training",
+        "evaluation.external",
+        "recipes",
+        "utils.protocols",
+    ),
     "huggingface_hub": ("models.hub",),
     "insightface": ("models.face_encoders",),
     "jaxtyping": ("core",),
@@ -175,7 +186,7 @@ MUTATIONS = [
     ("core/attention.py", "from imprompt.training import loop"),
     ("config/common.py", "import torch"),
     ("errors.py", "from imprompt.core.optim import Muon"),
-    ("utils/images.py", "from imprompt.unet.injection import attach"),
+    ("utils/images.py", "from imprompt.unet.injection import AttachedImagePrompts"),
     ("generation/generate.py", "from imprompt.evaluation import metrics"),
     ("training/loop.py", "from imprompt.evaluation import metrics"),
     ("training/loop.py", "def lazy():\n    from imprompt.generation.generate import generate_images"),

@@ -5,7 +5,7 @@ import imprompt
 images = imprompt.generate("cat.png", prompt="on a beach")           # embedded model: offline, CPU, seconds
 
 ip = imprompt.load("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")
-with imprompt.attach(pipe, ip("cat.png", scale=0.6)):                # any diffusers pipeline with a UNet
+with imprompt.attach(pipe, ip("cat.png", scale=0.6)):                # a diffusers pipeline
     image = pipe("on a beach").images[0]
 """
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from imprompt.core.conditioning import LAYOUT as LAYOUT
     from imprompt.core.conditioning import STYLE as STYLE
+    from imprompt.dit.attach import attach as attach
     from imprompt.errors import UserError as UserError
     from imprompt.generation.api import generate as generate
     from imprompt.models.checkpoints import save as save
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from imprompt.models.image_prompt import ImagePrompt as ImagePrompt
     from imprompt.models.image_prompt import load as load
     from imprompt.training.api import train as train
-    from imprompt.unet.injection import attach as attach
 
 _PUBLIC = {
     "LAYOUT": "core.conditioning",
@@ -32,7 +32,7 @@ _PUBLIC = {
     "STYLE": "core.conditioning",
     "ImagePrompt": "models.image_prompt",
     "UserError": "errors",
-    "attach": "unet.injection",
+    "attach": "dit.attach",
     "generate": "generation.api",
     "load": "models.image_prompt",
     "save": "models.checkpoints",

@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from conftest import image_processor, random_adapter, sd15_pipeline, sdxl_pipeline, vision_encoder
+from imprompt.dit.attach import attach
 from imprompt.models import checkpoints
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.models.image_prompt import ImagePromptEncoder
-from imprompt.unet.injection import attach
 
 STEPS = 10
 

@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 
 from conftest import CROSS, FACE, image_processor, random_face_adapter, sd15_pipeline, vision_encoder
+from imprompt.dit.attach import attach
 from imprompt.errors import Notice, UserError
 from imprompt.models import checkpoints
 from imprompt.models.face_encoders import FaceEncoder
 from imprompt.models.image_encoders import ImageEncoder
 from imprompt.models.image_prompt import ImagePromptEncoder
-from imprompt.unet.injection import attach
 
 STEPS = 4
 

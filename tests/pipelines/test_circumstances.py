@@ -8,8 +8,8 @@ from packaging.version import Version
 from torch import nn
 
 from conftest import POOLED, random_adapter, sd15_pipeline
+from imprompt.dit.attach import attach
 from imprompt.models.image_prompt import ImagePrompt
-from imprompt.unet.injection import attach
 
 
 def random_prompt(unet, scale=0.8, seed=0, references=1):

@@ -18,9 +18,9 @@ from torch import Tensor
 from conftest import POOLED
 from imprompt.core.adapter import Adapter
 from imprompt.core.image_projection import ImageProjection
+from imprompt.dit.attach import attach
 from imprompt.models.image_prompt import ImagePrompt
 from imprompt.unet.attn_processors import DecoupledAttnProcessor, infer_adapter_shape
-from imprompt.unet.injection import attach
 
 
 class Refusal(NamedTuple):

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from conftest import POOLED, random_adapter, sd15_pipeline, sd21_pipeline, sdxl_pipeline
+from imprompt.dit.attach import attach
 from imprompt.generation.controls import Control, apply_t2i_adapters
 from imprompt.models.base_pipelines import to_task_pipeline
 from imprompt.models.image_prompt import ImagePrompt
-from imprompt.unet.injection import attach
 
 BASES = {"SD 1.5": sd15_pipeline, "SD 2.1": sd21_pipeline, "SDXL": sdxl_pipeline}
 SIDE = 32

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from conftest import CROSS, POOLED, random_adapter, sd15_unet
 from imprompt.core.conditioning import check_scale, denoising_progress, window_gate
 from imprompt.core.guidance import expand_to_cfg_batch
+from imprompt.dit.attach import attach
 from imprompt.errors import UserError
 from imprompt.models.image_prompt import ImagePrompt, load_masks
 from imprompt.unet.attn_processors import find_attention_layers, find_cross_attention_layers
-from imprompt.unet.injection import attach
 from imprompt.unet.progress import read_denoising_progress
 
 

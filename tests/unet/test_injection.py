@@ -6,9 +6,10 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from conftest import CROSS, POOLED, VISION, random_adapter, sd15_unet, sdxl_unet
 from imprompt.core.conditioning import STYLE
+from imprompt.dit.attach import attach
 from imprompt.models.image_prompt import ImagePrompt
 from imprompt.unet.attn_processors import find_cross_attention_layers, infer_adapter_shape, init_from_unet
-from imprompt.unet.injection import AttachedImagePrompts, attach
+from imprompt.unet.injection import AttachedImagePrompts
 
 
 def random_prompt(unet, adapter_type="base", references=1, prompts=1, seed=5, **options):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from imprompt.config import PER_SUBJECT_METHODS, GenerateConfig, ImagePromptConfig, PipelineConfig, SamplingConfig
 from imprompt.core.conditioning import BLOCK_PRESETS
+from imprompt.dit.attach import attach
 from imprompt.errors import UserError, notify
 from imprompt.generation.controls import apply_t2i_adapters
 from imprompt.generation.inputs import (
@@ -31,7 +32,6 @@ from imprompt.methods.loading import load_method, read_method_name
 from imprompt.models import hub
 from imprompt.models.base_pipelines import default_guidance_scale, load_pipeline, resolve_device, resolve_dtype, use_scheduler
 from imprompt.models.image_prompt import ImagePrompt, ImagePromptEncoder, load, load_mask
-from imprompt.unet.injection import attach
 from imprompt.utils.images import differs_in_shape
 from imprompt.utils.memory import explain_oom
 

@@ -11,12 +11,12 @@ from imprompt.core.adapter import Adapter
 from imprompt.core.aggregation import AGGREGATORS
 from imprompt.core.attention import KeyValues
 from imprompt.core.image_projection import FullImageProjection, ImageProjection, Projector, Resampler
+from imprompt.dit.attach import attach
 from imprompt.errors import UserError
 from imprompt.methods.base import get_dtype
 from imprompt.models.image_encoders import FeatureEncoder
 from imprompt.models.image_prompt import ImagePrompt
 from imprompt.unet.attn_processors import InstalledAttnProcessors, build_cross_attention_kwargs, infer_adapter_shape, init_from_unet
-from imprompt.unet.injection import attach
 from imprompt.utils.protocols import UNetPipeline
 
 

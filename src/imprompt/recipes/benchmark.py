@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from imprompt.config import GenerateConfig
+from imprompt.dit.attach import attach
 from imprompt.generation.generate import LoadedModels, generate_images
 from imprompt.mini import world
 from imprompt.mini.attribute_classifier import AttributeClassifier
@@ -23,7 +24,6 @@ from imprompt.mini.held_out import WorldSample
 from imprompt.models.base_pipelines import sample_images
 from imprompt.models.clip_score import CLIPScorer
 from imprompt.models.image_prompt import ImagePrompt, ImagePromptEncoder, load
-from imprompt.unet.injection import attach
 from imprompt.utils.files import atomic_path
 from imprompt.utils.images import make_contact_sheet
 from imprompt.utils.plots import Curve, plot_panels

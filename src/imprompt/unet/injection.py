@@ -384,17 +384,3 @@ def _check_scale(scale: Scale, layers: Sequence[CrossAttentionLayer]) -> None:
         raise UserError(
             f"scale names blocks that this model does not have: {', '.join(unknown)}; its layers have names like {layers[0].name}"
         )
-
-
-def attach(target: UNetPipeline | nn.Module, *prompts: ImagePromptLike, cfg_layout: CFGLayout | None = None) -> AttachedImagePrompts:
-    """Attach image prompts to a diffusers pipeline with a UNet, or to a bare UNet; docs/pipelines.md lists what works.
-
-    Use the result as a context manager, or keep it: its `prompts` may be replaced, and `detach()` restores the UNet exactly.
-
-    Which rows of a batch are conditional is read from the call that a pipeline makes, also of another pipeline that shares the UNet. A bare
-    UNet, or a pipeline that does not report it, needs `cfg_layout`, the groups of rows of the batch: ("uncond", "cond") with guidance,
-    ("cond",) without. In a training loop gradients reach the adapter's parameters that require them. Raises UserError for unknown blocks
-    in a scale or where the layout is not known, CheckpointError for an adapter of another model, RuntimeError for a UNet whose attention
-    processors are not diffusers' default.
-    """
-    return AttachedImagePrompts(target, prompts, cfg_layout)
