@@ -36,7 +36,7 @@ class AttachedToTransformer:
     """Image prompts attached to a pipeline with a transformer, or to a bare one, until `detach()`. Also a context manager."""
 
     def __init__(self, target: Any, prompts: Sequence[ImagePromptLike], cfg_layout: CFGLayout | None = None):
-        is_bare = not hasattr(target, "transformer") or (isinstance(target, nn.Module) and type(target).__name__.endswith("2DModel"))
+        is_bare = isinstance(target, nn.Module)
         transformer = target if is_bare else target.transformer
         self._transformer: Any = unwrap_compiled(transformer)
         self._host: Host = find_host(self._transformer)
