@@ -31,10 +31,11 @@ def build_flux(cls: type = FluxTransformer2DModel, **config: Any) -> nn.Module:
 
 
 def build_sd3(**config: Any) -> SD3Transformer2DModel:
+    channels = {"in_channels": 4, "out_channels": 4}
     return SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
+        sample_size=16, patch_size=2, num_layers=3, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM,
         joint_attention_dim=TEXT_DIM, caption_projection_dim=HEADS * HEAD_DIM, pooled_projection_dim=16, pos_embed_max_size=16,
-        qk_norm="rms_norm", **config,
+        qk_norm="rms_norm", **channels | config,
     )  # fmt: skip
 
 

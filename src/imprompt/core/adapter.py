@@ -27,6 +27,7 @@ class AdapterFamily:
     merge: Literal["before_output", "after_block"] = "before_output"  # the output projection, or the whole block
     self_attention: bool = False  # own normalization of the query, and attention to the image's own tokens too
     is_per_step: bool = False  # K' and V' depend on the timestep
+    is_null_black: bool = False  # the unconditional features are those of a black image
     hosts: tuple[str, ...] = ()  # families of base models; empty for all transformers
     sides: tuple[str, ...] = ("joint", "single", "cross")  # kinds of attention layers that it has
 
@@ -35,7 +36,7 @@ FAMILIES = {
     family.name: family
     for family in (
         AdapterFamily("unet", hosts=("unet",)),  # IP-Adapter: cross-attention of UNets
-        AdapterFamily("xlabs-flux", has_bias=True, merge="after_block", hosts=("flux", "chroma"), sides=("joint",)),
+        AdapterFamily("xlabs-flux", has_bias=True, merge="after_block", is_null_black=True, hosts=("flux", "chroma"), sides=("joint",)),
         AdapterFamily("instantx-flux", key_norm_eps=1e-5, hosts=("flux", "chroma")),
         AdapterFamily("instantx-sd3", self_attention=True, is_per_step=True, hosts=("sd3",)),
         AdapterFamily("transformer", key_norm_eps=1e-5),  # trained by imprompt: the layers of instantx-flux with few tokens

@@ -19,6 +19,7 @@ _IP_ADAPTER_REPO = "h94/IP-Adapter"
 EncoderLocation = tuple[str | Path, str | None]  # folder or hub id, subfolder
 _RELEASED_ENCODERS: dict[str, EncoderLocation] = {
     "CLIP ViT-H/14": (_IP_ADAPTER_REPO, "models/image_encoder"), "CLIP ViT-bigG/14": (_IP_ADAPTER_REPO, "sdxl_models/image_encoder"),
+    "CLIP ViT-L/14": ("openai/clip-vit-large-patch14", None), "SigLIP so400m": ("google/siglip-so400m-patch14-384", None),
 }  # fmt: skip
 
 DEFAULT_IMAGE_ENCODER = _RELEASED_ENCODERS["CLIP ViT-H/14"]  # of all public adapters except a few for SDXL

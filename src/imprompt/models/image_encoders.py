@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, SiglipImageProcessor, SiglipVisionModel
 
 from imprompt.errors import UserError
 from imprompt.models import hub
@@ -48,18 +48,25 @@ class FeatureEncoder(Protocol):
 
 
 class ImageEncoder:
-    """A CLIP image encoder."""
+    """A CLIP image encoder, whose pooled features are the projected embedding."""
+
+    model_class: ClassVar[Any] = CLIPVisionModelWithProjection
+    processor_class: ClassVar[Any] = CLIPImageProcessor
 
     def __init__(
         self,
-        model: CLIPVisionModelWithProjection,
-        processor: CLIPImageProcessor | None = None,
+        model: CLIPVisionModelWithProjection | SiglipVisionModel,
+        processor: Any = None,
         distribution: FeatureDistribution | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.distribution = distribution  # of the images that the base model knows, where it knows only a small world
         self.image_size = side = model.config.image_size
-        self.processor = processor or CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        self.processor = processor or self._default_processor(side)
+
+    @classmethod
+    def _default_processor(cls, side: int) -> Any:
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     @classmethod
     def load(cls, source: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None) -> "ImageEncoder":
@@ -67,22 +74,24 @@ class ImageEncoder:
         location = {"subfolder": subfolder} if subfolder else {}
         hub.prepare(source)
         try:
-            model, info = CLIPVisionModelWithProjection.from_pretrained(
-                source, dtype=dtype or torch.float32, output_loading_info=True, **location
-            )
+            model, info = cls.model_class.from_pretrained(source, dtype=dtype or torch.float32, output_loading_info=True, **location)
             if missing := info["missing_keys"]:  # transformers would initialize them at random
                 raise ValueError(f"{len(missing)} of its tensors are missing")
         except Exception as error:  # missing, damaged and other models make the library raise nearly any exception
             raise UserError(
-                f"no CLIP image encoder at {f'{source}/{subfolder}' if subfolder else source} ({hub.explain_failure(error)}); "
+                f"no {cls._family()} image encoder at {f'{source}/{subfolder}' if subfolder else source} ({hub.explain_failure(error)}); "
                 "give a folder or hub id with --image-encoder (offline, only folders and the local cache work)"
             ) from error
         check_finite(model, f"{source}/{subfolder}" if subfolder else str(source))
         try:
-            processor = CLIPImageProcessor.from_pretrained(source, **location)
+            processor = cls.processor_class.from_pretrained(source, **location)
         except (OSError, ValueError):  # adapter repositories contain the encoder without its processor
             processor = None
         return cls(model, processor, FeatureDistribution.load(Path(source) / (subfolder or "")))
+
+    @classmethod
+    def _family(cls) -> str:
+        return "CLIP"
 
     def embed_dim(self, *, patches: bool) -> int:
         """The dimension of the patch features, or of the pooled embedding."""
@@ -117,6 +126,38 @@ class ImageEncoder:
         if not patches:
             return torch.zeros(1, 1, self.embed_dim(patches=False), dtype=self.model.dtype, device=self.model.device)
         return self.encode_pixels(torch.zeros(1, 3, self.image_size, self.image_size), patches=True)
+
+
+class SiglipEncoder(ImageEncoder):
+    """A SigLIP image encoder, whose pooled features are its pooler's output. No image is zeros, also for patches."""
+
+    model_class = SiglipVisionModel
+    processor_class = SiglipImageProcessor
+
+    @classmethod
+    def _default_processor(cls, side: int) -> Any:
+        return SiglipImageProcessor(size={"height": side, "width": side})
+
+    @classmethod
+    def _family(cls) -> str:
+        return "SigLIP"
+
+    def embed_dim(self, *, patches: bool) -> int:
+        """The dimension of all features."""
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor, *, patches: bool) -> Tensor:
+        """Pooled: (images, 1, embed_dim), the pooler's output. Patches: (images, patches, embed_dim), the penultimate hidden states."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        out = self.model(pixels, output_hidden_states=patches)
+        return out.hidden_states[-2] if patches else out.pooler_output[:, None]
+
+    def uncond_features(self, *, patches: bool) -> Tensor:
+        """(1, patches, embed_dim) of zeros."""
+        config = self.model.config
+        count = (config.image_size // config.patch_size) ** 2 if patches else 1
+        return torch.zeros(1, count, config.hidden_size, dtype=self.model.dtype, device=self.model.device)
 
 
 class PixelEncoder:

@@ -21,7 +21,7 @@ from imprompt.errors import ImageError, UserError, notify
 from imprompt.models import checkpoints, hub
 from imprompt.models.checkpoints import AdapterSpec
 from imprompt.models.face_encoders import FaceEncoder, load_id_embeds
-from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder
+from imprompt.models.image_encoders import FeatureEncoder, ImageEncoder, SiglipEncoder
 from imprompt.models.tensor_files import read_tensors, write_tensors
 from imprompt.utils.image_paths import expand_images
 from imprompt.utils.images import ImageInput, list_images, name_of, open_image, open_mask, resize_to_square, tile_to_squares
@@ -212,6 +212,8 @@ class ImagePromptEncoder:
 
     def encode_negative(self, negative_image: ImageInput | None = None, resize_mode: str = "crop") -> Tensor:
         """The features that guidance leads away from, (1, patches, embed_dim): those of no image, or of a negative image."""
+        if negative_image is None and self.adapter.family.is_null_black:
+            negative_image = Image.new("RGB", (self.encoder.image_size, self.encoder.image_size))
         if negative_image is None:
             return self.encoder.uncond_features(patches=self.spec.uses_patch_features)
         image = open_image(negative_image)
@@ -401,7 +403,8 @@ def load(source: str | Path, weight_name: str | None = None, image_encoder: str 
         detects = spec.adapter_type != "instantid"  # its embeddings are those of another face recognition model
         return ImagePromptEncoder(adapter, spec, FaceEncoder(spec.image_embed_dim, normalized=spec.normalized_id_embeds, detects=detects))
     location = (str(image_encoder), None) if image_encoder else location
-    encoder = ImageEncoder.load(*(location or hub.default_image_encoder(spec)))
+    encoder_class = SiglipEncoder if spec.image_encoder.startswith("SigLIP") else ImageEncoder
+    encoder = encoder_class.load(*(location or hub.default_image_encoder(spec)))
     if isinstance(adapter.image_proj, FaceIDPlusProjection):
         faces = FaceEncoder(adapter.image_proj.id_embed_dim, encoder, normalized=spec.normalized_id_embeds)
         return ImagePromptEncoder(adapter, spec, faces)
