@@ -160,3 +160,10 @@ def test_what_a_folder_holds_is_printed(tmp_path, capsys):
     (tmp_path / "index.html").write_text("")
     print_location(tmp_path / "index.html", tmp_path)
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: 1.0 MiB in 2 files", str(tmp_path / "index.html")]
+
+
+def test_too_little_memory_for_the_libraries_is_one_sentence():
+    """With 600 MB of address space torch ends the process, by an exception of C++ or a segmentation fault."""
+    done = run_shell(f"ulimit -v 600000 && {COMMAND} generate examples/cat.png")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "may use 0.6 GB of memory (ulimit -v); expected at least 1.5 GB" in done.stderr

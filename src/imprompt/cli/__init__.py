@@ -13,6 +13,7 @@ from imprompt import __version__, config
 from imprompt.cli.console import output_errors_explained, prepare_streams, print_notices
 from imprompt.config.common import UNSET, Option, Options, all_options, describe_limits, is_wide, shorten
 from imprompt.errors import UserError, redact_secrets
+from imprompt.utils.processes import check_memory_limit
 from imprompt.utils.signals import report_interrupt
 from imprompt.utils.text import escape
 
@@ -77,6 +78,7 @@ def _add_command(app: App, name: str, kind: type[Options], entry_point: str) -> 
         values = {name: _parse(options[name], value) for name, value in given.items() if value is not UNSET}
         settings = kind.from_options(**(config.read_options(file) if file else {}) | values)
         settings.report_unused()
+        check_memory_limit()
         _entry_point(entry_point)(settings, json=bool(json))
 
     groups = {one.group: Group(one.group, sort_key=number) for number, one in enumerate(options.values()) if one.group}

@@ -11,12 +11,28 @@ from typing import Any
 
 from imprompt.errors import UserError
 
+MIN_ADDRESS_SPACE = 1_500_000_000  # bytes
+
 
 def check_num_processes(num_processes: int) -> None:
     """Raise UserError for more processes than this machine can use: as many as processors, or 8 where it has fewer."""
     processors = os.cpu_count() or 1
     if num_processes > max(8, processors):
         raise UserError(f"num_processes: expected at most {max(8, processors)} on {processors} processors, received {num_processes}")
+
+
+def check_memory_limit() -> None:
+    """Raise UserError where this process may use less address space than the libraries need to start: they would end it without a word."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+        raise UserError(
+            f"this process may use {limit / 1e9:.1f} GB of memory (ulimit -v); expected at least {MIN_ADDRESS_SPACE / 1e9:g} GB, "
+            "which the libraries need to start"
+        )
 
 
 class Deferred:
