@@ -46,18 +46,15 @@ def cpu_bf16(request, monkeypatch):
 
 # Files that each take more than about seven seconds of one core.
 SLOW_FILES = {
-    "cli/test_bad_input", "cli/test_console", "cli/test_first_tries", "cli/test_personalize", "cli/test_tasks", "cli/test_unused_inputs",
-    "evaluation/test_evaluation_runner", "evaluation/test_face_adapters", "evaluation/test_process_pool",
-    "evaluation/test_subject_evaluation",
-    "methods/test_methods", "methods/test_per_subject",
-    "mini/test_benchmark", "mini/test_recipe",
-    "models/test_references",
-    "parity/test_diffusers", "parity/test_faceid",
-    "pipelines/test_circumstances", "pipelines/test_matrix",
-    "studies/test_ip_adapter", "studies/test_personalization",
-    "training/test_cache", "training/test_leave_one_out", "training/test_loop", "training/test_parameters",
-    "training/test_processes", "training/test_sanity_check",
-    "test_readme",
+    "cli/test_bad_input", "cli/test_console", "cli/test_evaluate", "cli/test_first_tries", "cli/test_personalize", "cli/test_signals",
+    "cli/test_tasks", "cli/test_unused_inputs", "dit/test_transformer_compile", "evaluation/test_evaluation_runner",
+    "evaluation/test_external_pipelines", "evaluation/test_face_adapters", "evaluation/test_process_pool",
+    "evaluation/test_subject_evaluation", "fuzz/test_adapters", "fuzz/test_fuzz_images", "fuzz/test_fuzz_options",
+    "fuzz/test_fuzz_readers", "fuzz/test_states", "methods/test_methods", "methods/test_per_subject", "mini/test_benchmark",
+    "mini/test_recipe", "models/test_references", "parity/test_diffusers", "parity/test_faceid", "pipelines/test_circumstances",
+    "pipelines/test_every_pipeline", "pipelines/test_matrix", "studies/test_ip_adapter", "studies/test_personalization", "test_readme",
+    "training/test_cache", "training/test_leave_one_out", "training/test_loop", "training/test_parameters", "training/test_processes",
+    "training/test_run_folder", "training/test_sanity_check", "unet/test_calls",
 }  # fmt: skip
 
 
