@@ -176,3 +176,17 @@ def test_subjects_and_captions_of_img2dataset(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("0.jpg", IMAGE), ("0.txt", b"from txt"), ("0.json", metadata)])
     record = next(iter(WebDatasetShards([str(path)]).read_shard(str(path))))
     assert (record.caption, record.caption_source, record.subject) == ("from txt", ".txt", "Tom")
+
+
+def test_a_header_with_a_length_that_is_no_length_is_reported(tmp_path):
+    write_tar(tmp_path / "0.tar", [("0.png", IMAGE)])
+    with tarfile.open(tmp_path / "1.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("1.png")
+        info.size, info.pax_headers = len(IMAGE), {"comment": "x" * 40}
+        archive.addfile(info, io.BytesIO(IMAGE))
+    content = bytearray((tmp_path / "1.tar").read_bytes())
+    start = content.index(b"52 comment=")
+    content[start : start + 30] = b"9" * 20 + b" comment=x"
+    (tmp_path / "1.tar").write_bytes(content)
+    captions, problems, _ = read_shard(tmp_path / "1.tar")
+    assert not captions and len(problems) == 1

@@ -136,3 +136,11 @@ def test_keys_and_values_that_are_not_finite_are_refused(ip):
     too_large = replace(prompt, image_features=prompt.image_features * 1e30)
     with pytest.raises(UserError, match=r"keys and values of the image prompt are not finite.*float32"):
         too_large.key_values()
+
+
+@pytest.mark.parametrize("aggregation", [None, "average"])
+def test_features_in_float8_are_converted(ip, aggregation):
+    prompt = ip([CAT, FISH], aggregation=aggregation)
+    small = replace(prompt, image_features=prompt.image_features.to(torch.float8_e4m3fn))
+    for pair, expected in zip(small.key_values()[1].values(), prompt.key_values()[1].values(), strict=True):
+        torch.testing.assert_close(pair.key, expected.key, atol=0.2, rtol=0.2)

@@ -30,8 +30,10 @@ ALLOW_PIPE_VARIABLE = "IMPROMPT_ALLOW_PIPE"
 TIMEOUT, ATTEMPTS = 10, 3  # seconds without an answer of a server, and how often it is asked
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _READ_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *LIST_SUFFIXES)
-# TypeError and struct.error: tarfile's, for compressed archives that are cut
-_SHARD_ERRORS = (OSError, ValueError, EOFError, tarfile.TarError, HTTPException, zlib.error, lzma.LZMAError, TypeError, struct.error)
+# TypeError, struct.error and OverflowError: tarfile's, for compressed archives that are cut and for lengths that are no lengths
+_SHARD_ERRORS = (
+    OSError, ValueError, EOFError, tarfile.TarError, HTTPException, zlib.error, lzma.LZMAError, TypeError, struct.error, OverflowError,
+)  # fmt: skip
 
 
 def is_shard(name: str) -> bool:

@@ -74,15 +74,15 @@ class ImagePrompt:
     def _key_values(self, image_features: Tensor, timestep: float | None) -> tuple[dict[int, KeyValues], dict[int, KeyValues]]:
         """Those of no image and of one prompt, from one batched pass. image_features: (1, references, patches, embed_dim)."""
         selected, aggregator, like = self._selected_references(), self.active_aggregator, next(self.adapter.parameters())
-        features = image_features[:, selected]
+        features, no_image = image_features[:, selected].to(like), self.uncond_features.to(like)  # a saved prompt may have float8
         prompts, references = features.shape[:2]
         if type(aggregator) is not Aggregator:
-            batch = torch.cat([self.uncond_features.expand(1, references, -1, -1), features]).to(like)
+            batch = torch.cat([no_image.expand(1, references, -1, -1), features])
             weights = None if self.reference_weights is None else self.reference_weights[selected].to(batch).expand(len(batch), -1)
             key_values = self.adapter(batch, weights, aggregator, timestep)
             return _map_tensors(key_values, lambda x: x[:1]), _map_tensors(key_values, lambda x: x[1:])
-        batch = torch.cat([self.uncond_features, features.flatten(0, 1)[:, None]])  # no image once, then every reference
-        key_values = self.adapter(batch.to(like), None, aggregator, timestep)
+        batch = torch.cat([no_image, features.flatten(0, 1)[:, None]])  # no image once, then every reference
+        key_values = self.adapter(batch, None, aggregator, timestep)
         uncond = _map_tensors(key_values, lambda x: x[:1].repeat(1, references, 1))
         return uncond, _map_tensors(key_values, lambda x: x[1:].unflatten(0, (prompts, references)).flatten(1, 2))
 
