@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import signal
 from functools import cache
 from multiprocessing import forkserver
 from typing import Any
@@ -43,6 +44,10 @@ def cpu_bf16(request, monkeypatch):
     monkeypatch.setenv("IMPROMPT_CPU_BF16", request.param)
     return request.param == "on"
 
+
+for number, action in {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:  # as in background jobs and under nohup; commands that tests start would ignore it, too
+        signal.signal(number, action)
 
 # Files that each take more than about seven seconds of one core.
 SLOW_FILES = {
