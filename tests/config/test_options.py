@@ -10,47 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import imprompt
-from imprompt.cli import build_app, describe_option
+from imprompt.cli import COMMANDS, build_app, describe_option
 from imprompt.config import (
     PER_SUBJECT_METHODS,
     ConvertConfig,
-    EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
     InspectConfig,
-    MiniBuildConfig,
-    MiniEvaluateConfig,
-    MiniPreviewConfig,
-    MiniStyleConfig,
     PersonalizeConfig,
-    ReproduceConfig,
     TrainConfig,
-    ValidateDataConfig,
 )
 from imprompt.config.common import UNSET, Option, Options, all_options
 from imprompt.errors import UserError
 
-COMMANDS = (
-    GenerateConfig,
-    PersonalizeConfig,
-    TrainConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    ReproduceConfig,
-    ValidateDataConfig,
-    InspectConfig,
-    ConvertConfig,
-    MiniBuildConfig,
-    MiniStyleConfig,
-    MiniPreviewConfig,
-    MiniEvaluateConfig,
-)
+CONFIGS = [kind for kind, _ in COMMANDS.values()]
 REQUIRED: dict[type, dict[str, Any]] = {
     PersonalizeConfig: {"data": "images"},
     InspectConfig: {"file": "a.bin"},
     ConvertConfig: {"source": "a.bin", "target": "b.bin"},
 }
-EVERY_OPTION = [pytest.param(kind, one, id=f"{kind.__name__}-{one.name}") for kind in COMMANDS for one in all_options(kind)]
+EVERY_OPTION = [pytest.param(kind, one, id=f"{kind.__name__}-{one.name}") for kind in CONFIGS for one in all_options(kind)]
 NUMERIC = [param for param in EVERY_OPTION if param.values[1].type in (int, float) and not param.values[1].repeatable]
 
 # Valid values of options whose text is parsed, and what an option needs in addition.
@@ -140,14 +119,14 @@ def test_a_number_out_of_range_is_one_sentence(kind: type[Options], one: Option)
         assert sentence.startswith(f"{one.name}: expected ") and "received" in sentence and "\n" not in sentence
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_option_names_are_unique_and_described(kind):
     names = [one.name for one in all_options(kind)]
     assert len(names) == len(set(names))
     assert all(describe_option(one) for one in all_options(kind))
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_flat_options_and_parts_are_the_same_thing(kind):
     config = kind.from_options(**REQUIRED.get(kind, {}))
     assert kind.from_options(**config.to_options()) == config == config.with_options()

@@ -26,6 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutations import join_header, mutate_bytes, split_header
+
 from conftest import POOLED, VISION, random_adapter, random_face_adapter, sd15_pipeline
 from imprompt.core.adapter import Adapter
 from imprompt.core.aggregation import AGGREGATORS
@@ -215,34 +217,14 @@ def mutate_metadata(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
-    """One random change of the bytes, or a few; most in the first kilobytes, where headers are."""
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(min(len(changed), rng.choice((64, 4096, len(changed) + 1))) + 1)
-        kind = rng.randrange(5)
-        if kind == 0 and at < len(changed):
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del changed[at:]
-        elif kind == 2:
-            del changed[at : at + rng.randrange(1, 9)]
-        elif kind == 3:
-            changed[at:at] = rng.choice((rng.randbytes(4), b"[" * 5000, b"9" * 5000, b'"', b"\0", b"-", b"}"))
-        else:
-            changed[at : at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"))
-    return bytes(changed)
-
-
 def mutate_header(content: bytes, rng: random.Random) -> bytes:
     """A safetensors file with a header that fits its length, and one change in it."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
+    header, rest = split_header(content)
+    assert isinstance(header, dict)
     entry = header[rng.choice([key for key in header if key != "__metadata__"] or ["__metadata__"])]
     if isinstance(entry, dict) and "shape" in entry:
         entry[rng.choice(("shape", "data_offsets"))] = rng.choice(([0, 2**63], [0, 2**64], [-1], [2**62, 4], [], [0, 0], [1, 10**30], "x"))
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+    return join_header(header, rest)
 
 
 def nest(tensors: Tensors, metadata: object, rng: random.Random) -> object:
@@ -272,7 +254,7 @@ def write_mutated(path: Path, tensors: Tensors, metadata: dict[str, Any], rng: r
         buffer = io.BytesIO()
         torch.save(nest(tensors, about, rng), buffer, _use_new_zipfile_serialization=rng.random() < 0.5)
         content = buffer.getvalue()
-    path.write_bytes(mutate_bytes(content, rng) if change == "bytes" else content)
+    path.write_bytes(mutate_bytes(content, rng, ends=(64, 4096)) if change == "bytes" else content)
     return path
 
 

@@ -17,38 +17,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from imprompt import cli
-from imprompt.config import (
-    ConvertConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    InspectConfig,
-    MiniBuildConfig,
-    MiniEvaluateConfig,
-    MiniPreviewConfig,
-    MiniStyleConfig,
-    PersonalizeConfig,
-    ReproduceConfig,
-    TrainConfig,
-    ValidateDataConfig,
-)
 from imprompt.config.common import Option, Options, all_options
 
-COMMANDS: dict[tuple[str, ...], type[Options]] = {
-    ("generate",): GenerateConfig,
-    ("personalize",): PersonalizeConfig,
-    ("train",): TrainConfig,
-    ("encode",): EncodeConfig,
-    ("evaluate",): EvaluateConfig,
-    ("reproduce",): ReproduceConfig,
-    ("inspect",): InspectConfig,
-    ("convert",): ConvertConfig,
-    ("data", "validate"): ValidateDataConfig,
-    ("mini", "build"): MiniBuildConfig,
-    ("mini", "style"): MiniStyleConfig,
-    ("mini", "preview"): MiniPreviewConfig,
-    ("mini", "evaluate"): MiniEvaluateConfig,
-}
 MAX_SECONDS = 5.0  # of one round
 WORDS = (
     "", " ", "0", "-1", "1", "2.5", "1e308", "-1e308", "1e-320", "nan", "inf", "-inf", "0x10", "1_000", "٣", "²", "9" * 401, "9" * 5_000,
@@ -74,7 +44,7 @@ def fuzz(minutes: float, seed: int = 0) -> tuple[Counter[str], dict[str, str]]:
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder, parsed_only():
         while time.monotonic() < end:
-            words, kind = rng.choice(list(COMMANDS.items()))
+            words, (kind, _) = rng.choice(list(cli.COMMANDS.items()))
             make = rng.choice((hostile_flags, hostile_flags, hostile_toml))
             arguments = [*words, *make(kind, rng, Path(folder))]
             start = time.monotonic()

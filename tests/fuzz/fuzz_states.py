@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mutations import join_header, mutate_bytes, split_header
 
 from imprompt.config import ReproduceConfig, TrainConfig
 from imprompt.data import feature_cache
@@ -151,23 +152,7 @@ def mutate(content: bytes, suffix: str, rng: random.Random) -> bytes:
         return json.dumps(mutate_json(json.loads(content), rng)).encode()
     if suffix == ".safetensors" and rng.random() < 0.3:
         return mutate_header(content, rng)
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(changed) + 1)
-        kind = rng.randrange(6)
-        if kind == 0 and at < len(changed):
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del changed[at:]
-        elif kind == 2:
-            del changed[at : at + rng.randrange(1, 9)]
-        elif kind == 3:
-            changed[at:at] = rng.randbytes(rng.randrange(1, 9))
-        elif kind == 4:
-            changed[at:at] = rng.choice((b"\xff\xfe", b"[" * 5000, b"9" * 5000, b'"', b"\0", b"-", b"}"))
-        else:
-            changed[at : at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"))
-    return bytes(changed)
+    return mutate_bytes(content, rng)
 
 
 def mutate_json(value: Any, rng: random.Random) -> Any:
@@ -186,9 +171,8 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
 
 def mutate_header(content: bytes, rng: random.Random) -> bytes:
     """A safetensors file with a header that fits, and one change in it."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(mutate_json(json.loads(content[8 : 8 + size]), rng)).encode()
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    header, rest = split_header(content)
+    return join_header(mutate_json(header, rng), rest)
 
 
 def fuzz(minutes: float, seed: int = 0, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Counter[str], dict[str, str]]:

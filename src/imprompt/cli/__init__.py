@@ -17,6 +17,25 @@ from imprompt.utils.processes import check_memory_limit
 from imprompt.utils.signals import report_interrupt
 from imprompt.utils.text import escape
 
+GROUPS = {"data": "Look at training data.", "mini": "The embedded synthetic model: rebuild it, look at it, evaluate it."}
+
+# The words of a command → its options, and the function in a module of this package that runs it.
+COMMANDS: dict[tuple[str, ...], tuple[type[Options], str]] = {
+    ("generate",): (config.GenerateConfig, "generate:run_generate"),
+    ("personalize",): (config.PersonalizeConfig, "personalize:run_personalize"),
+    ("train",): (config.TrainConfig, "train:run_train"),
+    ("encode",): (config.EncodeConfig, "train:run_encode"),
+    ("evaluate",): (config.EvaluateConfig, "evaluate:run_evaluate"),
+    ("reproduce",): (config.ReproduceConfig, "evaluate:run_reproduce"),
+    ("inspect",): (config.InspectConfig, "files:run_inspect"),
+    ("convert",): (config.ConvertConfig, "files:run_convert"),
+    ("data", "validate"): (config.ValidateDataConfig, "data:run_validate_data"),
+    ("mini", "build"): (config.MiniBuildConfig, "mini:run_build"),
+    ("mini", "style"): (config.MiniStyleConfig, "mini:run_style"),
+    ("mini", "preview"): (config.MiniPreviewConfig, "mini:run_preview"),
+    ("mini", "evaluate"): (config.MiniEvaluateConfig, "mini:run_evaluate_mini"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0 when it did its work, 2 with one sentence for what the user can correct, 128 + signal when interrupted."""
@@ -47,23 +66,11 @@ def build_app() -> App:
         name="imprompt", help="Image prompts for text-to-image diffusion models.", version=__version__, help_format="plaintext",
         suppress_keyboard_interrupt=False, default_parameter=Parameter(negative_iterable=(), negative_none=()),
     )  # fmt: skip
-    _add_command(app, "generate", config.GenerateConfig, "generate:run_generate")
-    _add_command(app, "personalize", config.PersonalizeConfig, "personalize:run_personalize")
-    _add_command(app, "train", config.TrainConfig, "train:run_train")
-    _add_command(app, "encode", config.EncodeConfig, "train:run_encode")
-    _add_command(app, "evaluate", config.EvaluateConfig, "evaluate:run_evaluate")
-    _add_command(app, "reproduce", config.ReproduceConfig, "evaluate:run_reproduce")
-    _add_command(app, "inspect", config.InspectConfig, "files:run_inspect")
-    _add_command(app, "convert", config.ConvertConfig, "files:run_convert")
-    data = App(name="data", help="Look at training data.")
-    _add_command(data, "validate", config.ValidateDataConfig, "data:run_validate_data")
-    mini = App(name="mini", help="The embedded synthetic model: rebuild it, look at it, evaluate it.")
-    _add_command(mini, "build", config.MiniBuildConfig, "mini:run_build")
-    _add_command(mini, "style", config.MiniStyleConfig, "mini:run_style")
-    _add_command(mini, "preview", config.MiniPreviewConfig, "mini:run_preview")
-    _add_command(mini, "evaluate", config.MiniEvaluateConfig, "mini:run_evaluate_mini")
-    app.command(data)
-    app.command(mini)
+    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
+    for (*group, name), (kind, entry_point) in COMMANDS.items():
+        _add_command(groups[group[0]] if group else app, name, kind, entry_point)
+    for group_app in groups.values():
+        app.command(group_app)
     return app
 
 

@@ -209,7 +209,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Map
     path = Path(path)
     if path.suffix not in ADAPTER_SUFFIXES:
         raise CheckpointError(f"cannot write {path.name}: expected a name ending in {', '.join(ADAPTER_SUFFIXES)}")
-    tensors = _with_own_storage(tensors)
+    tensors = with_own_storage(tensors)
     with atomic_path(path) as partial:
         if path.suffix in PICKLE_SUFFIXES:
             nested: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
@@ -222,7 +222,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Map
             safetensors.torch.save_file(tensors, partial, header)
 
 
-def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, copied where needed: a pickle would store the whole of a slice, and safetensors refuses tensors that share memory."""
     copies: dict[str, Tensor] = {}
     used_pointers = set()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.errors import UserError, summarize_error
+from imprompt.models.tensor_files import with_own_storage
 from imprompt.utils.files import read_json_object, sync_file, sync_folder, write_file
 
 STATE_VERSION = 3  # 1 and 2 were written by Accelerate, in formats that could run code
@@ -28,7 +29,7 @@ def write_state_file(path: Path, value: object) -> None:
     """Write None, booleans, numbers, strings and tensors, nested in lists, tuples and dictionaries."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_to_tree(value, _ROOT, tensors))
-    save_file(_with_own_storage(tensors), path, {_ROOT: tree})
+    save_file(with_own_storage(tensors), path, {_ROOT: tree})
     sync_file(path)
 
 
@@ -63,17 +64,6 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: _from_tree(item, tensors) for key, item in content}
     return {"list": list, "tuple": tuple}[kind](_from_tree(item, tensors) for item in content)
-
-
-def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where several share memory, which safetensors refuses."""
-    pointers, own = set[int](), dict[str, Tensor]()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in pointers
-        pointers.add(storage.data_ptr())
-        own[name] = tensor.clone() if shared else tensor
-    return own
 
 
 # Folders of states

@@ -104,9 +104,9 @@ def is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) or (not isinstance(error, UserError) and any(phrase in str(error) for phrase in _DISK_ERROR_PHRASES))
 
 
-def sync_file(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
+def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
+    """Wait until the content of a file, opened with these flags, is on the disk."""
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -116,11 +116,7 @@ def sync_file(path: Path) -> None:
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk, where the system can."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(path, os.O_RDONLY)
 
 
 def remove_path(path: Path) -> None:
