@@ -5,6 +5,7 @@ import torch
 from small_transformers import BUILDERS, build_adapter, build_prompt, build_transformer, call_transformer
 
 from imprompt.dit.injection import AttachedToTransformer
+from imprompt.dit.sites import find_sites
 
 HOSTS = list(BUILDERS)
 FAMILIES_OF = {
@@ -62,6 +63,14 @@ def test_a_mask_of_zeros_is_the_base_and_of_ones_is_no_mask(host, family):
 def test_two_prompts_add_up_in_the_attention(host):
     transformer = build_transformer(host)
     adapter = build_adapter("transformer", transformer)
-    first, second = build_prompt(adapter, 3), build_prompt(adapter, 4)
-    with AttachedToTransformer(transformer, [first, second], ("cond",)) as attached:
-        assert [len(p.branches) for p in attached._processors] == [0] * len(attached._processors)
+    first, second, outputs = build_prompt(adapter, 3), build_prompt(adapter, 4), []
+    site = find_sites(transformer)[0]
+    site.attention.register_forward_hook(lambda module, args, out: outputs.append(out if isinstance(out, torch.Tensor) else out[0]))
+    call_transformer(transformer, host)
+    with AttachedToTransformer(transformer, [], ("cond",)) as attached:
+        for prompts in ([first], [second], [first, second]):
+            attached.prompts = prompts
+            call_transformer(transformer, host)
+    base, one, other, both = outputs
+    torch.testing.assert_close(both - base, (one - base) + (other - base), atol=1e-5, rtol=1e-4)
+    assert (both - one).abs().max() > 1e-3

@@ -66,8 +66,8 @@ def test_guidance_may_end_during_the_generation(sd15):
         return {"prompt_embeds": kwargs["prompt_embeds"][-1:]}
 
     with attach(sd15, random_prompt(sd15.unet)) as attached:
-        original = attached._read_branches
-        attached._read_branches = lambda sample, batch: layouts.append(batch.cfg_layout) or original(sample, batch)
+        original = attached._build_branches
+        attached._build_branches = lambda sample, batch, *rest: layouts.append(batch.cfg_layout) or original(sample, batch, *rest)
         sample_latents(sd15, callback_on_step_end=stop_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert layouts == [("uncond", "cond"), ("cond",)]
 

@@ -5,7 +5,8 @@ from torch import nn
 from imprompt.core.guidance import CFGLayout
 from imprompt.dit.injection import AttachedToTransformer
 from imprompt.dit.sites import HOSTS
-from imprompt.unet.injection import AttachedImagePrompts, ImagePromptLike
+from imprompt.unet.attachment import ImagePromptLike
+from imprompt.unet.injection import AttachedImagePrompts
 from imprompt.utils.compat import unwrap_compiled
 from imprompt.utils.protocols import UNetPipeline
 

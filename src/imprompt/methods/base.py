@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imprompt.core.guidance import expand_to_cfg_batch
 from imprompt.errors import UserError
 from imprompt.models.image_encoders import FeatureEncoder
-from imprompt.unet.calls import find_unet_call, read_cfg_layout
+from imprompt.unet.calls import find_denoiser_call, read_cfg_layout
 from imprompt.utils.protocols import UNetPipeline
 
 Conditioning = dict[str, Tensor]  # what a UNet call needs of the reference images; the first dimension of each tensor is the batch
@@ -139,7 +139,7 @@ class ConditioningMethod:
         def forward(
             sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *, return_dict: bool = True, **unet_kwargs: object
         ) -> tuple[Tensor]:
-            layout = read_cfg_layout(find_unet_call(pipe.unet), len(sample), encoder_hidden_states)
+            layout = read_cfg_layout(find_denoiser_call(pipe.unet), len(sample), encoder_hidden_states)
             rows_cond = {
                 name: expand_to_cfg_batch((cond if name in module.also_in_uncond_rows else uncond)[name], value, layout, len(sample))
                 for name, value in cond.items()

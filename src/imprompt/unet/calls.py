@@ -19,7 +19,7 @@ from imprompt.utils.compat import unwrap_compiled
 _GUIDANCE_IDENTIFIER = "__guidance_identifier__"  # the name under which guiders of modular pipelines label their batches
 
 
-class UNetCall(NamedTuple):
+class DenoiserCall(NamedTuple):
     """A call of a UNet: the pipeline that makes it, the method that it is made in, and that method's local variables."""
 
     pipeline: Any
@@ -45,14 +45,14 @@ class UNetCall(NamedTuple):
 _ADVICE = 'if they are always the same, pass them: attach(pipe, prompt, cfg_layout=("uncond", "cond")), or ("cond",) without guidance'
 
 
-def find_unet_call(denoiser: nn.Module) -> UNetCall | None:
+def find_denoiser_call(denoiser: nn.Module) -> DenoiserCall | None:
     """The call of this UNet or transformer that is being made in this thread; None where no pipeline makes it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         pipeline = _find_owner(frame)
         parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
         if any(part is not None and unwrap_compiled(part) is denoiser for part in parts):
-            return UNetCall(pipeline, frame.f_code.co_qualname, frame.f_locals)
+            return DenoiserCall(pipeline, frame.f_code.co_qualname, frame.f_locals)
         frame = frame.f_back
     return None
 
@@ -68,7 +68,7 @@ def _find_owner(frame: FrameType) -> object | None:
     return frame.f_locals["components"] if "components" in code.co_varnames[: code.co_argcount] else owner
 
 
-def check_exclusive(call: UNetCall) -> None:
+def check_exclusive(call: DenoiserCall) -> None:
     """Raise UserError while another thread samples with the same scheduler, which keeps the state of one generation."""
     scheduler, own = getattr(call.pipeline, "scheduler", None), threading.get_ident()
     if scheduler is not None and any(_is_sampling(frame, scheduler) for thread, frame in sys._current_frames().items() if thread != own):
@@ -86,7 +86,7 @@ def _is_sampling(frame: FrameType | None, scheduler: object) -> bool:
     return False
 
 
-def read_cfg_layout(call: UNetCall | None, rows: int, prompt_embeds: Tensor | None = None) -> CFGLayout:
+def read_cfg_layout(call: DenoiserCall | None, rows: int, prompt_embeds: Tensor | None = None) -> CFGLayout:
     """The groups of rows in the batch of this call. They may change from one call to the next.
 
     rows: of the batch, without the frames of a video. Rows of a source prompt, or of a concept that is only compared, count as
@@ -112,7 +112,7 @@ def _is_modular(pipeline: object) -> bool:
     return any(base.__name__ == "ModularPipeline" for base in type(pipeline).__mro__)
 
 
-def _read_modular_layout(call: UNetCall) -> CFGLayout:
+def _read_modular_layout(call: DenoiserCall) -> CFGLayout:
     """Guiders of modular pipelines call the UNet once for each prediction, which they name pred_cond, pred_uncond or alike."""
     identifier = getattr(call.variables.get("guider_state_batch"), _GUIDANCE_IDENTIFIER, None)
     if identifier is None:
@@ -120,23 +120,23 @@ def _read_modular_layout(call: UNetCall) -> CFGLayout:
     return ("uncond",) if identifier == "pred_uncond" else ("cond",)
 
 
-def _layout_if_guided(guided: CFGLayout, otherwise: CFGLayout) -> Callable[[UNetCall, int], CFGLayout]:
+def _layout_if_guided(guided: CFGLayout, otherwise: CFGLayout) -> Callable[[DenoiserCall, int], CFGLayout]:
     return lambda call, rows: guided if call.is_guided else otherwise
 
 
-def _read_plain_layout(call: UNetCall, rows: int) -> CFGLayout:
+def _read_plain_layout(call: DenoiserCall, rows: int) -> CFGLayout:
     """Latent diffusion: guided unless the guidance scale is 1."""
     return ("cond",) if call.variables["guidance_scale"] == 1 else ("uncond", "cond")
 
 
-def _read_views_layout(call: UNetCall, rows: int) -> CFGLayout:
+def _read_views_layout(call: DenoiserCall, rows: int) -> CFGLayout:
     """Panorama and ParaDiGMS: both rows of the first view or time, then both of the next."""
     if not call.is_guided:
         return ("cond",)
     return ("uncond", "cond") * int(call.variables.get("parallel_len", rows // 2))
 
 
-def _read_concepts_layout(call: UNetCall, rows: int) -> CFGLayout:
+def _read_concepts_layout(call: DenoiserCall, rows: int) -> CFGLayout:
     """Safe and semantic guidance: behind the usual two groups, one for each concept that the prediction is moved to or from."""
     if not call.is_guided:
         return ("cond",)
@@ -144,7 +144,7 @@ def _read_concepts_layout(call: UNetCall, rows: int) -> CFGLayout:
     return ("uncond", "cond", *_repeat("uncond", int(concepts)))
 
 
-def _read_edits_layout(call: UNetCall, rows: int) -> CFGLayout:
+def _read_edits_layout(call: DenoiserCall, rows: int) -> CFGLayout:
     """LEDITS++: one unconditional group, then one for each editing prompt."""
     return ("uncond", *_repeat("cond", int(call.pipeline.enabled_editing_prompts)))
 
@@ -153,12 +153,12 @@ def _repeat(group: Literal["uncond", "cond"], times: int) -> CFGLayout:
     return (group,) * times
 
 
-def _inversion_layout(call: UNetCall, rows: int) -> CFGLayout:
+def _inversion_layout(call: DenoiserCall, rows: int) -> CFGLayout:
     return ("uncond",)
 
 
 # By the method that calls the UNet: pipelines of diffusers whose batch is neither [cond] nor [uncond, cond].
-_LAYOUTS: Mapping[str, Callable[[UNetCall, int], CFGLayout]] = {
+_LAYOUTS: Mapping[str, Callable[[DenoiserCall, int], CFGLayout]] = {
     "StableDiffusionInstructPix2PixPipeline.__call__": _layout_if_guided(("cond", "uncond", "uncond"), ("cond",)),
     "StableDiffusionXLInstructPix2PixPipeline.__call__": _layout_if_guided(("cond", "uncond", "uncond"), ("cond",)),
     "LDMTextToImagePipeline.__call__": _read_plain_layout,
