@@ -110,3 +110,11 @@ def test_an_unsupported_transformer_names_those_that_are():
     )  # fmt: skip
     with pytest.raises(UserError, match="SanaTransformer2DModel; expected a UNet, or one of FluxTransformer, ChromaTransformer"):
         AttachedToTransformer(sana, [], ("cond",))
+
+
+@pytest.mark.parametrize("options", [{"frame_weights": torch.ones(2)}, {"mask": torch.ones(2, 6, 10)}], ids=["weights", "masks"])
+def test_what_is_for_the_frames_of_a_video_is_refused(options):
+    transformer = build_transformer("flux")
+    prompt = build_prompt(build_adapter("transformer", transformer), **options)
+    with pytest.raises(UserError, match="given for the frames of a video, and this transformer generates an image"):
+        AttachedToTransformer(transformer, [prompt], ("cond",))

@@ -54,8 +54,10 @@ class AttachedToTransformer(AttachedPrompts):
         self._sites = find_sites(self._transformer)
         super().__init__(transformer, [site.name for site in self._sites], prompts, cfg_layout)
 
-    def _check_compatible(self, adapter: Adapter) -> None:
-        check_compatible(adapter, self._transformer)
+    def _check_compatible(self, prompt: ImagePromptLike) -> None:
+        check_compatible(prompt.adapter, self._transformer)
+        if prompt.frame_weights is not None or (prompt.mask is not None and prompt.mask.ndim > 2):
+            raise UserError("frame_weights, mask: given for the frames of a video, and this transformer generates an image")
 
     def _install_processors(self) -> None:
         self._processors = _install_processors(self._sites)

@@ -91,8 +91,8 @@ class AttachedPrompts(ABC):
         self._pre_hook: RemovableHandle | None = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
 
     @abstractmethod
-    def _check_compatible(self, adapter: Adapter) -> None:
-        """Raise CheckpointError where the adapter was made for another model."""
+    def _check_compatible(self, prompt: ImagePromptLike) -> None:
+        """Raise CheckpointError where the adapter was made for another model, UserError for what this model cannot use."""
 
     @abstractmethod
     def _install_processors(self) -> None:
@@ -128,7 +128,7 @@ class AttachedPrompts(ABC):
         prompts = tuple(prompts) if isinstance(prompts, (list, tuple)) else (cast(ImagePromptLike, prompts),)
         for prompt in prompts:
             _check_prompt(prompt)
-            self._check_compatible(prompt.adapter)
+            self._check_compatible(prompt)
             self._check_scale(prompt.scale)
         with self._lock:
             self._prompts = prompts

@@ -72,8 +72,8 @@ class AttachedImagePrompts(AttachedPrompts):
         self._lora_hooks: list[RemovableHandle] = []
         super().__init__(unet, [layer.name for layer in self._layers], prompts, cfg_layout)
 
-    def _check_compatible(self, adapter: Adapter) -> None:
-        check_compatible(adapter, self._unet)
+    def _check_compatible(self, prompt: ImagePromptLike) -> None:
+        check_compatible(prompt.adapter, self._unet)
 
     def _install_processors(self) -> None:
         self._processors = InstalledAttnProcessors(self._unet, compiled=self._is_compiled)
